@@ -1,0 +1,152 @@
+"""What the gateway asks of an engine and what comes back: plain data that crosses processes, and the protocol.
+
+Only builtin types inside (msgspec encodes them; no pickle is needed). The gateway and the engine know each
+other through this file alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Literal, Protocol
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """Per-request sampling. The gateway has validated ranges; the engine relies on them."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    """0 means greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 means no limit."""
+    seed: int | None = None
+    """With a seed, the token at a position is a function of (seed, position, distribution) alone, whatever else is
+    in the batch."""
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    """None: no log-probabilities; n: of the sampled token and the n likeliest."""
+    ignore_eos: bool = False
+    logit_bias: dict[int, float] = {}
+
+
+class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One sequence to generate. A request with n > 1 becomes n of these with ids `<id>-<index>`."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+
+
+class TokenLogprob(msgspec.Struct, frozen=True):
+    token_id: int
+    token: str
+    """The token's text; `token_bytes` is exact where the token is not whole UTF-8."""
+    token_bytes: bytes
+    logprob: float
+    top: list[tuple[int, str, bytes, float]] = []
+    """(token id, text, bytes, log-probability), likeliest first."""
+
+
+class GenerationDelta(msgspec.Struct, frozen=True, kw_only=True):
+    """What one step added to one sequence. Text may lag the tokens (incomplete UTF-8, a possible stop string)."""
+
+    request_id: str
+    text: str = ""
+    num_tokens: int = 0
+    """Tokens that this delta adds (0 when only text is flushed)."""
+    logprobs: list[TokenLogprob] = []
+    finish_reason: FinishReason | None = None
+    stop_reason: str | None = None
+    """The stop string that ended the sequence, if one did."""
+    error: str | None = None
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+
+
+class FunctionStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of `GET /v1/experts`: an expert function as it stands now."""
+
+    name: str
+    layer: int
+    expert: int
+    state: str
+    """cold, loading, warm or draining; warm if any instance is."""
+    replicas: int
+    workers: list[str]
+    bytes: int
+    tokens_served: int
+
+
+class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    alive: bool
+    transport: str
+    """in-process, shm, tcp, cuda-ipc, nccl or serve."""
+    instances: int
+    resident_bytes: int
+    tokens_served: int
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Counters and gauges that the gateway turns into Prometheus series."""
+
+    requests_running: int
+    requests_waiting: int
+    kv_cache_usage: float
+    """Share of KV pages in use, 0 to 1."""
+    cold_starts: int
+    warm_starts: int
+    dispatch_seconds_sum: float
+    dispatch_seconds_count: int
+    dispatch_seconds_buckets: list[tuple[float, int]]
+    """(upper bound in seconds, cumulative count), without +Inf."""
+    dispatch_retries: int
+    dispatch_fallbacks: int
+    tokens_per_worker: dict[str, int]
+    workers: list[WorkerStatus]
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What the gateway must know of the model to validate, tokenize and list it."""
+
+    model_id: str
+    created_unix_s: int
+    max_context_tokens: int
+    max_waiting_requests: int
+    vocab_size: int
+    eos_token_ids: list[int]
+    tokenizer_path: str
+    """Folder with tokenizer.json and the chat template, readable by the gateway."""
+    num_layers: int
+    num_experts: int
+    top_k: int
+    dtype: str
+    device: str
+
+
+class EngineClient(Protocol):
+    """An engine as the gateway sees it; serve.py binds it to a Serve handle and the token channel, tests to an
+    engine in the same process."""
+
+    async def model_info(self) -> ModelInfo: ...
+
+    def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationDelta]:
+        """Submit and stream. Raises QueueFullError, ContextLengthError or EngineStoppedError before the first delta.
+        Closing the iterator (aclose) cancels the request and frees its KV pages."""
+        ...
+
+    async def cancel(self, request_id: str) -> None: ...
+
+    async def stats(self) -> EngineStats: ...
+
+    async def functions(self) -> list[FunctionStatus]: ...
+
+    async def is_ready(self) -> bool:
+        """True when a request sent now could be answered."""
+        ...
