@@ -12,7 +12,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import psutil
 import pytest
@@ -63,9 +63,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Under MOELESS_REQUIRE_ALL a skipped test that CI must run has failed."""
-    report: pytest.TestReport = yield
+    report = yield
     required = REQUIRED_IN_CI.intersection(mark.name for mark in item.iter_markers())
     if report.skipped and required and os.environ.get("MOELESS_REQUIRE_ALL") and not hasattr(report, "wasxfail"):
         report.outcome = "failed"
