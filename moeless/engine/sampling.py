@@ -1,0 +1,270 @@
+"""Sampling the next token of every sequence of a step: one batch of tensors, each row with its own parameters.
+
+Shapes: B rows (sequences), V vocabulary, K candidates. Order of the filters, as in vLLM: logit bias and penalties,
+temperature, top-k, top-p. Log-probabilities are of the unmodified distribution.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moeless.core.generation import SamplingParams
+from moeless.engine.randomness import stream_of, uniforms
+
+_CDF_BLOCK = 256
+_CANDIDATE_TIERS = (64, 1024)
+"""How many of the likeliest tokens are sorted before resorting to the whole vocabulary. Fixed sizes, so that ties
+fall the same way whatever the other rows of the batch ask for."""
+
+
+@dataclass(frozen=True, slots=True)
+class RawLogprobs:
+    """Log-probabilities of one sampled token: its own, and the likeliest tokens with theirs, likeliest first."""
+
+    token_id: int
+    logprob: float
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+class RowSampler:
+    """What sampling must remember of one sequence: its parameters, its position and the tokens it has generated."""
+
+    __slots__ = (
+        "_bias",
+        "_counts",
+        "_num_distinct",
+        "_slots",
+        "_token_ids",
+        "adjusts_logits",
+        "is_plain_greedy",
+        "num_logprobs",
+        "position",
+        "stream",
+        "temperature",
+        "top_k",
+        "top_p",
+        "_presence",
+        "_frequency",
+    )
+
+    def __init__(self, params: SamplingParams) -> None:
+        self.temperature = params.temperature
+        self.top_k = params.top_k
+        self.top_p = params.top_p
+        self.num_logprobs = params.logprobs
+        self.stream = stream_of(secrets.randbits(64) if params.seed is None else params.seed)
+        self.position = 0
+        """Index of the token to be sampled, 0 for the first generated one."""
+        self._presence = params.presence_penalty
+        self._frequency = params.frequency_penalty
+        self._slots: dict[int, int] | None = {} if self._presence or self._frequency else None
+        self._token_ids = np.empty(16, dtype=np.int64)
+        self._counts = np.empty(16, dtype=np.float32)
+        self._num_distinct = 0
+        self._bias: tuple[Tensor, Tensor] | None = None
+        if params.logit_bias:
+            self._bias = (
+                torch.tensor(list(params.logit_bias), dtype=torch.int64),
+                torch.tensor(list(params.logit_bias.values()), dtype=torch.float32),
+            )
+        self.adjusts_logits = self._slots is not None or self._bias is not None
+        self.is_plain_greedy = self.temperature == 0 and not self.adjusts_logits and self.num_logprobs is None
+
+    def commit(self, token_id: int) -> None:
+        """Note that `token_id` was generated at the current position."""
+        self.position += 1
+        if self._slots is None:
+            return
+        slot = self._slots.get(token_id)
+        if slot is not None:
+            self._counts[slot] += 1
+            return
+        slot = self._num_distinct
+        if slot == len(self._token_ids):
+            self._token_ids = np.concatenate([self._token_ids, np.empty_like(self._token_ids)])
+            self._counts = np.concatenate([self._counts, np.empty_like(self._counts)])
+        self._token_ids[slot] = token_id
+        self._counts[slot] = 1
+        self._slots[token_id] = slot
+        self._num_distinct += 1
+
+    def adjust(self, logits_V: Tensor) -> None:
+        """Add the logit bias and subtract OpenAI's penalties, in place:
+        presence x [generated before] + frequency x times generated."""
+        if self._bias is not None:
+            token_ids, bias = self._bias
+            logits_V.index_add_(0, token_ids.to(logits_V.device), bias.to(logits_V.device))
+        if self._num_distinct:
+            n = self._num_distinct
+            penalty = self._counts[:n] * -self._frequency - self._presence
+            logits_V.index_add_(
+                0,
+                torch.from_numpy(self._token_ids[:n]).to(logits_V.device),
+                torch.from_numpy(penalty.astype(np.float32, copy=False)).to(logits_V.device),
+            )
+
+
+def sample(logits_BV: Tensor, rows: Sequence[RowSampler]) -> tuple[Tensor, list[RawLogprobs | None] | None]:
+    """The next token of every row.
+
+    Args:
+        logits_BV: float32, row b belongs to `rows[b]`; left as it is.
+    Returns: token ids (B,) int64 on the logits' device, and the log-probabilities of the rows that ask for them
+        (None if no row does).
+    """
+    for row in rows:
+        if not row.is_plain_greedy:
+            break
+    else:
+        return logits_BV.argmax(dim=-1), None
+
+    scores_BV = logits_BV
+    if any(row.adjusts_logits for row in rows):
+        scores_BV = logits_BV.clone()
+        for scores_V, row in zip(scores_BV, rows, strict=True):
+            if row.adjusts_logits:
+                row.adjust(scores_V)
+
+    drawn = [b for b, row in enumerate(rows) if row.temperature > 0]
+    if len(drawn) == len(rows):
+        tokens_B = _draw(scores_BV, rows)
+    else:
+        tokens_B = scores_BV.argmax(dim=-1)
+        if drawn:
+            index = torch.tensor(drawn, device=scores_BV.device)
+            tokens_B[index] = _draw(scores_BV[index], [rows[b] for b in drawn])
+
+    wanted = [b for b, row in enumerate(rows) if row.num_logprobs is not None]
+    return tokens_B, _logprobs(logits_BV, tokens_B, rows, wanted) if wanted else None
+
+
+def _draw(scores_BV: Tensor, rows: Sequence[RowSampler]) -> Tensor:
+    """Sample every row at its temperature, its uniform number put through the inverse of its distribution."""
+    device = scores_BV.device
+    temperature_B1 = torch.tensor([row.temperature for row in rows], dtype=torch.float32, device=device).unsqueeze(1)
+    uniform_B = torch.from_numpy(
+        uniforms(
+            np.array([row.stream for row in rows], dtype=np.uint64),
+            np.array([row.position for row in rows], dtype=np.uint64),
+        )
+    ).to(device)
+    # The maximum is taken off before the division, so that a tiny temperature cannot overflow.
+    scaled_BV = (scores_BV - scores_BV.amax(dim=-1, keepdim=True)).div_(temperature_B1)
+
+    vocab_size = scores_BV.shape[-1]
+    filtered = [b for b, row in enumerate(rows) if row.top_p < 1 or 0 < row.top_k < vocab_size]
+    if not filtered:
+        return _invert_blocked(scaled_BV.exp_(), uniform_B)
+    if len(filtered) == len(rows):
+        return _draw_filtered(scaled_BV, uniform_B, rows)
+    tokens_B = torch.empty(len(rows), dtype=torch.int64, device=device)
+    index = torch.tensor(filtered, device=device)
+    tokens_B[index] = _draw_filtered(scaled_BV[index], uniform_B[index], [rows[b] for b in filtered])
+    rest = torch.tensor([b for b in range(len(rows)) if b not in set(filtered)], device=device)
+    tokens_B[rest] = _invert_blocked(scaled_BV[rest].exp_(), uniform_B[rest])
+    return tokens_B
+
+
+def _invert_blocked(weights_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """Index at which the cumulated weights pass `uniform` of their total.
+
+    In two levels (sums of blocks, then one block): a running sum over the whole vocabulary costs several times as
+    much as the softmax.
+    """
+    batch, vocab_size = weights_BV.shape
+    if vocab_size % _CDF_BLOCK:
+        weights_BV = torch.nn.functional.pad(weights_BV, (0, _CDF_BLOCK - vocab_size % _CDF_BLOCK))
+    blocks = weights_BV.view(batch, -1, _CDF_BLOCK)
+    ends = blocks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    target_B1 = (uniform_B * ends[:, -1]).unsqueeze(1)
+    block_B1 = torch.searchsorted(ends, target_B1, right=True).clamp_(max=ends.shape[1] - 1)
+    inside = blocks.gather(1, block_B1.unsqueeze(-1).expand(-1, -1, _CDF_BLOCK)).squeeze(1)
+    inside_ends = inside.cumsum(dim=-1, dtype=torch.float64)
+    before_B1 = ends.gather(1, block_B1) - inside_ends[:, -1:]
+    offset_B1 = torch.searchsorted(inside_ends, target_B1 - before_B1, right=True)
+    # Rounding may push the target past the block's end; the last token with any weight is then the right one.
+    last_B1 = _CDF_BLOCK - 1 - (inside > 0).flip(-1).int().argmax(dim=-1, keepdim=True)
+    return (block_B1 * _CDF_BLOCK + torch.minimum(offset_B1, last_B1)).squeeze(1)
+
+
+def _draw_filtered(scaled_BV: Tensor, uniform_B: Tensor, rows: Sequence[RowSampler]) -> Tensor:
+    """Sample from each row's top-k and top-p tokens, sorting no more of the vocabulary than a row needs."""
+    vocab_size = scaled_BV.shape[1]
+    tokens_B = torch.empty(len(rows), dtype=torch.int64, device=scaled_BV.device)
+    pending = list(range(len(rows)))
+    log_total_B1 = scaled_BV.logsumexp(dim=-1, keepdim=True)
+    for tier in (*_CANDIDATE_TIERS, vocab_size):
+        num_candidates = min(tier, vocab_size)
+        here = [b for b in pending if rows[b].top_k <= num_candidates]
+        if not here:
+            continue
+        index = torch.tensor(here, device=scaled_BV.device)
+        scaled, top_ids = _likeliest(scaled_BV[index], num_candidates)
+        probs_NK = (scaled - log_total_B1[index]).exp()
+        tokens_N, enough_N = _nucleus(probs_NK, uniform_B[index], [rows[b] for b in here])
+        if num_candidates == vocab_size:
+            enough_N = torch.ones_like(enough_N)
+        chosen_N = top_ids.gather(1, tokens_N.unsqueeze(1)).squeeze(1)
+        tokens_B[index[enough_N]] = chosen_N[enough_N]
+        done = {b for b, enough in zip(here, enough_N.tolist(), strict=True) if enough}
+        pending = [b for b in pending if b not in done]
+        if not pending:
+            break
+    return tokens_B
+
+
+def _likeliest(scaled_NV: Tensor, num_candidates: int) -> tuple[Tensor, Tensor]:
+    if num_candidates == scaled_NV.shape[1]:
+        values, ids = scaled_NV.sort(dim=-1, descending=True, stable=True)
+        return values, ids
+    values, ids = scaled_NV.topk(num_candidates, dim=-1)
+    return values, ids
+
+
+def _nucleus(probs_NK: Tensor, uniform_N: Tensor, rows: Sequence[RowSampler]) -> tuple[Tensor, Tensor]:
+    """Sample from the shortest run of candidates that holds top_p of the top-k tokens' probability.
+
+    Args:
+        probs_NK: probabilities under the whole vocabulary, likeliest first.
+    Returns: the candidate drawn, and whether the candidates were enough to hold every token that may be drawn.
+    """
+    num_candidates = probs_NK.shape[1]
+    device = probs_NK.device
+    top_k = torch.tensor([row.top_k or num_candidates for row in rows], device=device).unsqueeze(1)
+    top_p = torch.tensor([row.top_p for row in rows], dtype=torch.float64, device=device).unsqueeze(1)
+    limited = torch.tensor([0 < row.top_k <= num_candidates for row in rows], device=device)
+    kept = probs_NK.double().masked_fill(torch.arange(num_candidates, device=device) >= top_k, 0.0)
+    ends = kept.cumsum(dim=-1)
+    total_N1 = torch.where(limited.unsqueeze(1), ends[:, -1:], torch.ones_like(ends[:, -1:]))
+    kept = kept.masked_fill((ends - kept) >= top_p * total_N1, 0.0)
+    kept[:, 0] = probs_NK[:, 0]
+    kept_ends = kept.cumsum(dim=-1)
+    target_N1 = uniform_N.unsqueeze(1) * kept_ends[:, -1:]
+    drawn = torch.searchsorted(kept_ends, target_N1, right=True).squeeze(1)
+    last = (kept > 0).sum(dim=-1) - 1
+    enough = limited | (ends[:, -1] >= top_p.squeeze(1))
+    return torch.minimum(drawn, last.clamp(min=0)), enough
+
+
+def _logprobs(
+    logits_BV: Tensor, tokens_B: Tensor, rows: Sequence[RowSampler], wanted: list[int]
+) -> list[RawLogprobs | None]:
+    index = torch.tensor(wanted, device=logits_BV.device)
+    logprobs_NV = logits_BV[index].log_softmax(dim=-1)
+    tokens_N1 = tokens_B[index].unsqueeze(1)
+    own = logprobs_NV.gather(1, tokens_N1).squeeze(1).tolist()
+    most = min(max(rows[b].num_logprobs or 0 for b in wanted), logits_BV.shape[1])
+    top_values, top_ids = logprobs_NV.topk(most, dim=-1)
+    values, ids = top_values.tolist(), top_ids.tolist()
+    result: list[RawLogprobs | None] = [None] * len(rows)
+    for n, b in enumerate(wanted):
+        count = rows[b].num_logprobs or 0
+        result[b] = RawLogprobs(int(tokens_N1[n, 0]), own[n], ids[n][:count], values[n][:count])
+    return result

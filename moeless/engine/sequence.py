@@ -1,0 +1,128 @@
+"""One request on its way through an engine: what it has generated, its text, and why it ended."""
+
+from __future__ import annotations
+
+from moeless.core.generation import FinishReason, GenerationDelta, GenerationRequest, TokenLogprob
+from moeless.engine.sampling import RawLogprobs, RowSampler
+from moeless.engine.text import StopMatcher, TokenTexts
+
+
+class Sequence:
+    """Takes the sampled tokens one by one, decides when the sequence ends and hands out deltas.
+
+    Belongs to the generation thread.
+    """
+
+    __slots__ = (
+        "_decoder",
+        "_eos_ids",
+        "_logprobs",
+        "_matcher",
+        "_new_tokens",
+        "_stop_reason",
+        "_text",
+        "_texts",
+        "error",
+        "finish_reason",
+        "max_tokens",
+        "num_cached_tokens",
+        "num_generated",
+        "num_prompt_tokens",
+        "prompt_token_ids",
+        "request_id",
+        "sampler",
+    )
+
+    def __init__(self, request: GenerationRequest, *, eos_ids: frozenset[int], texts: TokenTexts) -> None:
+        sampling = request.sampling
+        self.request_id = request.request_id
+        self.prompt_token_ids = request.prompt_token_ids
+        self.num_prompt_tokens = len(request.prompt_token_ids)
+        self.num_cached_tokens = 0
+        self.max_tokens = sampling.max_tokens
+        self.sampler = RowSampler(sampling)
+        self.num_generated = 0
+        self.finish_reason: FinishReason | None = None
+        self.error: str | None = None
+        self._eos_ids = frozenset() if sampling.ignore_eos else eos_ids
+        self._texts = texts
+        self._decoder = texts.new_decoder()
+        self._matcher = StopMatcher(sampling.stop) if sampling.stop else None
+        self._text = ""
+        self._new_tokens = 0
+        self._logprobs: list[TokenLogprob] = []
+        self._stop_reason: str | None = None
+
+    def advance(self, token_id: int, logprobs: RawLogprobs | None = None) -> bool:
+        """Add a sampled token. Returns True if the sequence has ended.
+
+        The end-of-sequence token counts as generated but adds neither text nor log-probabilities.
+        """
+        self.num_generated += 1
+        self._new_tokens += 1
+        self.sampler.commit(token_id)
+        if token_id in self._eos_ids:
+            self._end("stop")
+            return True
+        if logprobs is not None:
+            self._logprobs.append(self._describe(logprobs))
+        text = self._decoder.feed(token_id)
+        if text and self._take_text(text):
+            return True
+        if self.num_generated >= self.max_tokens:
+            self._end("length")
+            return True
+        return False
+
+    def finish(self, reason: FinishReason, error: str | None = None) -> None:
+        """End the sequence from outside: cancelled or failed. Text that was held back is dropped."""
+        self.finish_reason = reason
+        self.error = error
+
+    def take_delta(self) -> GenerationDelta:
+        """What has come since the last call."""
+        delta = GenerationDelta(
+            request_id=self.request_id,
+            text=self._text,
+            num_tokens=self._new_tokens,
+            logprobs=self._logprobs,
+            finish_reason=self.finish_reason,
+            stop_reason=self._stop_reason,
+            error=self.error,
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_cached_tokens=self.num_cached_tokens,
+        )
+        self._text = ""
+        self._new_tokens = 0
+        if self._logprobs:
+            self._logprobs = []
+        return delta
+
+    def _take_text(self, text: str) -> bool:
+        """Pass on decoded text as far as no stop string can begin in it. True if a stop string is complete."""
+        if self._matcher is None:
+            self._text += text
+            return False
+        certain, stop = self._matcher.feed(text)
+        self._text += certain
+        if stop is None:
+            return False
+        self.finish_reason = "stop"
+        self._stop_reason = stop
+        return True
+
+    def _end(self, reason: FinishReason) -> None:
+        rest = self._decoder.flush()
+        if rest and self._take_text(rest):
+            return
+        if self._matcher is not None:
+            self._text += self._matcher.flush()
+        self.finish_reason = reason
+
+    def _describe(self, raw: RawLogprobs) -> TokenLogprob:
+        data = self._texts.bytes_of(raw.token_id)
+        top: list[tuple[int, str, bytes, float]] = []
+        for token_id, logprob in zip(raw.top_ids, raw.top_logprobs, strict=True):
+            other = self._texts.bytes_of(token_id)
+            top.append((token_id, other.decode(errors="replace"), other, logprob))
+        return TokenLogprob(raw.token_id, data.decode(errors="replace"), data, raw.logprob, top)

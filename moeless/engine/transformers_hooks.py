@@ -1,0 +1,243 @@
+"""The one place that reaches into transformers' continuous batching, and what it relies on there (5.19).
+
+- `ContinuousBatchingManager.__init__` resolves configs and calls `switch_to_cb_friendly_attn`;
+  `_create_batch_processor` builds cache, scheduler and processor without starting a thread.
+- `ContinuousBatchProcessor.prepare_next_batch`, `_generation_step(model)` and `update_batch` are one step. The
+  processor calls `model_runner.compute_batch`, and `output_router.deliver_batch` at most once a step.
+- `ModelRunner._sample(scores, output_ids)` gets float32 logits of shape (1, rows, V) whose first rows belong, in
+  order, to those of `inputs_and_outputs.requests_in_batch` that have `has_new_token`; the rest is padding. Tokens go
+  to `output_ids[0, :rows]`.
+- `update_batch` calls `RequestState.update_and_check_completion(token, logprob)`, frees the request's pages at once
+  if that returns True, and passes what `to_generation_output()` returns to the router.
+- A request that must make room is soft reset: `create_equivalent_initial_request` makes its successor.
+- `PagedAttentionCache.search_prefix_match(request_id, prompt)` returns the tokens it found in shared pages.
+
+tests/unit/engine/test_transformers_hooks.py fails, naming the line above, when transformers changes one of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.generation.continuous_batching.continuous_api import (
+    ContinuousBatchingManager,
+    ContinuousBatchProcessor,
+    OutputRouter,
+)
+from transformers.generation.continuous_batching.model_runner import ModelRunner, infer_max_single_request_tokens
+from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
+from transformers.generation.continuous_batching.utils import find_head_dim, find_num_key_value_heads
+
+from moeless.core.generation import GenerationDelta
+from moeless.engine.sampling import RawLogprobs, sample
+from moeless.engine.sequence import Sequence
+
+__all__ = ["PagedBatcher", "SequenceState", "kv_bytes_per_token"]
+
+
+@dataclass
+class SequenceState(RequestState):  # type: ignore[misc]
+    """transformers' bookkeeping of a request, with the decisions left to our `Sequence`."""
+
+    sequence: Sequence | None = None
+    raw_logprobs: RawLogprobs | None = None
+
+    @classmethod
+    def of(cls, sequence: Sequence) -> SequenceState:
+        return cls(
+            request_id=sequence.request_id,
+            initial_tokens=sequence.prompt_token_ids,
+            max_new_tokens=sequence.max_tokens,
+            streaming=True,
+            sequence=sequence,
+        )
+
+    def update_and_check_completion(self, token_id: int, logprob: float | None) -> bool:
+        assert self.sequence is not None
+        self.generated_tokens.append(token_id)
+        try:
+            ended = self.sequence.advance(token_id, self.raw_logprobs)
+        except Exception as error:  # one sequence's text must not fail the whole batch
+            self.sequence.finish("error", f"{type(error).__name__}: {error}")
+            ended = True
+        self.raw_logprobs = None
+        if ended:
+            self.status = RequestStatus.FINISHED
+            return True
+        self.tokens_to_process = [token_id]
+        return False
+
+    def to_generation_output(self) -> GenerationDelta:
+        assert self.sequence is not None
+        return self.sequence.take_delta()
+
+    def create_equivalent_initial_request(self) -> SequenceState:
+        return SequenceState(
+            request_id=self.request_id,
+            initial_tokens=self.initial_tokens + self.generated_tokens,
+            max_new_tokens=None if self.max_new_tokens is None else self.max_new_tokens - len(self.generated_tokens),
+            streaming=True,
+            sequence=self.sequence,
+        )
+
+
+class _SamplingRunner(ModelRunner):  # type: ignore[misc]
+    """Samples with our sampler, each row with its sequence's own parameters."""
+
+    def _sample(self, scores: Tensor, output_ids: Tensor) -> None:
+        states = [f.state for f in self.inputs_and_outputs.requests_in_batch if f.has_new_token]
+        if not states:
+            return
+        rows = [state.sequence.sampler for state in states]
+        tokens_B, logprobs = sample(scores[0, : len(rows)], rows)
+        output_ids[0, : len(rows)].copy_(tokens_B)
+        if logprobs is not None:
+            for state, raw in zip(states, logprobs, strict=True):
+                state.raw_logprobs = raw
+
+
+class _DeltaRouter(OutputRouter):  # type: ignore[misc]
+    """Keeps a step's outputs, which are deltas, for `PagedBatcher.step` to return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deltas: list[GenerationDelta] = []
+
+    def deliver_batch(self, outputs: list[GenerationDelta]) -> None:
+        self.deltas = outputs
+
+    def take(self) -> list[GenerationDelta]:
+        deltas, self.deltas = self.deltas, []
+        return deltas
+
+
+class _Manager(ContinuousBatchingManager):  # type: ignore[misc]
+    """transformers' wiring of the parts, for an attention implementation of our choice and without its thread."""
+
+    def __init__(self, model: PreTrainedModel, config: ContinuousBatchingConfig, attention: str) -> None:
+        self._attention = attention
+        super().__init__(model, GenerationConfig(do_sample=False), config)
+
+    def switch_to_cb_friendly_attn(self, model: PreTrainedModel, auto_switch_to_flash: bool = True) -> None:
+        model.set_attn_implementation(self._attention)
+
+
+class PagedBatcher:
+    """transformers' continuous batching, driven step by step by the caller's thread."""
+
+    def __init__(self, model: PreTrainedModel, config: ContinuousBatchingConfig, *, attention: str) -> None:
+        """Args:
+        config: with `num_blocks`, `page_size`, `max_batch_tokens` and `max_requests_per_batch` set.
+        attention: name of the attention implementation; the model gets its own back at `close`.
+        """
+        self._model: nn.Module = model
+        self._original_attention: str = model.config._attn_implementation
+        self._router = _DeltaRouter()
+        manager = _Manager(model, config, attention)
+        manager.output_router = self._router
+        processor: ContinuousBatchProcessor = manager._create_batch_processor()
+        processor.model_runner = _SamplingRunner(
+            logit_processor=processor.logit_processor,
+            cb_config=processor.cb_config,
+            cache=processor.cache,
+            inputs_and_outputs=processor.inputs_and_outputs,
+            do_sample=False,
+            return_logprobs=False,
+        )
+        self._manager = manager
+        self._processor = processor
+        self._scheduler: Any = processor.scheduler
+        self._cache: PagedAttentionCache = processor.cache
+        self._note_cached_tokens()
+
+    @property
+    def max_request_tokens(self) -> int:
+        """Most tokens of one request that the pages can hold."""
+        return int(infer_max_single_request_tokens(self._cache))
+
+    @property
+    def num_active(self) -> int:
+        return len(self._scheduler.active_requests)
+
+    @property
+    def num_blocks(self) -> int:
+        return int(self._cache.num_blocks)
+
+    @property
+    def shares_prefixes(self) -> bool:
+        return bool(self._cache.use_prefix_sharing)
+
+    def has_work(self) -> bool:
+        return bool(self._scheduler.has_pending_requests())
+
+    def add(self, sequence: Sequence) -> None:
+        self._scheduler.add_waiting_request(SequenceState.of(sequence))
+
+    def cancel(self, request_id: str) -> None:
+        self._scheduler.set_request_cancellation(request_id)
+        self._scheduler.clear_cancelled_requests()
+
+    def step(self) -> list[GenerationDelta]:
+        """One forward pass over what the scheduler picks. Returns its deltas."""
+        if not self._processor.prepare_next_batch():
+            return []
+        self._processor._generation_step(self._model)
+        self._processor.update_batch()
+        return self._router.take()
+
+    def fail_batch(self) -> list[Sequence]:
+        """Forget what took part in a step that raised and free its pages. Requests beside it go on.
+
+        If the step failed before it had a batch, that is every request that has begun (or, if none has, that waits).
+        """
+        ios = self._processor.inputs_and_outputs
+        active = self._scheduler.active_requests
+        states = [f.state for f in ios.requests_in_batch if active.get(f.state.request_id) is f.state]
+        if not states:
+            states = list(active.values()) or list(self._scheduler.waiting_requests.values())
+        for state in states:
+            self.cancel(state.request_id)
+        self._router.take()
+        self._scheduler._requests_to_fork.clear()
+        self._scheduler.block_new_requests = False
+        return [state.sequence for state in states]
+
+    def free_share(self) -> float:
+        """Share of the pages that no request holds. May be called from any thread."""
+        cached = sum(
+            len(allocator.ledger.cached_blocks) * allocator.bytes_per_block
+            for allocator in self._cache.cache_allocators.values()
+        )
+        total = self._cache.num_sectors * self._cache.bytes_per_sector
+        return float(self._cache.compute_free_capacity()) + cached / total
+
+    def close(self) -> None:
+        self._model.set_attn_implementation(self._original_attention)  # type: ignore[operator]
+
+    def _note_cached_tokens(self) -> None:
+        """Tell each sequence how many prompt tokens it found in shared pages when it began."""
+        search: Callable[[str, list[int]], int] = self._cache.search_prefix_match
+
+        def search_and_note(request_id: str, prompt_ids: list[int]) -> int:
+            found = search(request_id, prompt_ids)
+            state = self._scheduler.waiting_requests.get(request_id)
+            if found and state is not None and state.sequence.num_generated == 0:
+                state.sequence.num_cached_tokens = found
+            return found
+
+        self._cache.search_prefix_match = search_and_note
+
+
+def kv_bytes_per_token(model: PreTrainedModel) -> int:
+    """Bytes of keys and values of one token in every layer of the paged cache."""
+    config: Any = model.config.get_text_config()
+    dtype: torch.dtype = model.dtype
+    return int(
+        2 * find_num_key_value_heads(config) * find_head_dim(config) * dtype.itemsize * config.num_hidden_layers
+    )
