@@ -1,0 +1,1 @@
+"""From the router's choice to the weighted sum: grouping tokens by worker, transports, retry, combine."""

@@ -1,0 +1,60 @@
+"""The interface of a transport: one open line from an engine to a worker."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import msgspec
+import torch
+
+from moeless.dispatch.wire import LayerCall
+
+
+class Channel(Protocol):
+    """Carries one call at a time. Used by the engine's compute thread only, except `close`."""
+
+    kind: str
+    """in-process, shm, tcp, cuda-ipc, nccl or serve."""
+    max_rows: int
+    """Most rows of one call."""
+
+    def submit(self, call: LayerCall) -> None:
+        """Send and return at once. Raises TransportError if the worker is gone."""
+        ...
+
+    def collect(self, timeout_s: float) -> torch.Tensor:
+        """Wait for the answer to the last submit: partial sums (R, H), valid until the next submit.
+
+        Raises: WorkerTimeoutError after `timeout_s` seconds; TransportError if the worker hung up or failed. After
+        a WorkerTimeoutError or a hang-up the channel is broken and must be closed.
+        """
+        ...
+
+    @property
+    def is_broken(self) -> bool:
+        """True once no further call can be made."""
+        ...
+
+    def close(self) -> None:
+        """Hang up and release memory. May be called from any thread, and twice."""
+        ...
+
+
+class WorkerEndpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """How to reach a worker's data plane."""
+
+    worker: str
+    host_id: str
+    """Equal for processes of one machine."""
+    unix_address: str
+    """Name in the abstract socket namespace (without the leading NUL): it leaves nothing behind when a process dies."""
+    tcp_host: str
+    tcp_port: int
+    pid: int
+    device: str = "cpu"
+
+
+def host_id() -> str:
+    """Names this machine's running kernel; containers of one machine share it."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()

@@ -1,0 +1,293 @@
+"""Takes a layer's routing to the instances and brings the weighted sum back: the heart of the token path.
+
+One call of `forward` per MoE layer, from the engine's compute thread: look up the table, group the pairs by worker,
+send to all workers, compute the local part while they work, collect in worker order, retry what failed, add up.
+
+Shapes: T tokens, k experts per token, E experts, H hidden, R rows of one worker, n pairs.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from moeless.core.errors import FunctionUnavailableError, MoelessError, TransportError
+from moeless.core.expert import FunctionId
+from moeless.core.routing_table import LOCAL_WORKER, RoutingTable
+from moeless.dispatch.channel import Channel
+from moeless.dispatch.grouping import CompiledLayer, WorkerGroup, compile_layer, group_by_worker, regroup_elsewhere
+from moeless.dispatch.metrics import DispatchMetrics
+from moeless.dispatch.wire import LayerCall
+from moeless.functions.feed_forward import FeedForward
+from moeless.functions.pool import IntArray
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DispatchConfig:
+    """How patient the dispatcher is."""
+
+    call_timeout_s: float = 5.0
+    """A worker that has not answered a layer after this long counts as failed; hundreds of times a slow layer's
+    compute, so that only a stuck process is hit."""
+
+    def __post_init__(self) -> None:
+        if self.call_timeout_s <= 0:
+            raise ValueError(f"dispatch.call_timeout_s must be > 0, got {self.call_timeout_s}")
+
+
+@dataclass(slots=True)
+class _Routing:
+    """One call's routing on the host."""
+
+    layer: int
+    x_TH: torch.Tensor
+    experts_Tk: IntArray
+    weights_n: torch.Tensor
+    """float32, on the CPU, flattened (T, k)."""
+    dead: set[int] = field(default_factory=set)
+    """Workers that failed during this call."""
+
+
+class Dispatcher:
+    """Routes expert calls by the current table.
+
+    Args:
+        local: the engine's own functions: instances in process, and the cold copies that a failed call falls back to.
+        table: where each function has its instances.
+        config: patience.
+    """
+
+    def __init__(self, local: FeedForward, table: RoutingTable, config: DispatchConfig | None = None) -> None:
+        self._local = local
+        self._config = config or DispatchConfig()
+        self._num_experts = local.pool.num_experts
+        self._channels: dict[str, Channel] = {}
+        self._lock = threading.Lock()
+        self._step = 0
+        self.metrics = DispatchMetrics(self._num_experts)
+        self.table = table
+        self._compiled = self._compile(table)
+
+    # ---- the plan, set by control threads ---------------------------------------------------------------------
+
+    def set_table(self, table: RoutingTable) -> None:
+        """Use `table` from the next layer on. Raises ValueError if it is not newer."""
+        with self._lock:
+            if table.version <= self.table.version:
+                raise ValueError(f"table version must be above {self.table.version}, got {table.version}")
+            self.table = table
+            self._compiled = self._compile(table)
+
+    def set_channels(self, channels: Mapping[str, Channel]) -> None:
+        """Replace the lines to workers. A worker without one is not used; lines left out are closed."""
+        with self._lock:
+            dropped = [c for name, c in self._channels.items() if channels.get(name) is not c]
+            self._channels = dict(channels)
+            self._compiled = self._compile(self.table)
+        for channel in dropped:
+            channel.close()
+
+    def broken_workers(self) -> list[str]:
+        """Workers of the table that cannot be called now."""
+        channels = self._channels
+        return [
+            worker
+            for worker in self.table.workers
+            if worker != LOCAL_WORKER and (worker not in channels or channels[worker].is_broken)
+        ]
+
+    @property
+    def channels(self) -> Mapping[str, Channel]:
+        return self._channels
+
+    @property
+    def local(self) -> FeedForward:
+        return self._local
+
+    def _compile(self, table: RoutingTable) -> list[CompiledLayer]:
+        known = frozenset(self._channels) | {LOCAL_WORKER}
+        return [
+            compile_layer(table, layer, num_experts, known=known) for layer, num_experts in enumerate(self._num_experts)
+        ]
+
+    # ---- one layer, in the compute thread ---------------------------------------------------------------------
+
+    def forward(
+        self, layer: int, hidden_TH: torch.Tensor, top_k_index_Tk: torch.Tensor, top_k_weights_Tk: torch.Tensor
+    ) -> torch.Tensor:
+        """The layer's routed output: for each token the gate-weighted sum over its experts.
+
+        Returns: (T, H), in hidden's dtype and on its device.
+        Raises: FunctionUnavailableError naming the function, if nobody can compute it.
+        """
+        started_s = time.perf_counter()
+        self._step += 1
+        compiled = self._compiled[layer]
+        if compiled.workers == (LOCAL_WORKER,):
+            out_TH = self._forward_local(layer, hidden_TH, top_k_index_Tk, top_k_weights_Tk)
+        else:
+            routing = _Routing(
+                layer=layer,
+                x_TH=hidden_TH,
+                experts_Tk=top_k_index_Tk.cpu().numpy(),
+                weights_n=top_k_weights_Tk.reshape(-1).float().cpu(),
+            )
+            groups = group_by_worker(compiled, routing.experts_Tk, step=self._step)
+            out_TH = self._exchange(compiled, routing, groups).to(hidden_TH.dtype)
+        self.metrics.observe_layer(time.perf_counter() - started_s)
+        return out_TH
+
+    def _forward_local(
+        self, layer: int, hidden_TH: torch.Tensor, top_k_index_Tk: torch.Tensor, top_k_weights_Tk: torch.Tensor
+    ) -> torch.Tensor:
+        if hidden_TH.is_cuda and self._local.pool.is_full(layer):
+            self.metrics.count_local(LOCAL_WORKER, top_k_index_Tk.numel())
+            return self._local.forward_resident(layer, hidden_TH, top_k_index_Tk, top_k_weights_Tk)
+        num_tokens, top_k = top_k_index_Tk.shape
+        experts_n = top_k_index_Tk.cpu().numpy().reshape(-1)
+        weights_n = top_k_weights_Tk.reshape(-1)
+        if num_tokens == 1:  # pairs of one row need no order: each gets its own product
+            rows_n = np.zeros(top_k, dtype=np.int64)
+        else:
+            order_n = np.argsort(experts_n, kind="stable")
+            rows_n, experts_n = order_n // top_k, experts_n[order_n]
+            weights_n = weights_n.index_select(0, torch.from_numpy(order_n).to(weights_n.device))
+        out_TH = self._local.partial_sums(layer, hidden_TH, rows_n, experts_n, weights_n)
+        self.metrics.count_local(LOCAL_WORKER, num_tokens * top_k)
+        return out_TH
+
+    def _exchange(self, compiled: CompiledLayer, routing: _Routing, groups: list[WorkerGroup]) -> torch.Tensor:
+        """Send to all, compute the local part meanwhile, collect and add in worker order."""
+        out_TH = torch.zeros(routing.x_TH.shape, dtype=torch.float32, device=routing.x_TH.device)
+        local: WorkerGroup | None = None
+        pending: list[tuple[WorkerGroup, Channel]] = []
+        failed: list[WorkerGroup] = []
+        for group in groups:
+            name = compiled.workers[group.worker]
+            if name == LOCAL_WORKER:
+                local = group
+                continue
+            for part in _split_rows(group, self._channels.get(name)):
+                if pending and pending[-1][0].worker == part.worker:
+                    self._collect_into(out_TH, compiled, routing, *pending.pop(), failed)
+                channel = self._submit(name, routing, part)
+                if channel is None:
+                    routing.dead.add(part.worker)
+                    failed.append(part)
+                else:
+                    pending.append((part, channel))
+        local_RH = None if local is None else self._compute_here(routing, local)
+        for group, channel in pending:
+            self._collect_into(out_TH, compiled, routing, group, channel, failed)
+        if local is not None and local_RH is not None:
+            _add(out_TH, local, local_RH)
+        for group in failed:
+            self._retry(out_TH, compiled, routing, group)
+        return out_TH
+
+    def _submit(self, worker: str, routing: _Routing, group: WorkerGroup) -> Channel | None:
+        channel = self._channels.get(worker)
+        if channel is None or channel.is_broken:
+            return None
+        try:
+            channel.submit(
+                LayerCall(
+                    layer=routing.layer,
+                    x_TH=routing.x_TH,
+                    tokens_R=group.tokens_R,
+                    rows_n=group.rows_n,
+                    experts_n=group.experts_n,
+                    weights_n=routing.weights_n[torch.from_numpy(group.pairs_n)],
+                )
+            )
+        except TransportError as error:
+            logger.warning("call failed worker=%s layer=%d reason=%s", worker, routing.layer, error)
+            return None
+        return channel
+
+    def _collect_into(
+        self,
+        out_TH: torch.Tensor,
+        compiled: CompiledLayer,
+        routing: _Routing,
+        group: WorkerGroup,
+        channel: Channel,
+        failed: list[WorkerGroup],
+    ) -> None:
+        worker = compiled.workers[group.worker]
+        try:
+            partial_RH = channel.collect(self._config.call_timeout_s)
+        except TransportError as error:
+            logger.warning("call failed worker=%s layer=%d reason=%s", worker, routing.layer, error)
+            routing.dead.add(group.worker)
+            failed.append(group)
+            return
+        _add(out_TH, group, partial_RH)
+        self.metrics.count_remote(worker, routing.layer, group.experts_n)
+
+    def _retry(self, out_TH: torch.Tensor, compiled: CompiledLayer, routing: _Routing, group: WorkerGroup) -> None:
+        """Once on other instances of the functions, then on the engine's own copies."""
+        others, left = regroup_elsewhere(compiled, group, routing.experts_Tk, dead=routing.dead)
+        failed: list[WorkerGroup] = [] if left is None else [left]
+        for other in others:
+            self.metrics.retries += 1
+            name = compiled.workers[other.worker]
+            if name == LOCAL_WORKER:
+                failed.append(other)
+                continue
+            for part in _split_rows(other, self._channels.get(name)):
+                channel = self._submit(name, routing, part)
+                if channel is None:
+                    failed.append(part)
+                else:
+                    self._collect_into(out_TH, compiled, routing, part, channel, failed)
+        for remaining in failed:
+            self.metrics.fallbacks += 1
+            _add(out_TH, remaining, self._compute_here(routing, remaining))
+
+    def _compute_here(self, routing: _Routing, group: WorkerGroup) -> torch.Tensor:
+        names = ", ".join(str(FunctionId(routing.layer, e)) for e in np.unique(group.experts_n).tolist())
+        try:
+            device = self._local.pool.device
+            x_RH = routing.x_TH.index_select(0, torch.from_numpy(group.tokens_R).to(routing.x_TH.device))
+            weights_n = routing.weights_n[torch.from_numpy(group.pairs_n)].to(device)
+            partial_RH = self._local.partial_sums(
+                routing.layer, x_RH.to(device), group.rows_n, group.experts_n, weights_n
+            )
+        except (MoelessError, OSError) as error:
+            raise FunctionUnavailableError(f"no instance could compute {names}: {error}") from error
+        self.metrics.count_local(LOCAL_WORKER, len(group.experts_n))
+        return partial_RH
+
+
+def _add(out_TH: torch.Tensor, group: WorkerGroup, partial_RH: torch.Tensor) -> None:
+    partial_RH = partial_RH.to(device=out_TH.device, dtype=out_TH.dtype)
+    if len(group.tokens_R) == len(out_TH):
+        out_TH.add_(partial_RH)
+    else:
+        out_TH.index_add_(0, torch.from_numpy(group.tokens_R).to(out_TH.device), partial_RH)
+
+
+def _split_rows(group: WorkerGroup, channel: Channel | None) -> Iterator[WorkerGroup]:
+    """The group in parts of at most as many rows as one call may have."""
+    if channel is None or len(group.tokens_R) <= channel.max_rows:
+        yield group
+        return
+    for start in range(0, len(group.tokens_R), channel.max_rows):
+        stop = start + channel.max_rows
+        inside = (group.rows_n >= start) & (group.rows_n < stop)
+        yield WorkerGroup(
+            worker=group.worker,
+            tokens_R=group.tokens_R[start:stop],
+            rows_n=group.rows_n[inside] - start,
+            experts_n=group.experts_n[inside],
+            pairs_n=group.pairs_n[inside],
+        )

@@ -1,0 +1,146 @@
+"""Which worker gets which (token, expert) pairs of a layer: arrays in, arrays out.
+
+Shapes: T tokens, k experts per token, E experts, n pairs, R rows (distinct tokens) of one worker.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from moeless.core.expert import FunctionId
+from moeless.core.routing_table import LOCAL_WORKER, RoutingTable
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+
+_GOLDEN = 0.6180339887498949
+"""Steps of this ratio spread single tokens over replicas in proportion to their shares."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledLayer:
+    """One layer of a routing table, ready for array look-ups. Workers are numbered in the table's sorted order."""
+
+    workers: tuple[str, ...]
+    worker_of_E: IntArray
+    """The expert's first worker."""
+    shares_of: dict[int, tuple[IntArray, FloatArray]]
+    """Only experts with replicas: their workers and the cumulative shares."""
+
+    def replicas(self, expert: int) -> IntArray:
+        """Numbers of the workers that hold an instance of `expert`."""
+        if expert in self.shares_of:
+            return self.shares_of[expert][0]
+        return self.worker_of_E[expert : expert + 1]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerGroup:
+    """What one worker gets of one layer, pairs sorted by expert."""
+
+    worker: int
+    tokens_R: IntArray
+    """Which of the T tokens are its rows."""
+    rows_n: IntArray
+    """Row of each pair, into tokens_R."""
+    experts_n: IntArray
+    pairs_n: IntArray
+    """Position of each pair in the flattened (T, k) routing."""
+
+
+def compile_layer(
+    table: RoutingTable, layer: int, num_experts: int, *, known: frozenset[str] | None = None
+) -> CompiledLayer:
+    """Look-up arrays for `layer`. A function without an instance goes to the engine's own process.
+
+    Args:
+        known: workers that can be reached; instances elsewhere are left out and their shares spread over the rest.
+    """
+    kept: dict[int, list[tuple[str, float]]] = {}
+    for expert in range(num_experts):
+        instances = table.instances.get(FunctionId(layer, expert), ())
+        reachable = [(i.worker, i.share) for i in instances if known is None or i.worker in known]
+        kept[expert] = reachable or [(LOCAL_WORKER, 1.0)]
+    workers = tuple(sorted({worker for instances in kept.values() for worker, _ in instances}))
+    number = {worker: index for index, worker in enumerate(workers)}
+    shares_of: dict[int, tuple[IntArray, FloatArray]] = {}
+    for expert, found in kept.items():
+        if len(found) > 1:
+            found.sort()
+            shares = np.array([share for _, share in found])
+            shares_of[expert] = (
+                np.array([number[worker] for worker, _ in found]),
+                np.cumsum(shares / shares.sum()),
+            )
+    worker_of_E = np.array([number[kept[expert][0][0]] for expert in range(num_experts)], dtype=np.int64)
+    return CompiledLayer(workers=workers, worker_of_E=worker_of_E, shares_of=shares_of)
+
+
+def group_by_worker(compiled: CompiledLayer, experts_Tk: IntArray, *, step: int) -> list[WorkerGroup]:
+    """Split a layer's pairs over the workers, in worker order.
+
+    Args:
+        experts_Tk: the router's choice.
+        step: counts calls; replicas take turns by it when a call has few tokens for them.
+    """
+    num_tokens, top_k = experts_Tk.shape
+    experts_n = experts_Tk.reshape(-1)
+    workers_n = compiled.worker_of_E[experts_n]
+    for expert, (replicas, cumulative) in compiled.shares_of.items():
+        positions = np.flatnonzero(experts_n == expert)
+        if len(positions):
+            points = ((np.arange(len(positions)) + step * _GOLDEN) % len(positions)) / len(positions)
+            if len(positions) == 1:
+                points = np.array([step * _GOLDEN % 1.0])
+            chosen = np.minimum(np.searchsorted(cumulative, points, side="right"), len(replicas) - 1)
+            workers_n[positions] = replicas[chosen]
+    order_n = np.argsort(workers_n * len(compiled.worker_of_E) + experts_n, kind="stable")
+    sorted_workers = workers_n[order_n]
+    starts = np.searchsorted(sorted_workers, np.arange(len(compiled.workers) + 1))
+    groups = []
+    for worker in range(len(compiled.workers)):
+        pairs_n = order_n[starts[worker] : starts[worker + 1]]
+        if len(pairs_n):
+            groups.append(_group(worker, pairs_n, experts_n, num_tokens, top_k))
+    return groups
+
+
+def regroup_elsewhere(
+    compiled: CompiledLayer, failed: WorkerGroup, experts_Tk: IntArray, *, dead: set[int]
+) -> tuple[list[WorkerGroup], WorkerGroup | None]:
+    """Give a failed worker's pairs to other instances of their functions.
+
+    Args:
+        dead: numbers of the workers not to use, the failed one among them.
+    Returns: groups for other workers, and the group of pairs that no other worker can take (or None).
+    """
+    num_tokens, top_k = experts_Tk.shape
+    target_n = np.full(len(failed.pairs_n), -1, dtype=np.int64)
+    for expert in np.unique(failed.experts_n).tolist():
+        others = [worker for worker in compiled.replicas(expert).tolist() if worker not in dead]
+        if others:
+            positions = np.flatnonzero(failed.experts_n == expert)
+            target_n[positions] = np.array(others)[np.arange(len(positions)) % len(others)]
+    experts_n = experts_Tk.reshape(-1)
+    groups = [
+        _group(worker, failed.pairs_n[target_n == worker], experts_n, num_tokens, top_k)
+        for worker in sorted(set(target_n.tolist()) - {-1})
+    ]
+    left_n = failed.pairs_n[target_n == -1]
+    left = _group(-1, left_n, experts_n, num_tokens, top_k) if len(left_n) else None
+    return groups, left
+
+
+def _group(worker: int, pairs_n: IntArray, experts_n: IntArray, num_tokens: int, top_k: int) -> WorkerGroup:
+    tokens_n = pairs_n // top_k
+    if num_tokens == 1:
+        tokens_R, rows_n = np.zeros(1, dtype=np.int64), tokens_n
+    else:
+        mask_T = np.zeros(num_tokens, dtype=bool)
+        mask_T[tokens_n] = True
+        tokens_R = np.flatnonzero(mask_T)
+        rows_n = (np.cumsum(mask_T) - 1)[tokens_n]
+    return WorkerGroup(worker=worker, tokens_R=tokens_R, rows_n=rows_n, experts_n=experts_n[pairs_n], pairs_n=pairs_n)

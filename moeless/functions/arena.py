@@ -1,0 +1,88 @@
+"""Memory for one layer's instances: stacked weights with a slot for each instance.
+
+Stacking lets many instances run as one grouped matrix product. On the CPU a slot is reserved for every expert of
+the layer but costs memory only once it is written, and gives it back when it is released; there slot and expert
+number are the same. On a GPU the arena has as many slots as its budget buys.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+
+import torch
+
+from moeless.core.expert import ExpertLayout
+from moeless.packages.weights import FunctionWeights
+
+_HUGE_PAGE_FROM_BYTES = 4 << 20
+"""Slots at least this large use huge pages; for smaller ones a page of 2 MiB would drag neighbours into memory."""
+
+
+class LayerArena:
+    """Stacked weights of one layer: up (S, ...), down (S, ...) and biases, S slots.
+
+    `up_SHI` and `down_SIH` are views oriented (in, out) whatever the family stores, as grouped_mm takes them.
+    """
+
+    def __init__(self, layout: ExpertLayout, *, num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
+        hidden, inner = layout.hidden_size, layout.intermediate_size
+        up_out = 2 * inner if layout.has_gate else inner
+        up_shape, down_shape = (up_out, hidden), (hidden, inner)
+        if layout.is_transposed:
+            up_shape, down_shape = (hidden, up_out), (inner, hidden)
+        shapes = {"up": up_shape, "down": down_shape}
+        if layout.has_bias:
+            shapes |= {"up_bias": (up_out,), "down_bias": (hidden,)}
+        self.num_slots = num_slots
+        self.slot_bytes = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
+        self._blocks = {
+            name: _Block(num_slots, shape, dtype, device, lazy=device.type == "cpu") for name, shape in shapes.items()
+        }
+        up_S, down_S = self._blocks["up"].tensor, self._blocks["down"].tensor
+        self.up_SHI = up_S if layout.is_transposed else up_S.transpose(1, 2)
+        self.down_SIH = down_S if layout.is_transposed else down_S.transpose(1, 2)
+        self.up_bias_SI = self._blocks["up_bias"].tensor if layout.has_bias else None
+        self.down_bias_SH = self._blocks["down_bias"].tensor if layout.has_bias else None
+
+    def write(self, slot: int, weights: FunctionWeights) -> None:
+        """Copy a function's weights into `slot`, converting dtype and device."""
+        for name, block in self._blocks.items():
+            tensor = getattr(weights, name)
+            if tensor is None or tensor.shape != block.tensor.shape[1:]:
+                got = None if tensor is None else tuple(tensor.shape)
+                raise ValueError(f"{name} must have shape {tuple(block.tensor.shape[1:])}, got {got}")
+            block.tensor[slot].copy_(tensor, non_blocking=True)
+
+    def release(self, slot: int) -> None:
+        """Give the slot's memory back to the system (CPU); on a GPU the slot stays reserved for the next instance."""
+        for block in self._blocks.values():
+            block.release(slot)
+
+
+class _Block:
+    """One stacked parameter. On the CPU it lies in an anonymous mapping, so that untouched slots take no memory."""
+
+    def __init__(
+        self, num_slots: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, lazy: bool
+    ) -> None:
+        self._mapping: mmap.mmap | None = None
+        self._slot_bytes = math.prod(shape) * dtype.itemsize
+        if lazy:
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+            self._mapping = mmap.mmap(-1, max(1, num_slots * self._slot_bytes), flags=flags)
+            if self._slot_bytes >= _HUGE_PAGE_FROM_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+                self._mapping.madvise(mmap.MADV_HUGEPAGE)
+            flat = torch.frombuffer(self._mapping, dtype=dtype, count=num_slots * math.prod(shape))
+            self.tensor = flat.view(num_slots, *shape)
+        else:
+            self.tensor = torch.empty((num_slots, *shape), dtype=dtype, device=device)
+
+    def release(self, slot: int) -> None:
+        if self._mapping is None:
+            return
+        page = mmap.PAGESIZE
+        start = -(-slot * self._slot_bytes // page) * page
+        end = (slot + 1) * self._slot_bytes // page * page
+        if end > start:
+            self._mapping.madvise(mmap.MADV_DONTNEED, start, end - start)

@@ -1,0 +1,193 @@
+"""An expert's feed-forward on grouped tokens: the computation that every instance does, whoever hosts it.
+
+Shapes: T tokens, R rows of tokens that a process received, k experts per token, n (row, expert) pairs,
+S arena slots, H hidden, I intermediate.
+
+Two forms with the same result. `partial_sums` takes the pairs as host arrays, sorted by expert: on the CPU, and
+wherever routing must be looked at to send tokens elsewhere. `forward_resident` takes the router's own tensors and
+never waits for the device: for a layer whose instances are all on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from transformers import PretrainedConfig
+
+from moeless.functions.arena import LayerArena
+from moeless.functions.gates import Gate, resolve_gate
+from moeless.functions.pool import InstancePool, IntArray
+
+_GROUPED_MM_ALIGNMENT_BYTES = 16
+"""torch's grouped_mm wants rows that begin at multiples of this."""
+_FEW_PAIRS = 4
+"""Up to so many (row, expert) pairs, separate matrix-vector products beat the set-up of a grouped one."""
+
+_Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+_EndsArray = npt.NDArray[np.int32]
+
+
+class FeedForward:
+    """Runs the functions of one pool. One thread computes; others may start and drain instances meanwhile."""
+
+    def __init__(self, pool: InstancePool, config: PretrainedConfig) -> None:
+        self.pool = pool
+        self._layouts = [pool.packed.layout(layer) for layer in range(pool.num_layers)]
+        gates: dict[tuple[object, ...], Gate] = {}
+        self._gates: list[Gate] = []
+        for layout in self._layouts:
+            key = (layout.gate, layout.activation, layout.has_gate)
+            if key not in gates:
+                gates[key] = resolve_gate(layout, config)
+            self._gates.append(gates[key])
+        self._grouped = [
+            min(layout.hidden_size, layout.intermediate_size) % (_GROUPED_MM_ALIGNMENT_BYTES // pool.dtype.itemsize)
+            == 0
+            for layout in self._layouts
+        ]
+        self._slots_on_device: dict[int, tuple[bytes, torch.Tensor]] = {}
+
+    def partial_sums(
+        self, layer: int, x_RH: torch.Tensor, rows_n: IntArray, experts_n: IntArray, weights_n: torch.Tensor
+    ) -> torch.Tensor:
+        """Sum over each row's pairs of gate weight × expert(row).
+
+        Args:
+            x_RH: hidden states in the pool's dtype and on its device.
+            rows_n, experts_n: the pairs' rows and experts, sorted by expert.
+            weights_n: gate weights, any floating dtype, on the pool's device.
+        Returns: (R, H), float32 accumulated, in x's dtype; rows without a pair are zero.
+        Raises: what InstancePool.start raises, for a function that is cold.
+        """
+        counts_E = np.bincount(experts_n, minlength=self.pool.num_experts[layer])
+        hit = np.flatnonzero(counts_E)
+        with self.pool.use(layer, hit) as arena:
+            slots_E = self.pool.slots_LE[layer]
+            if self.pool.device.type == "cpu" and (len(x_RH) == 1 or len(rows_n) <= _FEW_PAIRS):
+                out_RH = self._one_by_one(layer, arena, x_RH, rows_n, slots_E[experts_n], weights_n)
+            else:
+                out_RH = self._by_group(layer, arena, x_RH, rows_n, slots_E[experts_n], weights_n)
+        self.pool.tokens_LE[layer] += counts_E
+        return out_RH
+
+    def _one_by_one(
+        self,
+        layer: int,
+        arena: LayerArena,
+        x_RH: torch.Tensor,
+        rows_n: IntArray,
+        slots_n: IntArray,
+        weights_n: torch.Tensor,
+    ) -> torch.Tensor:
+        """Matrix-vector products, the fastest form for a handful of pairs: each reads its weights once."""
+        gate = self._gates[layer]
+        out_RH = torch.zeros(x_RH.shape, dtype=torch.float32)
+        x_rows, out_rows = x_RH.unbind(0), out_RH.unbind(0)
+        exact = x_RH.dtype == torch.float32
+        for row, slot, weight in zip(rows_n.tolist(), slots_n.tolist(), weights_n.tolist(), strict=True):
+            up_HI, down_IH = arena.up_SHI[slot], arena.down_SIH[slot]
+            up_I = torch.mv(up_HI.t(), x_rows[row])
+            if arena.up_bias_SI is not None:
+                up_I += arena.up_bias_SI[slot]
+            inner_I = gate(up_I)
+            if exact and arena.down_bias_SH is None:
+                out_rows[row].addmv_(down_IH.t(), inner_I, alpha=weight)
+                continue
+            down_H = torch.mv(down_IH.t(), inner_I)
+            if arena.down_bias_SH is not None:
+                down_H += arena.down_bias_SH[slot]
+            out_rows[row].add_(down_H, alpha=weight)
+        return out_RH if exact else out_RH.to(x_RH.dtype)
+
+    def _by_group(
+        self,
+        layer: int,
+        arena: LayerArena,
+        x_RH: torch.Tensor,
+        rows_n: IntArray,
+        slots_n: IntArray,
+        weights_n: torch.Tensor,
+    ) -> torch.Tensor:
+        """One grouped product for each projection over all pairs."""
+        if (np.diff(slots_n) < 0).any():  # slots differ from expert numbers on a GPU that holds a part of a layer
+            order = np.argsort(slots_n, kind="stable")
+            rows_n, slots_n, weights_n = rows_n[order], slots_n[order], weights_n[torch.from_numpy(order)]
+        ends_S = np.cumsum(np.bincount(slots_n, minlength=arena.num_slots), dtype=np.int32)
+        offsets_S = torch.from_numpy(ends_S).to(x_RH.device, non_blocking=True)
+        rows = torch.from_numpy(rows_n).to(x_RH.device, non_blocking=True)
+        slots = None
+        if arena.up_bias_SI is not None:
+            slots = torch.from_numpy(slots_n).to(x_RH.device, non_blocking=True)
+        y_nH = self._project(layer, arena, x_RH.index_select(0, rows), offsets_S, slots, ends_S)
+        weighted_nH = y_nH.float().mul_(weights_n.unsqueeze(-1))
+        out_RH = torch.zeros(x_RH.shape, dtype=torch.float32, device=x_RH.device)
+        return out_RH.index_add_(0, rows, weighted_nH).to(x_RH.dtype)
+
+    def _project(
+        self,
+        layer: int,
+        arena: LayerArena,
+        x_nH: torch.Tensor,
+        offsets_S: torch.Tensor,
+        slots_n: torch.Tensor | None,
+        ends_S: _EndsArray | None,
+    ) -> torch.Tensor:
+        """Both projections and the gate of rows sorted by slot. `slots_n` is needed for biases only."""
+        product = self._grouped_product(layer, offsets_S, ends_S)
+        up_nI = product(x_nH, arena.up_SHI)
+        if arena.up_bias_SI is not None and slots_n is not None:
+            up_nI += arena.up_bias_SI.index_select(0, slots_n)
+        y_nH = product(self._gates[layer](up_nI), arena.down_SIH)
+        if arena.down_bias_SH is not None and slots_n is not None:
+            y_nH += arena.down_bias_SH.index_select(0, slots_n)
+        return y_nH
+
+    def _grouped_product(self, layer: int, offsets_S: torch.Tensor, ends_S: _EndsArray | None) -> _Product:
+        if self._grouped[layer] and self.pool.dtype in (torch.float32, torch.bfloat16):
+            return lambda x, w: F.grouped_mm(x, w, offs=offsets_S)
+        ends = (offsets_S.cpu().numpy() if ends_S is None else ends_S).tolist()
+        starts = [0, *ends[:-1]]
+
+        def one_after_another(x_nA: torch.Tensor, w_SAB: torch.Tensor) -> torch.Tensor:
+            y_nB = x_nA.new_zeros(x_nA.shape[0], w_SAB.shape[2])
+            for slot, (start, end) in enumerate(zip(starts, ends, strict=True)):
+                if end > start:
+                    torch.mm(x_nA[start:end], w_SAB[slot], out=y_nB[start:end])
+            return y_nB
+
+        return one_after_another
+
+    def forward_resident(
+        self, layer: int, hidden_TH: torch.Tensor, top_k_index_Tk: torch.Tensor, top_k_weights_Tk: torch.Tensor
+    ) -> torch.Tensor:
+        """The whole layer on the pool's device, without waiting for the device: every expert must be warm there.
+
+        Pairs whose expert has no slot contribute nothing; the caller has made sure that there are none.
+        Tokens served are counted on the device and fetched by `InstancePool.tokens_served`.
+        """
+        arena = self.pool.arena(layer)
+        num_tokens, top_k = top_k_index_Tk.shape
+        self.pool.count_on_device(layer, top_k_index_Tk)
+        slots_n = self._device_slots(layer)[top_k_index_Tk.reshape(-1)]
+        slots_n, order_n = torch.sort(slots_n, stable=True)
+        every_slot_S = torch.arange(arena.num_slots, device=slots_n.device)
+        offsets_S = torch.searchsorted(slots_n, every_slot_S, right=True, out_int32=True)
+        x_nH = hidden_TH.index_select(0, order_n // top_k)
+        y_nH = self._project(layer, arena, x_nH, offsets_S, slots_n, None)
+        weights_n = top_k_weights_Tk.reshape(-1).index_select(0, order_n)
+        weighted_nH = y_nH.float().mul_(weights_n.unsqueeze(-1))
+        restored_nH = torch.empty_like(weighted_nH).index_copy_(0, order_n, weighted_nH)
+        return restored_nH.view(num_tokens, top_k, -1).sum(1).to(hidden_TH.dtype)
+
+    def _device_slots(self, layer: int) -> torch.Tensor:
+        slots_E = self.pool.slots_LE[layer]
+        key = slots_E.tobytes()
+        cached = self._slots_on_device.get(layer)
+        if cached is None or cached[0] != key:
+            cached = (key, torch.from_numpy(slots_E.copy()).to(self.pool.device))
+            self._slots_on_device[layer] = cached
+        return cached[1]

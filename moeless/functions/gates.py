@@ -1,0 +1,60 @@
+"""What happens between an expert's two projections: activation and gating, for every family.
+
+Most families gate by `act(gate) * up`. The few that do more (gpt-oss clamps and shifts, say) define `_apply_gate`
+on their experts class; that method is used as it is, on an instance of the class without weights.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import PretrainedConfig
+from transformers.activations import ACT2FN
+
+from moeless.core.errors import UnsupportedFamilyError
+from moeless.core.expert import ExpertLayout
+
+Gate = Callable[[torch.Tensor], torch.Tensor]
+"""Maps the up projection's output (n, 2I) or, without a gate, (n, I) to the down projection's input (n, I)."""
+
+
+def resolve_gate(layout: ExpertLayout, config: PretrainedConfig) -> Gate:
+    """The function between the projections for a layer of `layout`.
+
+    Raises: UnsupportedFamilyError if the layout names a class outside transformers or one that is not there.
+    """
+    if layout.gate != "default":
+        return _family_gate(layout, config)
+    act: Callable[[torch.Tensor], torch.Tensor] = ACT2FN[layout.activation]
+    if not layout.has_gate:
+        return act
+    if layout.activation in ("silu", "swish"):
+        return _silu_gate
+
+    def gate(up_n2I: torch.Tensor) -> torch.Tensor:
+        gate_nI, up_nI = up_n2I.chunk(2, dim=-1)
+        return act(gate_nI) * up_nI
+
+    return gate
+
+
+def _silu_gate(up_n2I: torch.Tensor) -> torch.Tensor:
+    gate_nI, up_nI = up_n2I.chunk(2, dim=-1)
+    return F.silu(gate_nI).mul_(up_nI)
+
+
+def _family_gate(layout: ExpertLayout, config: PretrainedConfig) -> Gate:
+    module_name, _, class_name = layout.gate.partition(":")
+    if not module_name.startswith("transformers."):
+        raise UnsupportedFamilyError(f"layout.gate must name a class of transformers, got {layout.gate!r}")
+    experts_class: Any = getattr(importlib.import_module(module_name), class_name, None)
+    if experts_class is None:
+        raise UnsupportedFamilyError(f"layout.gate names {class_name!r}, which {module_name} does not have")
+    with torch.device("meta"):
+        experts = experts_class(config.get_text_config())
+    gate: Gate = experts._apply_gate if layout.has_gate else experts.act_fn
+    return gate
