@@ -1,0 +1,42 @@
+"""Chooses the transport to a worker by where both sides are, and opens it."""
+
+from __future__ import annotations
+
+import torch
+
+from moeless.dispatch.channel import Channel, WorkerEndpoint, host_id
+from moeless.dispatch.shared_memory import SharedMemoryChannel
+from moeless.dispatch.tcp import TcpChannel
+
+
+def connect(
+    endpoint: WorkerEndpoint,
+    *,
+    token: str,
+    engine: str,
+    hidden_size: int,
+    top_k: int,
+    dtype: torch.dtype,
+    max_rows: int,
+    device: torch.device | str = "cpu",
+) -> Channel:
+    """Open the fastest line to the worker at `endpoint`.
+
+    Args:
+        token: the run's token.
+        engine: who calls, for the worker's log.
+        hidden_size, top_k, dtype: what a call's rows are, and the most pairs that a row has.
+        max_rows: most rows of one call.
+        device: where the engine's hidden states lie.
+    Raises: HandshakeError if the worker refuses or does not know the token; TransportError if it cannot be reached.
+    """
+    transport = SharedMemoryChannel if endpoint.host_id == host_id() else TcpChannel
+    return transport(
+        endpoint,
+        token=token,
+        engine=engine,
+        hidden_size=hidden_size,
+        top_k=top_k,
+        dtype=dtype,
+        max_rows=max_rows,
+    )
