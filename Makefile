@@ -22,7 +22,7 @@ check: $(INSTALLED) ## lint, format, types and the rule of direction
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 
 bench: $(INSTALLED) ## run the benchmarks' quick set (all: make bench ARGS=--all)
 	$(BIN)/python -m benchmarks $(ARGS)
