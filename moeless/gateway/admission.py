@@ -1,0 +1,292 @@
+"""From a checked body to what the engine is asked: limits, tokens, context, sampling parameters.
+
+Called by the routes; raises RequestError (400) with the field, the rule and the value, or ModelNotFoundError (404).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import TypeVar
+
+from moeless.core.errors import ContextLengthError, ModelNotFoundError, RequestError
+from moeless.core.generation import GenerationRequest, ModelInfo, SamplingParams
+from moeless.gateway.config import GatewayConfig
+from moeless.gateway.schemas import ChatCompletionRequest, CompletionRequest, SamplingFields
+from moeless.gateway.tokenizer import Tokenizer
+
+DEFAULT_COMPLETION_TOKENS = 16
+"""What /v1/completions generates when max_tokens is absent, as OpenAI's does."""
+_INLINE_CHARS = 4096
+"""A text up to this long is tokenized at once (about a millisecond); a longer one in a thread."""
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServedModel:
+    """What the gateway knows of the engine's model."""
+
+    info: ModelInfo
+    tokenizer: Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdmittedRequest:
+    """One HTTP request as the engine will see it: a sequence for each choice, in the order of the choices."""
+
+    request_id: str
+    model_id: str
+    sequences: list[GenerationRequest]
+    num_choices: int
+    """n: choices for each prompt."""
+    num_prompt_tokens: int
+    """Each prompt once, however many choices it gets."""
+    wants_logprobs: bool
+    is_stream: bool
+    include_usage: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Draft:
+    """What the two endpoints name differently."""
+
+    prompts: list[list[int]]
+    prompt_field: str
+    max_tokens: int | None
+    max_tokens_field: str
+    default_max_tokens: int | None
+    """None: whatever the context leaves."""
+    logprobs: int | None
+
+
+class Admission:
+    """Checks requests against the model and the configured limits."""
+
+    def __init__(self, config: GatewayConfig, executor: Executor) -> None:
+        self._config = config
+        self._executor = executor
+
+    async def admit_chat(self, body: ChatCompletionRequest, model: ServedModel, request_id: str) -> AdmittedRequest:
+        """Render the messages and tokenize them; without a limit the answer may fill the context."""
+        _check_model(body.model, model.info)
+        _check_at_most(len(body.messages), self._config.max_messages, "messages", "messages")
+        max_tokens, max_tokens_field = _chat_max_tokens(body)
+        logprobs = self._chat_logprobs(body)
+        messages = [
+            # OpenAI renamed the role; templates know it by its first name.
+            {"role": "system" if message.role == "developer" else message.role, "content": message.text()}
+            for message in body.messages
+        ]
+
+        def tokenize() -> list[int]:
+            return model.tokenizer.encode_chat(model.tokenizer.render_chat(messages))
+
+        num_chars = sum(len(message["content"]) for message in messages)
+        draft = _Draft(
+            prompts=[await self._tokenize(tokenize, num_chars)],
+            prompt_field="messages",
+            max_tokens=max_tokens,
+            max_tokens_field=max_tokens_field,
+            default_max_tokens=None,
+            logprobs=logprobs,
+        )
+        return self._admit(body, model.info, request_id, draft)
+
+    async def admit_completion(self, body: CompletionRequest, model: ServedModel, request_id: str) -> AdmittedRequest:
+        """Tokenize the prompts; token ids are taken as they are."""
+        _check_model(body.model, model.info)
+        num_choices = body.n or 1
+        if body.best_of is not None and body.best_of != num_choices:
+            raise RequestError(
+                f"'best_of' must equal 'n' ({num_choices}) here, got {body.best_of}.",
+                param="best_of",
+                code="unsupported_parameter",
+            )
+        if body.logprobs is not None:
+            _check_at_most(body.logprobs, self._config.max_logprobs, "logprobs", "log-probabilities a token")
+        draft = _Draft(
+            prompts=await self._prompts(body, model),
+            prompt_field="prompt",
+            max_tokens=body.max_tokens,
+            max_tokens_field="max_tokens",
+            default_max_tokens=DEFAULT_COMPLETION_TOKENS,
+            logprobs=body.logprobs,
+        )
+        return self._admit(body, model.info, request_id, draft)
+
+    def _admit(self, body: SamplingFields, info: ModelInfo, request_id: str, draft: _Draft) -> AdmittedRequest:
+        num_choices = body.n or 1
+        _check_at_most(num_choices, self._config.max_n, "n", "choices")
+        num_sequences = len(draft.prompts) * num_choices
+        _check_at_most(num_sequences, self._config.max_sequences, "n", "sequences (prompts × n)")
+        if body.stream_options is not None and not body.stream:
+            raise RequestError(
+                "'stream_options' is only allowed when 'stream' is true.",
+                param="stream_options",
+                code="invalid_value",
+            )
+        stop = self._stop(body)
+        logit_bias = self._logit_bias(body, info)
+        sequences: list[GenerationRequest] = []
+        for prompt in draft.prompts:
+            _check_prompt(prompt, info, draft.prompt_field)
+            max_tokens = _max_tokens_within_context(prompt, info, draft)
+            for choice in range(num_choices):
+                sampling = SamplingParams(
+                    max_tokens=max_tokens,
+                    temperature=1.0 if body.temperature is None else body.temperature,
+                    top_p=1.0 if body.top_p is None else body.top_p,
+                    top_k=max(0, body.top_k or 0),
+                    seed=None if body.seed is None else seed_of_choice(body.seed, choice),
+                    presence_penalty=body.presence_penalty or 0.0,
+                    frequency_penalty=body.frequency_penalty or 0.0,
+                    stop=stop,
+                    logprobs=draft.logprobs,
+                    ignore_eos=bool(body.ignore_eos),
+                    logit_bias=logit_bias,
+                )
+                sequence_id = f"{request_id}-{len(sequences)}"
+                sequences.append(GenerationRequest(request_id=sequence_id, prompt_token_ids=prompt, sampling=sampling))
+        return AdmittedRequest(
+            request_id=request_id,
+            model_id=info.model_id,
+            sequences=sequences,
+            num_choices=num_choices,
+            num_prompt_tokens=sum(map(len, draft.prompts)),
+            wants_logprobs=draft.logprobs is not None,
+            is_stream=bool(body.stream),
+            include_usage=bool(body.stream_options and body.stream_options.include_usage),
+        )
+
+    async def _prompts(self, body: CompletionRequest, model: ServedModel) -> list[list[int]]:
+        prompt = body.prompt
+        if isinstance(prompt, str):
+            prompt = [prompt]
+        texts = [part for part in prompt if isinstance(part, str)]
+        lists = [part for part in prompt if isinstance(part, list)]
+        if not texts and not lists:
+            return [[part for part in prompt if isinstance(part, int)]]
+        _check_at_most(len(prompt), self._config.max_prompts, "prompt", "prompts")
+        if lists:
+            return lists
+        return await self._tokenize(
+            lambda: [model.tokenizer.encode_prompt(text) for text in texts], sum(map(len, texts))
+        )
+
+    async def _tokenize(self, work: Callable[[], Result], num_chars: int) -> Result:
+        if num_chars <= _INLINE_CHARS:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+
+    def _chat_logprobs(self, body: ChatCompletionRequest) -> int | None:
+        if body.top_logprobs is None:
+            return 0 if body.logprobs else None
+        if not body.logprobs:
+            raise RequestError(
+                "'top_logprobs' is only allowed when 'logprobs' is true.",
+                param="top_logprobs",
+                code="invalid_value",
+            )
+        _check_at_most(body.top_logprobs, self._config.max_logprobs, "top_logprobs", "log-probabilities a token")
+        return body.top_logprobs
+
+    def _stop(self, body: SamplingFields) -> tuple[str, ...]:
+        stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+        _check_at_most(len(stop), self._config.max_stop, "stop", "stop strings")
+        for text in stop:
+            if not 1 <= len(text) <= self._config.max_stop_chars:
+                raise RequestError(
+                    f"A string in 'stop' must have 1 to {self._config.max_stop_chars} characters, got {len(text)}.",
+                    param="stop",
+                    code="invalid_value",
+                )
+        return stop
+
+    def _logit_bias(self, body: SamplingFields, info: ModelInfo) -> dict[int, float]:
+        entries = body.logit_bias or {}
+        _check_at_most(len(entries), self._config.max_logit_bias, "logit_bias", "entries")
+        biases = {}
+        for key, bias in entries.items():
+            # isdecimal alone would let digits of other scripts pass.
+            token_id = int(key) if key.isascii() and key.isdecimal() and len(key) < 10 else -1
+            if not 0 <= token_id < info.vocab_size:
+                raise RequestError(
+                    f"A key of 'logit_bias' must be a token id from 0 to {info.vocab_size - 1}, got {key[:40]!r}.",
+                    param="logit_bias",
+                    code="invalid_value",
+                )
+            biases[token_id] = float(bias)
+        return biases
+
+
+def seed_of_choice(seed: int, choice: int) -> int:
+    """The seed of one of n choices: choice 0 keeps the request's, the others get their own; 63 bits, not negative."""
+    mask = 2**63 - 1
+    if choice == 0:
+        return seed & mask
+    digest = hashlib.blake2b(f"{seed}:{choice}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") & mask
+
+
+def _check_model(name: str, info: ModelInfo) -> None:
+    if name != info.model_id:
+        raise ModelNotFoundError(
+            f"The model {name[:200]!r} does not exist here; this server has {info.model_id!r}.",
+            param="model",
+            code="model_not_found",
+        )
+
+
+def _check_at_most(value: int, limit: int, field: str, what: str) -> None:
+    if value > limit:
+        raise RequestError(
+            f"'{field}' may ask for at most {limit} {what}, got {value}.", param=field, code="limit_exceeded"
+        )
+
+
+def _check_prompt(prompt: list[int], info: ModelInfo, field: str) -> None:
+    if not prompt:
+        raise RequestError(f"'{field}' must give at least one token.", param=field, code="invalid_value")
+    if max(prompt) >= info.vocab_size:
+        raise RequestError(
+            f"A token id in '{field}' must be below the vocabulary's size {info.vocab_size}, got {max(prompt)}.",
+            param=field,
+            code="invalid_value",
+        )
+
+
+def _chat_max_tokens(body: ChatCompletionRequest) -> tuple[int | None, str]:
+    if body.max_tokens is not None and body.max_completion_tokens is not None:
+        raise RequestError(
+            "'max_tokens' and 'max_completion_tokens' mean the same; send one of them.",
+            param="max_tokens",
+            code="invalid_value",
+        )
+    if body.max_completion_tokens is not None:
+        return body.max_completion_tokens, "max_completion_tokens"
+    return body.max_tokens, "max_tokens"
+
+
+def _max_tokens_within_context(prompt: list[int], info: ModelInfo, draft: _Draft) -> int:
+    left = info.max_context_tokens - len(prompt)
+    limit = f"This model's maximum context length is {info.max_context_tokens} tokens."
+    if left < 1:
+        raise ContextLengthError(
+            f"{limit} However, your '{draft.prompt_field}' has {len(prompt)} tokens, which leaves none for an answer.",
+            param=draft.prompt_field,
+            code="context_length_exceeded",
+        )
+    if draft.max_tokens is None:
+        return left if draft.default_max_tokens is None else min(left, draft.default_max_tokens)
+    if draft.max_tokens > left:
+        raise ContextLengthError(
+            f"{limit} However, you requested {len(prompt) + draft.max_tokens} tokens ({len(prompt)} in "
+            f"'{draft.prompt_field}' and {draft.max_tokens} in '{draft.max_tokens_field}').",
+            param=draft.max_tokens_field,
+            code="context_length_exceeded",
+        )
+    return draft.max_tokens

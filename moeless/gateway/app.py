@@ -1,0 +1,56 @@
+"""The gateway's application: OpenAI's API over an engine client. serve.py and the tests call create_app.
+
+A request passes ErrorMiddleware, CORS (if configured), the key check (if there are keys) and the body limit, then
+its route: completions.py (admission.py, streams.py, answers.py or chunks.py) or info.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+
+from moeless import __version__
+from moeless.gateway.completions import completions_router
+from moeless.gateway.config import GatewayConfig
+from moeless.gateway.errors import install_handlers
+from moeless.gateway.info import info_router
+from moeless.gateway.middleware import ApiKeyMiddleware, BodyLimitMiddleware, ErrorMiddleware
+from moeless.gateway.openapi import describe_bodies
+from moeless.gateway.schemas import ChatCompletionRequest, CompletionRequest
+from moeless.gateway.service import EngineSource, GatewayService
+
+
+def create_app(engine: EngineSource, config: GatewayConfig) -> FastAPI:
+    """The ASGI application. It answers /health at once and everything else once `engine` does.
+
+    Args:
+        engine: a client, or an async function that returns one; it is called again while it fails.
+    """
+    service = GatewayService(engine, config)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with service.run():
+            yield
+
+    app = FastAPI(title="moeless", version=__version__, lifespan=lifespan, redirect_slashes=False)
+    install_handlers(app)
+    app.include_router(completions_router(service))
+    app.include_router(info_router(service))
+    describe_bodies(app, ChatCompletionRequest, CompletionRequest)
+    # The last one added is the outermost.
+    app.add_middleware(BodyLimitMiddleware, max_bytes=config.max_body_bytes)
+    if config.api_keys:
+        app.add_middleware(ApiKeyMiddleware, api_keys=config.api_keys)
+    if config.cors_allow_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_allow_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type"],
+        )
+    app.add_middleware(ErrorMiddleware)
+    return app

@@ -1,0 +1,134 @@
+"""POST /v1/chat/completions and /v1/completions. Registered by app.create_app."""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from fastapi import APIRouter, Request, Response
+from starlette.types import Message, Receive, Scope, Send
+
+from moeless.gateway.admission import AdmittedRequest
+from moeless.gateway.answers import Answer, chat_answer, completion_answer
+from moeless.gateway.chunks import ChatChunks, ChunkEncoder, CompletionChunks, event
+from moeless.gateway.errors import describe, encode_error
+from moeless.gateway.metrics import SequenceObserver
+from moeless.gateway.openapi import schema_of
+from moeless.gateway.schemas import ChatCompletionRequest, CompletionRequest
+from moeless.gateway.service import GatewayService
+from moeless.gateway.streams import ClientGoneError, SequenceStreams, until_disconnect
+from moeless.gateway.validation import read_body
+
+logger = logging.getLogger(__name__)
+
+_START_WAIT_S = 5.0
+"""How long a stream waits for the engine's first word before it sends its status line. A refusal (queue full) comes
+at once and becomes a status; a request that waits in the queue must not look dead to clients and proxies."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Endpoint:
+    """What differs between the two endpoints' answers."""
+
+    chunks: Callable[[AdmittedRequest, int], ChunkEncoder]
+    answer: Callable[[Answer, int], bytes]
+
+
+_CHAT = _Endpoint(chunks=ChatChunks, answer=chat_answer)
+_COMPLETION = _Endpoint(chunks=CompletionChunks, answer=completion_answer)
+
+
+def completions_router(service: GatewayService) -> APIRouter:
+    """The two generating endpoints."""
+    router = APIRouter()
+
+    @router.post("/v1/chat/completions", openapi_extra=schema_of(ChatCompletionRequest))
+    async def create_chat_completion(request: Request) -> Response:
+        arrived_s = time.monotonic()
+        model = service.model()
+        body = await read_body(request, ChatCompletionRequest)
+        request_id = f"chatcmpl-{uuid.uuid4().hex}"
+        admitted = await service.admission.admit_chat(body, model, request_id)
+        return _GenerationResponse(service, _CHAT, admitted, arrived_s)
+
+    @router.post("/v1/completions", openapi_extra=schema_of(CompletionRequest))
+    async def create_completion(request: Request) -> Response:
+        arrived_s = time.monotonic()
+        model = service.model()
+        body = await read_body(request, CompletionRequest)
+        request_id = f"cmpl-{uuid.uuid4().hex}"
+        admitted = await service.admission.admit_completion(body, model, request_id)
+        return _GenerationResponse(service, _COMPLETION, admitted, arrived_s)
+
+    return router
+
+
+class _GenerationResponse(Response):
+    """Generates while it is sent, so that no sequence can outlive the exchange that asked for it.
+
+    Errors before the first byte are raised, and become a status by the app's handlers.
+    """
+
+    def __init__(
+        self, service: GatewayService, endpoint: _Endpoint, admitted: AdmittedRequest, arrived_s: float
+    ) -> None:
+        super().__init__()
+        self._endpoint = endpoint
+        self._admitted = admitted
+        metrics = service.model_metrics()
+        observers = [SequenceObserver(metrics, arrived_s=arrived_s) for _ in admitted.sequences]
+        self._streams = SequenceStreams(service.client(), admitted.sequences, observers)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        work = self._send_events(send) if self._admitted.is_stream else self._send_answer(scope, receive, send)
+        try:
+            await until_disconnect(receive, work)
+        except ClientGoneError:
+            logger.info("client gone request=%s", self._admitted.request_id)
+
+    async def _send_answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        created_unix_s = int(time.time())
+        answer = await Answer.collect(self._admitted, self._streams)
+        response = Response(
+            self._endpoint.answer(answer, created_unix_s),
+            media_type="application/json",
+            headers={"x-request-id": self._admitted.request_id},
+        )
+        await response(scope, receive, send)
+
+    async def _send_events(self, send: Send) -> None:
+        chunks = self._endpoint.chunks(self._admitted, int(time.time()))
+        async with self._streams as streams:
+            await streams.wait(_START_WAIT_S)
+            await send(_stream_start(self._admitted.request_id))
+            try:
+                await _send_body(send, chunks.opening())
+                while batch := await streams.take():
+                    await _send_body(send, chunks.encode(batch))
+                last = chunks.closing()
+            except Exception as error:
+                # The status is long sent: the error becomes the stream's last event, and no [DONE] follows.
+                last = event(encode_error(describe(error)[1]))
+        await send({"type": "http.response.body", "body": last, "more_body": False})
+
+
+def _stream_start(request_id: str) -> Message:
+    return {
+        "type": "http.response.start",
+        "status": 200,
+        "headers": [
+            (b"content-type", b"text/event-stream; charset=utf-8"),
+            (b"cache-control", b"no-cache"),
+            # Asks nginx not to hold events back.
+            (b"x-accel-buffering", b"no"),
+            (b"x-request-id", request_id.encode()),
+        ],
+    }
+
+
+async def _send_body(send: Callable[[Message], Awaitable[None]], body: bytes) -> None:
+    if body:
+        await send({"type": "http.response.body", "body": body, "more_body": True})

@@ -1,0 +1,79 @@
+"""From the bytes of a body to a request model, or a RequestError that names the field, the rule and the value."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from moeless.core.errors import RequestError
+from moeless.gateway.errors import UnsupportedMediaTypeError
+
+Body = TypeVar("Body", bound=BaseModel)
+
+_MAX_VALUE_CHARS = 80
+"""How much of a wrong value an error message quotes."""
+
+
+async def read_body(request: Request, model: type[Body]) -> Body:
+    """Read and check a JSON body.
+
+    Raises: UnsupportedMediaTypeError (415), BodyTooLargeError (413, from the middleware), RequestError (400).
+    """
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise UnsupportedMediaTypeError(
+            f"The Content-Type header must be application/json, got {media_type or 'none'}.",
+            code="unsupported_media_type",
+        )
+    return parse_body(await request.body(), model)
+
+
+def parse_body(body: bytes, model: type[Body]) -> Body:
+    """Raises RequestError for the first thing that is wrong, in the order of the model's fields."""
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        raise _request_error(error.errors(include_url=False)[0]) from None
+
+
+def _request_error(details: ErrorDetails) -> RequestError:
+    param = _path(details["loc"])
+    rule = details["msg"].removeprefix("Input ").removeprefix("Value error, ")
+    match details["type"]:
+        case "json_invalid":
+            return RequestError(f"The body is not valid JSON: {details['ctx']['error']}.", code="invalid_json")
+        case "missing":
+            return RequestError(f"'{param}' is required.", param=param, code="missing_required_parameter")
+        case "extra_forbidden":
+            return RequestError(f"'{param}' is not known here.", param=param, code="unknown_parameter")
+        case "unsupported":
+            return RequestError(f"'{param}' {rule}.", param=param, code="unsupported_parameter")
+        case "too_short":
+            return RequestError(f"'{param}' must not be empty.", param=param, code="invalid_value")
+        case "model_type":
+            return RequestError(f"{_subject(param)} must be a JSON object.", param=param, code="invalid_type")
+    value = _quote(details["input"])
+    return RequestError(f"{_subject(param)} {rule}, got {value}.", param=param, code="invalid_value")
+
+
+def _subject(param: str | None) -> str:
+    return f"'{param}'" if param else "The body"
+
+
+def _path(loc: tuple[int | str, ...]) -> str | None:
+    """`messages[0].content[1].type`; union tags (in angle brackets, see schemas.py) are left out."""
+    path = ""
+    for part in loc:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif not part.startswith("<"):
+            path += f".{part}" if path else part
+    return path or None
+
+
+def _quote(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _MAX_VALUE_CHARS else f"{text[:_MAX_VALUE_CHARS]}…"
