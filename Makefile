@@ -18,11 +18,12 @@ serve: $(INSTALLED) ## serve the bundled model on 127.0.0.1:8000 until Ctrl-C
 test: $(INSTALLED) ## run the tests (one part: make test ARGS=tests/unit)
 	$(BIN)/python -m pytest $(ARGS)
 
-check: $(INSTALLED) ## lint, format, types and the rule of direction
+check: $(INSTALLED) ## lint, format, types, the rule of direction, and the links of the docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir build/docs
 
 bench: $(INSTALLED) ## run the benchmarks' quick set (all: make bench ARGS=--all)
 	$(BIN)/python -m benchmarks $(ARGS)
