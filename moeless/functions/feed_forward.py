@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from transformers import PretrainedConfig
 
 from moeless.functions.arena import LayerArena
 from moeless.functions.gates import Gate, resolve_gate
@@ -34,7 +33,7 @@ _EndsArray = npt.NDArray[np.int32]
 class FeedForward:
     """Runs the functions of one pool. One thread computes; others may start and drain instances meanwhile."""
 
-    def __init__(self, pool: InstancePool, config: PretrainedConfig) -> None:
+    def __init__(self, pool: InstancePool) -> None:
         self.pool = pool
         self._layouts = [pool.packed.layout(layer) for layer in range(pool.num_layers)]
         gates: dict[tuple[object, ...], Gate] = {}
@@ -42,7 +41,7 @@ class FeedForward:
         for layout in self._layouts:
             key = (layout.gate, layout.activation, layout.has_gate)
             if key not in gates:
-                gates[key] = resolve_gate(layout, config)
+                gates[key] = resolve_gate(layout, pool.packed.load_config)
             self._gates.append(gates[key])
         self._grouped = [
             min(layout.hidden_size, layout.intermediate_size) % (_GROUPED_MM_ALIGNMENT_BYTES // pool.dtype.itemsize)

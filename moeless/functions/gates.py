@@ -8,28 +8,32 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from transformers import PretrainedConfig
-from transformers.activations import ACT2FN
 
 from moeless.core.errors import UnsupportedFamilyError
 from moeless.core.expert import ExpertLayout
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 Gate = Callable[[torch.Tensor], torch.Tensor]
 """Maps the up projection's output (n, 2I) or, without a gate, (n, I) to the down projection's input (n, I)."""
 
 
-def resolve_gate(layout: ExpertLayout, config: PretrainedConfig) -> Gate:
+def resolve_gate(layout: ExpertLayout, load_config: Callable[[], PretrainedConfig]) -> Gate:
     """The function between the projections for a layer of `layout`.
+
+    `load_config` is called only where the family's own class is needed: importing its module takes seconds.
 
     Raises: UnsupportedFamilyError if the layout names a class outside transformers or one that is not there.
     """
     if layout.gate != "default":
-        return _family_gate(layout, config)
-    act: Callable[[torch.Tensor], torch.Tensor] = ACT2FN[layout.activation]
+        return _family_gate(layout, load_config())
+    act = _activation(layout.activation)
     if not layout.has_gate:
         return act
     if layout.activation in ("silu", "swish"):
@@ -40,6 +44,25 @@ def resolve_gate(layout: ExpertLayout, config: PretrainedConfig) -> Gate:
         return act(gate_nI) * up_nI
 
     return gate
+
+
+def _activation(name: str) -> Gate:
+    """What transformers' ACT2FN has under `name`; the usual ones without importing transformers."""
+    if name in _ACTIVATIONS:
+        return _ACTIVATIONS[name]
+    from transformers.activations import ACT2FN
+
+    act: Gate = ACT2FN[name]
+    return act
+
+
+_ACTIVATIONS: dict[str, Gate] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+}
 
 
 def _silu_gate(up_n2I: torch.Tensor) -> torch.Tensor:
