@@ -79,7 +79,10 @@ class _GenerationResponse(Response):
         self._endpoint = endpoint
         self._admitted = admitted
         metrics = service.model_metrics()
-        observers = [SequenceObserver(metrics, arrived_s=arrived_s) for _ in admitted.sequences]
+        observers = [
+            SequenceObserver(metrics, num_prompt_tokens=len(sequence.prompt_token_ids), arrived_s=arrived_s)
+            for sequence in admitted.sequences
+        ]
         self._streams = SequenceStreams(service.client(), admitted.sequences, observers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -88,11 +88,19 @@ class ModelMetrics:
 class SequenceObserver:
     """Follows one sequence from its arrival to its end."""
 
-    __slots__ = ("_arrived_s", "_clock", "_last_token_s", "_metrics")
+    __slots__ = ("_arrived_s", "_clock", "_last_token_s", "_metrics", "_num_prompt_tokens")
 
-    def __init__(self, metrics: ModelMetrics, *, arrived_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        metrics: ModelMetrics,
+        *,
+        num_prompt_tokens: int,
+        arrived_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._metrics = metrics
         self._clock = clock
+        self._num_prompt_tokens = num_prompt_tokens
         self._arrived_s = arrived_s
         self._last_token_s: float | None = None
 
@@ -104,7 +112,7 @@ class SequenceObserver:
         now_s = self._clock()
         if self._last_token_s is None:
             self._metrics.time_to_first_token.observe(now_s - self._arrived_s)
-            self._metrics.prompt_tokens.inc(delta.num_prompt_tokens)
+            self._metrics.prompt_tokens.inc(self._num_prompt_tokens)
         else:
             # Tokens that came in one step share the step's time.
             for _ in range(num_tokens):
