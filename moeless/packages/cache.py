@@ -6,7 +6,10 @@ import hashlib
 import os
 from pathlib import Path
 
+import transformers
+
 from moeless.core.errors import CheckpointError
+from moeless.packages.manifest import FORMAT_VERSION
 
 _SAMPLE_BYTES = 65536
 _NAME_LENGTH = 16
@@ -21,8 +24,12 @@ def cache_dir() -> Path:
 
 
 def packed_dir(source: Path) -> Path:
-    """Where the pack of the checkpoint `source` is kept."""
-    return cache_dir() / "packed" / f"{source.name}-{fingerprint(source)[:_NAME_LENGTH]}"
+    """Where the pack of the checkpoint `source` is kept.
+
+    Another one for each version of what a pack depends on: its format, and transformers' names of the parameters.
+    """
+    key = f"{fingerprint(source)} {FORMAT_VERSION} {transformers.__version__}"
+    return cache_dir() / "packed" / f"{source.name}-{hashlib.sha256(key.encode()).hexdigest()[:_NAME_LENGTH]}"
 
 
 def lock_path(out: Path) -> Path:

@@ -99,7 +99,8 @@ def torch_dtype(tensor_slice: Any) -> torch.dtype:
     name = tensor_slice.get_dtype()
     if name not in str_to_torch_dtype:
         raise CheckpointError(f"dtype {name} of safetensors is not supported")
-    return str_to_torch_dtype[name]
+    dtype: torch.dtype = str_to_torch_dtype[name]
+    return dtype
 
 
 def _read_json(path: Path) -> dict[str, Any]:

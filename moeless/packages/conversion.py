@@ -33,8 +33,7 @@ class CheckpointConverter:
         self._tensors = tensors
         self._dtype = dtype
         self._loader = TensorLoader(model, dtype, device="cpu", convert=True)
-        names = sorted(tensors)
-        self._groups = self._loader.group_by_target(names)
+        self._groups = self._loader.group_by_target(list(tensors))
 
     def check(self) -> None:
         """Run the whole conversion on the meta device, which costs no memory.

@@ -7,6 +7,7 @@ what is needed. A family that holds its experts otherwise is refused by name.
 from __future__ import annotations
 
 import inspect
+import re
 from typing import TypeGuard
 
 import torch
@@ -20,7 +21,7 @@ from moeless.core.expert import ExpertLayout
 
 _INTERFACE_ATTRIBUTES = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
 _TOP_K_NAMES = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
-_MOE_CLASS_MARKS = ("Experts", "Moe", "MoE", "MOE", "SparseMLP")
+_MOE_CLASS_NAME = re.compile(r"Experts$|Mo[eE](Block|MLP)?$")
 _ACTIVATIONS_WITH_WEIGHTS = ("prelu", "xielu")
 _FORWARD_ARGUMENTS = 3
 """hidden_states, top_k_index, top_k_weights: what a registered experts implementation is called with."""
@@ -71,12 +72,12 @@ def require_experts(model: PreTrainedModel) -> dict[str, ExpertsModule]:
     if modules:
         return modules
     family = model.config.model_type
-    for name, module in model.named_modules():
-        if any(mark in type(module).__name__ for mark in _MOE_CLASS_MARKS) and name:
-            raise UnsupportedFamilyError(
-                f"family {family!r} is not supported: its {type(module).__name__} does not use "
-                "transformers' experts interface"
-            )
+    class_names = {type(module).__name__ for module in model.modules()}
+    moe_classes = sorted(filter(_MOE_CLASS_NAME.search, class_names), key=lambda name: not name.endswith("Experts"))
+    if moe_classes:
+        raise UnsupportedFamilyError(
+            f"family {family!r} is not supported: its {moe_classes[0]} does not use transformers' experts interface"
+        )
     raise CheckpointError(f"not an MoE model: {type(model).__name__} ({family!r}) has no routed experts")
 
 
@@ -191,8 +192,11 @@ def _activation_name(module: ExpertsModule) -> str | None:
         return None
     probe = torch.linspace(-40.0, 40.0, 8001, device="cpu")
     values = act_fn(probe)
-    named_by_config = [value for value in vars(module.config).values() if isinstance(value, str) and value in ACT2FN]
-    for name in (*named_by_config, *ACT2FN):
+    named_by_config: list[str] = [
+        value for value in vars(module.config).values() if isinstance(value, str) and value in ACT2FN
+    ]
+    candidates: tuple[str, ...] = (*named_by_config, *ACT2FN)
+    for name in candidates:
         if name not in _ACTIVATIONS_WITH_WEIGHTS and torch.equal(ACT2FN[name](probe), values):
             return name
     return None

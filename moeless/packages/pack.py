@@ -6,14 +6,16 @@ time. Everything goes into a sibling folder that is renamed at the end, so a fol
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from moeless.core.errors import PackageError
 from moeless.core.expert import FunctionId
@@ -35,6 +37,8 @@ from moeless.packages.manifest import (
     read_manifest,
 )
 from moeless.packages.transformers_loader import build_on_meta
+
+logger = logging.getLogger(__name__)
 
 ProgressCallback = Callable[[int, int, str], None]
 """(packages done, packages in all, name of the one just written)."""
@@ -61,26 +65,49 @@ def pack_checkpoint(
         PackageError: `out` holds something else, or cannot be written.
 
     """
-    source, out = source.expanduser().resolve(), out.expanduser().absolute()
+    source, out = source.expanduser().resolve(), out.expanduser().resolve()
     checkpoint = open_checkpoint(source)
     source_fingerprint = fingerprint(source)
-    with FileLock(lock_path(out)):
-        existing = _existing_pack(out, source_fingerprint)
-        if existing is not None:
-            return existing
-        partial = out.with_name(f".{out.name}.partial")
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+    try:
+        with _exclusive(out), _partial_folder(out) as partial:
+            existing = _existing_pack(out, source_fingerprint)
+            if existing is not None:
+                return existing
             writer = _PackWriter(partial, checkpoint, on_progress or _ignore_progress)
             manifest = writer.write(model_id or source.name, source_fingerprint, max_shard_bytes)
             os.replace(partial, out)
             sync_folder(out.parent)
-        except OSError as error:
-            raise PackageError(f"{error.filename or out}: cannot be written ({error.strerror})") from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise PackageError(f"{error.filename or out}: cannot be written ({error.strerror})") from error
     return manifest
+
+
+@contextmanager
+def _exclusive(out: Path) -> Iterator[None]:
+    """Let one process at a time write `out`; whoever comes second finds it packed."""
+    lock = FileLock(lock_path(out))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.info("waiting for another process that packs out=%s", out)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _partial_folder(out: Path) -> Iterator[Path]:
+    """An empty folder beside `out`, without what a killed run left in it; removed unless it was renamed."""
+    partial = out.with_name(f".{out.name}.partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _existing_pack(out: Path, source_fingerprint: str) -> Manifest | None:
@@ -99,6 +126,7 @@ class _PackWriter:
     folder: Path
     checkpoint: Checkpoint
     on_progress: ProgressCallback
+    total: int = 0
     done: int = 0
     functions: list[FunctionEntry] = field(default_factory=list)
 
@@ -114,6 +142,7 @@ class _PackWriter:
             ]
             converter = CheckpointConverter(model, tensors, dtype)
             converter.check()
+            self.total = sum(layer.num_experts for layer in layers) + 1
             self._write_functions(converter, layers)
             backbone = self._write_backbone(converter, list(modules), max_shard_bytes)
         manifest = Manifest(
@@ -137,15 +166,13 @@ class _PackWriter:
 
     def _write_functions(self, converter: CheckpointConverter, layers: list[LayerEntry]) -> None:
         (self.folder / FUNCTIONS_DIR).mkdir()
-        total = sum(layer.num_experts for layer in layers)
         for layer in layers:
             stacked = converter.load_module(layer.module)
             names = parameter_names(layer.layout)
             for expert in range(layer.num_experts):
                 weights = {name: stacked[parameter][expert] for name, parameter in names.items()}
                 self.functions.append(self._write_function(FunctionId(layer.layer, expert), weights))
-                self.done += 1
-                self.on_progress(self.done, total, self.functions[-1].name)
+                self._report(self.functions[-1].name)
 
     def _write_function(self, function: FunctionId, weights: Mapping[str, torch.Tensor]) -> FunctionEntry:
         file = f"{FUNCTIONS_DIR}/{function}.safetensors"
@@ -173,11 +200,16 @@ class _PackWriter:
             file = self.checkpoint.path / name
             if file.is_file():
                 entries.append(self._write_backbone_file(name, file.read_bytes()))
+        self._report(BACKBONE_DIR)
         return entries
 
     def _write_backbone_file(self, name: str, data: bytes) -> FileEntry:
         file = f"{BACKBONE_DIR}/{name}"
         return FileEntry(file=file, bytes=len(data), sha256=write_durably(self.folder / file, data))
+
+    def _report(self, label: str) -> None:
+        self.done += 1
+        self.on_progress(self.done, self.total, label)
 
 
 def _describe_layer(index: int, name: str, module: ExpertsModule, family: str) -> LayerEntry:

@@ -34,23 +34,30 @@ def resolve_model(name: str, *, on_progress: ProgressCallback | None = None) -> 
         PackageError: a packed folder that is damaged.
 
     """
-    if name == BUNDLED_MODEL:
-        return _open_packed(bundled_model_path(), name, on_progress)
     folder = Path(name).expanduser()
     if (folder / MANIFEST_NAME).is_file():
         return PackedModel.open(folder)
-    if folder.is_dir():
-        return _open_packed(folder.resolve(), None, on_progress)
-    if not _HUB_NAME.match(name):
-        raise CheckpointError(f"model {name!r}: no such folder, and not a name of the form organization/model")
-    return _open_packed(_download(name), name, on_progress)
-
-
-def _open_packed(checkpoint: Path, model_id: str | None, on_progress: ProgressCallback | None) -> PackedModel:
+    checkpoint, model_id = locate_checkpoint(name)
     out = packed_dir(checkpoint)
-    out.parent.mkdir(parents=True, exist_ok=True)
     pack_checkpoint(checkpoint, out, on_progress=on_progress, model_id=model_id)
     return PackedModel.open(out)
+
+
+def locate_checkpoint(name: str) -> tuple[Path, str]:
+    """Folder and model id of the checkpoint that `name` stands for, downloaded first if it is a hub name.
+
+    Raises:
+        CheckpointError: nothing of that name.
+
+    """
+    if name == BUNDLED_MODEL:
+        return bundled_model_path(), name
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder.resolve(), folder.resolve().name
+    if not _HUB_NAME.match(name):
+        raise CheckpointError(f"model {name!r}: no such folder, and not a name of the form organization/model")
+    return _download(name), name
 
 
 def _download(name: str) -> Path:

@@ -18,6 +18,7 @@ from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
     convert_and_load_state_dict_in_model,
+    dot_natural_key,
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
@@ -41,7 +42,7 @@ def causal_lm_class(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], Pr
         raise UnsupportedFamilyError(
             f"family {config.model_type!r} is not supported: transformers has no causal language model for it"
         )
-    model_class = _get_model_class(config, mapping)
+    model_class: type[PreTrainedModel] = _get_model_class(config, mapping)
     text_config_class = config.sub_configs.get("text_config")
     if text_config_class is not None and model_class.config_class == text_config_class:
         config = config.get_text_config()
@@ -51,7 +52,9 @@ def causal_lm_class(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], Pr
 def build_on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model in eval mode without a byte of weights: every parameter and buffer on the meta device."""
     with ContextManagers(model_class.get_init_context(dtype, False, False, None)):
-        return model_class(copy.deepcopy(config)).eval()
+        model: PreTrainedModel = model_class(copy.deepcopy(config))
+    model.train(False)
+    return model
 
 
 class TensorLoader:
@@ -65,7 +68,7 @@ class TensorLoader:
         self, model: PreTrainedModel, dtype: torch.dtype, *, device: torch.device | str, convert: bool
     ) -> None:
         self._model = model
-        self._mapping = get_model_conversion_mapping(model) if convert else []
+        self._mapping: list[Any] = list(get_model_conversion_mapping(model)) if convert else []
         for entry in self._mapping:
             if isinstance(entry, WeightConverter):
                 entry.force_cpu = False  # everything is on `device`; "cpu" would not take a dry run's meta tensors
@@ -78,6 +81,7 @@ class TensorLoader:
 
     def load(self, state_dict: Mapping[str, Any]) -> LoadStateDictInfo:
         """Convert and set `state_dict`; what it lacks stays as it is and is reported as missing."""
+        info: LoadStateDictInfo
         with _progress_bar_disabled():
             info, _ = convert_and_load_state_dict_in_model(
                 model=self._model, state_dict=dict(state_dict), load_config=self._load_config, disk_offload_index=None
@@ -86,19 +90,21 @@ class TensorLoader:
 
     def finalize(self, info: LoadStateDictInfo) -> LoadStateDictInfo:
         """Tie weights and compute buffers that no checkpoint holds; drop from `info` what may be missing."""
-        return self._model._finalize_model_loading(self._model, self._load_config, info)
+        finalized: LoadStateDictInfo = self._model._finalize_model_loading(self._model, self._load_config, info)
+        return finalized
 
     def group_by_target(self, names: list[str]) -> dict[str, list[str]]:
         """In-memory name → the names of the state dict that make it.
 
-        A converter with several targets is listed under its first. The order is the loader's own.
+        A converter with several targets is listed under its first. The order is the loader's own, on which some
+        renamings depend.
         """
         targets = self._model.state_dict()
         prefix = self._model.base_model_prefix
         renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
         groups: dict[str, list[str]] = {}
-        for name in names:
+        for name in sorted(names, key=dot_natural_key):
             target, _ = rename_source_key(name, renamings, converters, prefix, targets)
             if target not in targets and name in targets:
                 target, _ = rename_source_key(name, [], [], prefix, targets)
