@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
 """What probes may ask without a key."""
+_MAX_SKIPPED_BYTES = 16 * 1024 * 1024
+"""How much of a refused body is read to let its sender hear the refusal."""
 
 
 class ErrorMiddleware:
@@ -90,22 +92,36 @@ class BodyLimitMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        announced = Headers(scope=scope).get("content-length", "")
+        headers = Headers(scope=scope)
+        announced = headers.get("content-length", "")
         if announced.isdecimal() and (len(announced) > 18 or int(announced) > self._max_bytes):
+            if "expect" not in headers:  # else the client waits for our word before it sends anything
+                await self._skip_rest(receive)
             await error_response(self._error(f"{announced} bytes"))(scope, receive, send)
             return
-        received = 0
+        num_received = 0
 
         async def receive_within_limit() -> Message:
-            nonlocal received
+            nonlocal num_received
             message = await receive()
             if message["type"] == "http.request":
-                received += len(message.get("body", b""))
-                if received > self._max_bytes:
+                num_received += len(message.get("body", b""))
+                if num_received > self._max_bytes:
+                    if message.get("more_body", False):
+                        await self._skip_rest(receive)
                     raise self._error("more")
             return message
 
         await self._app(scope, receive_within_limit, send)
+
+    async def _skip_rest(self, receive: Receive) -> None:
+        """Read on for a while and forget it: closing on a client that still writes loses it the answer."""
+        num_skipped = 0
+        while num_skipped < _MAX_SKIPPED_BYTES:
+            message = await receive()
+            num_skipped += len(message.get("body", b""))
+            if not message.get("more_body", False):
+                return
 
     def _error(self, got: str) -> BodyTooLargeError:
         return BodyTooLargeError(f"The body may have at most {self._max_bytes} bytes, got {got}.")

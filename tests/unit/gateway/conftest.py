@@ -7,7 +7,7 @@ import pytest
 from tests.unit.gateway.support import ScriptedEngine, model_info, write_tokenizer
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def anyio_backend() -> str:
     return "asyncio"
 

@@ -118,6 +118,7 @@ class ScriptedEngine:
         self.requests: list[GenerationRequest] = []
         self.ended: list[str] = []
         self.cancelled: list[str] = []
+        self.num_said = 0
         self.ready = True
         self.stats_error: Exception | None = None
 
@@ -130,6 +131,7 @@ class ScriptedEngine:
         try:
             async for delta in self.script(request):
                 is_over = delta.finish_reason is not None
+                self.num_said += 1
                 yield delta
         except Exception:
             is_over = True
