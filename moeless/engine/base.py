@@ -15,7 +15,14 @@ import msgspec
 import torch
 from transformers import PreTrainedModel
 
-from moeless.core.errors import ConfigError, ContextLengthError, EngineStoppedError, QueueFullError, RequestError
+from moeless.core.errors import (
+    ConfigError,
+    ContextLengthError,
+    EngineStoppedError,
+    MoelessError,
+    QueueFullError,
+    RequestError,
+)
 from moeless.core.generation import GenerationDelta, GenerationRequest
 from moeless.engine.config import EngineConfig
 from moeless.engine.sequence import Sequence
@@ -254,7 +261,8 @@ class ThreadedEngine(ABC):
             failed = list(self._recover())
             logger.exception("step failed requests=%d error=%s", len(failed), error)
             for sequence in failed:
-                sequence.finish("error", f"{type(error).__name__}: {error}")
+                if sequence.finish_reason is None:
+                    sequence.finish("error", describe(error))
                 self._outbox.append(sequence.take_delta())
 
     def _deliver(self) -> None:
@@ -310,6 +318,11 @@ class ThreadedEngine(ABC):
     @abstractmethod
     def _kv_usage(self) -> float:
         """Share of the KV memory held. Called from any thread."""
+
+
+def describe(error: Exception) -> str:
+    """The message of an error of ours; of others their type too."""
+    return str(error) if isinstance(error, MoelessError) else f"{type(error).__name__}: {error}"
 
 
 def eos_token_ids(model: PreTrainedModel) -> frozenset[int]:

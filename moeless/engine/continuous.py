@@ -13,7 +13,7 @@ from moeless.core.errors import ConfigError
 from moeless.engine.base import OnStep, ThreadedEngine
 from moeless.engine.config import EngineConfig
 from moeless.engine.sequence import Sequence
-from moeless.engine.transformers_hooks import PagedBatcher, kv_bytes_per_token
+from moeless.engine.transformers_hooks import NO_MEMORY_CHECK, PagedBatcher, kv_bytes_per_token
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +33,14 @@ class ContinuousEngine(ThreadedEngine):
             num_blocks=self._num_blocks(),
             max_batch_tokens=self._config.max_batch_tokens,
             max_requests_per_batch=self._config.max_running,
-            max_memory_percent=1.0,
+            max_memory_percent=NO_MEMORY_CHECK,
             max_blocks_per_request=0,
             allow_block_sharing=self._config.prefix_sharing,
             use_async_batching=False,
             use_cuda_graph=False,
             auto_switch_to_flash=False,
         )
-        self._batcher = PagedBatcher(self._model, batching, attention="sdpa")
+        self._batcher = PagedBatcher(self._model, batching)
         if self._batcher.max_request_tokens < self.max_context_tokens:
             logger.info(
                 "context limited by KV memory max_context_tokens=%d->%d",

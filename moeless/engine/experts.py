@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 NAME = "moeless"
+_NOTHING = "moeless_nothing"
 
 
 class ForwardsExperts(Protocol):
@@ -45,3 +50,24 @@ def attach_dispatcher(model: nn.Module, dispatcher: ForwardsExperts) -> int:
         # Not registered as a submodule, whatever it is: it holds no parameters of the backbone.
         object.__setattr__(module, "moeless_dispatcher", dispatcher)
     return len(modules)
+
+
+@contextmanager
+def without_experts(model: PreTrainedModel) -> Iterator[None]:
+    """Let every experts module give zeros: for probes of the backbone that must not reach a worker."""
+    if not model._can_set_experts_implementation():
+        yield
+        return
+    ALL_EXPERTS_FUNCTIONS.register(_NOTHING, _no_experts_forward)
+    before = model.get_experts_implementation()
+    model.set_experts_implementation(_NOTHING)
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
+
+
+def _no_experts_forward(
+    experts_module: Any, hidden_TH: Tensor, top_k_index_Tk: Tensor, top_k_weights_Tk: Tensor
+) -> Tensor:
+    return torch.zeros_like(hidden_TH)

@@ -28,4 +28,5 @@ def uniforms(streams: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDAr
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     z = z ^ (z >> np.uint64(31))
-    return (z >> np.uint64(12)) * 2.0**-52
+    bits: NDArray[np.float64] = (z >> np.uint64(12)).astype(np.float64)
+    return bits * 2.0**-52

@@ -39,7 +39,9 @@ class RowSampler:
     __slots__ = (
         "_bias",
         "_counts",
+        "_frequency",
         "_num_distinct",
+        "_presence",
         "_slots",
         "_token_ids",
         "adjusts_logits",
@@ -50,8 +52,6 @@ class RowSampler:
         "temperature",
         "top_k",
         "top_p",
-        "_presence",
-        "_frequency",
     )
 
     def __init__(self, params: SamplingParams) -> None:

@@ -35,10 +35,15 @@ from transformers.generation.continuous_batching.requests import RequestState, R
 from transformers.generation.continuous_batching.utils import find_head_dim, find_num_key_value_heads
 
 from moeless.core.generation import GenerationDelta
+from moeless.engine.paged_attention import NAME as ATTENTION
+from moeless.engine.paged_attention import SpanPlan, plan_attention, register_attention
 from moeless.engine.sampling import RawLogprobs, sample
 from moeless.engine.sequence import Sequence
 
-__all__ = ["PagedBatcher", "SequenceState", "kv_bytes_per_token"]
+__all__ = ["NO_MEMORY_CHECK", "PagedBatcher", "SequenceState", "kv_bytes_per_token"]
+
+NO_MEMORY_CHECK = 1000.0
+"""For `max_memory_percent`: transformers' estimate counts masks and copies that our attention does not make."""
 
 
 @dataclass
@@ -90,6 +95,18 @@ class SequenceState(RequestState):  # type: ignore[misc]
 class _SamplingRunner(ModelRunner):  # type: ignore[misc]
     """Samples with our sampler, each row with its sequence's own parameters."""
 
+    def compute_batch(self, model: nn.Module, batch_data: dict[str, Any]) -> None:
+        ios = self.inputs_and_outputs
+        spans = [
+            SpanPlan(f.state.request_id, f.state.position_offset - f.query_length, f.query_length)
+            for f in ios.requests_in_batch
+        ]
+        batch_data["moeless_plan"] = [
+            plan_attention(spans, allocator, dtype=ios.model_dtype, device=ios.device)
+            for allocator in self.cache.cache_allocators.values()
+        ]
+        super().compute_batch(model, batch_data)
+
     def _sample(self, scores: Tensor, output_ids: Tensor) -> None:
         states = [f.state for f in self.inputs_and_outputs.requests_in_batch if f.has_new_token]
         if not states:
@@ -118,28 +135,25 @@ class _DeltaRouter(OutputRouter):  # type: ignore[misc]
 
 
 class _Manager(ContinuousBatchingManager):  # type: ignore[misc]
-    """transformers' wiring of the parts, for an attention implementation of our choice and without its thread."""
+    """transformers' wiring of the parts, with our attention and without its thread."""
 
-    def __init__(self, model: PreTrainedModel, config: ContinuousBatchingConfig, attention: str) -> None:
-        self._attention = attention
-        super().__init__(model, GenerationConfig(do_sample=False), config)
-
-    def switch_to_cb_friendly_attn(self, model: PreTrainedModel, auto_switch_to_flash: bool = True) -> None:
-        model.set_attn_implementation(self._attention)
+    def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
+        model.set_attn_implementation(ATTENTION)
 
 
 class PagedBatcher:
     """transformers' continuous batching, driven step by step by the caller's thread."""
 
-    def __init__(self, model: PreTrainedModel, config: ContinuousBatchingConfig, *, attention: str) -> None:
+    def __init__(self, model: PreTrainedModel, config: ContinuousBatchingConfig) -> None:
         """Args:
+        model: gets our attention, and its own back at `close`.
         config: with `num_blocks`, `page_size`, `max_batch_tokens` and `max_requests_per_batch` set.
-        attention: name of the attention implementation; the model gets its own back at `close`.
         """
-        self._model: nn.Module = model
+        register_attention()
+        self._model: Any = model
         self._original_attention: str = model.config._attn_implementation
         self._router = _DeltaRouter()
-        manager = _Manager(model, config, attention)
+        manager = _Manager(self._model, GenerationConfig(do_sample=False), config)
         manager.output_router = self._router
         processor: ContinuousBatchProcessor = manager._create_batch_processor()
         processor.model_runner = _SamplingRunner(
@@ -154,6 +168,8 @@ class PagedBatcher:
         self._processor = processor
         self._scheduler: Any = processor.scheduler
         self._cache: PagedAttentionCache = processor.cache
+        self._batch: list[Any] | None = None
+        self._cache.extend_read_and_write_indices = self._extend_write_indices
         self._note_cached_tokens()
 
     @property
@@ -185,8 +201,10 @@ class PagedBatcher:
 
     def step(self) -> list[GenerationDelta]:
         """One forward pass over what the scheduler picks. Returns its deltas."""
+        self._batch = None
         if not self._processor.prepare_next_batch():
             return []
+        self._batch = [future.state for future in self._processor.inputs_and_outputs.requests_in_batch]
         self._processor._generation_step(self._model)
         self._processor.update_batch()
         return self._router.take()
@@ -196,11 +214,10 @@ class PagedBatcher:
 
         If the step failed before it had a batch, that is every request that has begun (or, if none has, that waits).
         """
-        ios = self._processor.inputs_and_outputs
-        active = self._scheduler.active_requests
-        states = [f.state for f in ios.requests_in_batch if active.get(f.state.request_id) is f.state]
-        if not states:
-            states = list(active.values()) or list(self._scheduler.waiting_requests.values())
+        states = self._batch
+        if states is None:
+            scheduler = self._scheduler
+            states = list(scheduler.active_requests.values()) or list(scheduler.waiting_requests.values())
         for state in states:
             self.cancel(state.request_id)
         self._router.take()
@@ -215,10 +232,17 @@ class PagedBatcher:
             for allocator in self._cache.cache_allocators.values()
         )
         total = self._cache.num_sectors * self._cache.bytes_per_sector
-        return float(self._cache.compute_free_capacity()) + cached / total
+        return float(self._cache.compute_free_capacity() + cached / total)
 
     def close(self) -> None:
-        self._model.set_attn_implementation(self._original_attention)  # type: ignore[operator]
+        self._model.set_attn_implementation(self._original_attention)
+
+    def _extend_write_indices(
+        self, request_id: str, past: int, length: int, read_index: Any, write_index: list[list[int]]
+    ) -> None:
+        """Instead of the cache's own: our attention plans its reads by pages, not by a list of every token."""
+        for allocator, indices in zip(self._cache.cache_allocators.values(), write_index, strict=True):
+            indices.extend(allocator.get_write_indices(request_id, past, length))
 
     def _note_cached_tokens(self) -> None:
         """Tell each sequence how many prompt tokens it found in shared pages when it began."""
@@ -238,6 +262,4 @@ def kv_bytes_per_token(model: PreTrainedModel) -> int:
     """Bytes of keys and values of one token in every layer of the paged cache."""
     config: Any = model.config.get_text_config()
     dtype: torch.dtype = model.dtype
-    return int(
-        2 * find_num_key_value_heads(config) * find_head_dim(config) * dtype.itemsize * config.num_hidden_layers
-    )
+    return int(2 * find_num_key_value_heads(config) * find_head_dim(config) * dtype.itemsize * config.num_hidden_layers)

@@ -1,0 +1,273 @@
+"""The engine for models that the paged cache cannot hold: one left-padded batch with transformers' DynamicCache.
+
+For attention with unlike key and value sizes (DeepSeek-V2 and V3), chunked or linear attention. Sequences that end
+leave the batch and give their memory back. New ones are prefilled on their own and join the batch where its cache can
+be padded; a cache with recurrent states cannot, and there new ones wait until the batch is empty.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from moeless.core.errors import ConfigError
+from moeless.engine.base import OnStep, ThreadedEngine, describe
+from moeless.engine.config import EngineConfig
+from moeless.engine.experts import without_experts
+from moeless.engine.sampling import sample
+from moeless.engine.sequence import Sequence
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Sequences that decode together. Row b of everything belongs to `sequences[b]`; W is the cache's width."""
+
+    sequences: list[Sequence]
+    lengths: list[int]
+    """Tokens of each in the cache."""
+    next_ids: list[int]
+    """Sampled, but not in the cache yet."""
+    cache: DynamicCache
+    mask_BW: Tensor
+    """1 for tokens, 0 for the padding on the left."""
+
+    @property
+    def width(self) -> int:
+        return self.mask_BW.shape[1]
+
+
+class StaticBatchEngine(ThreadedEngine):
+    """A batch that sequences join by prefill and leave one by one; no pages, no prefix sharing."""
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Any, config: EngineConfig, on_step: OnStep | None = None
+    ) -> None:
+        super().__init__(model, tokenizer, config, on_step)
+        self._waiting: deque[Sequence] = deque()
+        self._batch: _Batch | None = None
+        self._stepping: list[Sequence] = []
+        self._capacity_tokens = 1
+        takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._forward_options: dict[str, Any] = {"logits_to_keep": 1} if takes_logits_to_keep else {}
+
+    def _open(self) -> None:
+        token_bytes = self._kv_bytes_per_token()
+        device = self._model.device
+        free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+        budget = self._config.kv_budget_bytes(device_type=device.type, free_bytes=free_bytes)
+        self._capacity_tokens = budget // token_bytes
+        if self._capacity_tokens < 2:
+            raise ConfigError(f"kv_cache_bytes must hold at least two tokens of {token_bytes} bytes, got {budget}")
+        self.max_context_tokens = min(self.max_context_tokens, self._capacity_tokens)
+        logger.info(
+            "static batching ready capacity_tokens=%d max_running=%d joins_at_any_step=%s",
+            self._capacity_tokens,
+            self._config.max_running,
+            _can_be_padded(DynamicCache(config=self._model.config)),
+        )
+
+    def _close(self) -> None:
+        self._batch = None
+        self._waiting.clear()
+
+    def _add(self, sequence: Sequence) -> None:
+        self._waiting.append(sequence)
+
+    def _drop(self, sequence: Sequence) -> None:
+        if sequence in self._waiting:
+            self._waiting.remove(sequence)
+        elif self._batch is not None and sequence in self._batch.sequences:
+            self._keep([s is not sequence for s in self._batch.sequences])
+
+    def _has_work(self) -> bool:
+        return bool(self._waiting) or self._batch is not None
+
+    def _step(self) -> None:
+        joining = self._pick_joining()
+        self._stepping = joining
+        if joining:
+            batch, logits_BV = self._prefill(joining)
+            self._accept(batch, logits_BV)
+        else:
+            assert self._batch is not None
+            self._stepping = self._batch.sequences
+            logits_BV = self._decode(self._batch)
+            batch, self._batch = self._batch, None
+            self._accept(batch, logits_BV)
+
+    def _recover(self) -> Iterable[Sequence]:
+        failed, self._stepping = self._stepping, []
+        if self._batch is not None and self._batch.sequences is failed:
+            self._batch = None
+        return failed
+
+    def _num_running(self) -> int:
+        batch = self._batch
+        return 0 if batch is None else len(batch.sequences)
+
+    def _kv_usage(self) -> float:
+        batch = self._batch
+        return 0.0 if batch is None else min(1.0, len(batch.sequences) * batch.width / self._capacity_tokens)
+
+    # -- steps -----------------------------------------------------------------------------------------------------
+
+    def _pick_joining(self) -> list[Sequence]:
+        """Take the sequences off the queue that begin now: as many as memory and one step's tokens allow."""
+        running: list[Sequence] = []
+        if self._batch is not None:
+            if not _can_be_padded(self._batch.cache):
+                return []
+            running = self._batch.sequences
+        longest = max((s.num_prompt_tokens + s.max_tokens for s in running), default=0)
+        joining: list[Sequence] = []
+        widest = 0
+        while self._waiting and len(running) + len(joining) < self._config.max_running:
+            sequence = self._waiting[0]
+            longest = max(longest, sequence.num_prompt_tokens + sequence.max_tokens)
+            widest = max(widest, sequence.num_prompt_tokens)
+            count = len(joining) + 1
+            if (len(running) + count) * longest > self._capacity_tokens:
+                break
+            if joining and count * widest > self._config.max_batch_tokens:
+                break
+            joining.append(self._waiting.popleft())
+        return joining
+
+    def _prefill(self, sequences: list[Sequence]) -> tuple[_Batch, Tensor]:
+        lengths = [sequence.num_prompt_tokens for sequence in sequences]
+        width = max(lengths)
+        ids_BW = torch.zeros(len(sequences), width, dtype=torch.int64)
+        mask_BW = torch.zeros(len(sequences), width, dtype=torch.int64)
+        for row, sequence in enumerate(sequences):
+            ids_BW[row, width - lengths[row] :] = torch.tensor(sequence.prompt_token_ids)
+            mask_BW[row, width - lengths[row] :] = 1
+        device = self._model.device
+        mask_BW = mask_BW.to(device)
+        batch = _Batch(list(sequences), lengths, [], DynamicCache(config=self._model.config), mask_BW)
+        positions_BW = (mask_BW.cumsum(dim=-1) - 1).clamp_(min=0)
+        return batch, self._forward(batch, ids_BW.to(device), positions_BW)
+
+    def _decode(self, batch: _Batch) -> Tensor:
+        device = self._model.device
+        ids_B1 = torch.tensor(batch.next_ids, device=device).unsqueeze(1)
+        positions_B1 = torch.tensor(batch.lengths, device=device).unsqueeze(1)
+        batch.mask_BW = pad(batch.mask_BW, (0, 1), value=1)
+        batch.lengths = [length + 1 for length in batch.lengths]
+        return self._forward(batch, ids_B1, positions_B1)
+
+    def _forward(self, batch: _Batch, ids: Tensor, positions: Tensor) -> Tensor:
+        """Returns: float32 logits of each row's last token, (B, V)."""
+        output = self._model(
+            input_ids=ids,
+            attention_mask=batch.mask_BW,
+            position_ids=positions,
+            past_key_values=batch.cache,
+            use_cache=True,
+            **self._forward_options,
+        )
+        logits: Tensor = output.logits[:, -1].float()
+        return logits
+
+    def _accept(self, batch: _Batch, logits_BV: Tensor) -> None:
+        """Sample for every row of a batch that has just been computed, and merge what goes on into the running one."""
+        tokens_B, logprobs = sample(logits_BV, [sequence.sampler for sequence in batch.sequences])
+        batch.next_ids = tokens_B.tolist()
+        keep: list[bool] = []
+        for row, sequence in enumerate(batch.sequences):
+            try:
+                ended = sequence.advance(batch.next_ids[row], None if logprobs is None else logprobs[row])
+            except Exception as error:  # one sequence's text must not fail the whole batch
+                sequence.finish("error", describe(error))
+                ended = True
+            keep.append(not ended)
+            self._outbox.append(sequence.take_delta())
+        running, self._batch = self._batch, batch
+        if not all(keep):
+            self._keep(keep)
+        if running is not None:
+            self._batch = running if self._batch is None else _merge(running, self._batch)
+
+    def _keep(self, keep: list[bool]) -> None:
+        """Reduce the batch to the rows marked, and cut the padding that all of them share."""
+        assert self._batch is not None
+        batch = self._batch
+        rows = [row for row, kept in enumerate(keep) if kept]
+        if not rows:
+            self._batch = None
+            return
+        index = torch.tensor(rows, device=batch.mask_BW.device)
+        batch.cache.reorder_cache(index)
+        batch.mask_BW = batch.mask_BW[index]
+        batch.sequences = [batch.sequences[row] for row in rows]
+        batch.lengths = [batch.lengths[row] for row in rows]
+        batch.next_ids = [batch.next_ids[row] for row in rows]
+        if batch.width > max(batch.lengths) and _can_be_padded(batch.cache):
+            _set_width(batch, max(batch.lengths))
+
+    def _kv_bytes_per_token(self) -> int:
+        """Measured: how much the cache of one sequence grows from 8 to 16 tokens."""
+        sizes: list[int] = []
+        for num_tokens in (8, 16):
+            cache = DynamicCache(config=self._model.config)
+            ids = torch.zeros(1, num_tokens, dtype=torch.int64, device=self._model.device)
+            with without_experts(self._model):
+                self._model(input_ids=ids, past_key_values=cache, use_cache=True, **self._forward_options)
+            sizes.append(
+                sum(
+                    t.numel() * t.element_size()
+                    for layer in cache.layers
+                    for t in (layer.keys, layer.values)
+                    if t is not None
+                )
+            )
+        return max(1, (sizes[1] - sizes[0]) // 8)
+
+
+def _can_be_padded(cache: DynamicCache) -> bool:
+    """True if every layer's cache is keys and values by position, and nothing else."""
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+
+
+def _set_width(batch: _Batch, width: int) -> None:
+    """Pad a batch's cache on the left, or cut its padding."""
+    change = width - batch.width
+    for layer in batch.cache.layers:
+        num_kept = width
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layer.cumulative_length += change
+            num_kept = min(width, layer.sliding_window - 1)
+        change_here = num_kept - layer.keys.shape[-2]
+        # A negative padding cuts.
+        layer.keys = pad(layer.keys, (0, 0, change_here, 0))
+        layer.values = pad(layer.values, (0, 0, change_here, 0))
+    batch.mask_BW = pad(batch.mask_BW, (change, 0))
+
+
+def _merge(first: _Batch, second: _Batch) -> _Batch:
+    """One batch of both, the narrower padded to the wider."""
+    width = max(first.width, second.width)
+    for batch in (first, second):
+        if batch.width != width:
+            _set_width(batch, width)
+    for ours, theirs in zip(first.cache.layers, second.cache.layers, strict=True):
+        ours.keys = torch.cat([ours.keys, theirs.keys])
+        ours.values = torch.cat([ours.values, theirs.values])
+    return _Batch(
+        first.sequences + second.sequences,
+        first.lengths + second.lengths,
+        first.next_ids + second.next_ids,
+        first.cache,
+        torch.cat([first.mask_BW, second.mask_BW]),
+    )
