@@ -32,7 +32,7 @@ class Channel(Protocol):
 
     @property
     def is_broken(self) -> bool:
-        """True once no further call can be made."""
+        """True once no further call can be made; looks whether the worker hung up. May be called from any thread."""
         ...
 
     def close(self) -> None:

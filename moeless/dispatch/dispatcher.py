@@ -70,6 +70,7 @@ class Dispatcher:
         self._config = config or DispatchConfig()
         self._num_experts = local.pool.num_experts
         self._channels: dict[str, Channel] = {}
+        self._retired: list[Channel] = []
         self._lock = threading.Lock()
         self._step = 0
         self.metrics = DispatchMetrics(self._num_experts)
@@ -87,22 +88,25 @@ class Dispatcher:
             self._compiled = self._compile(table)
 
     def set_channels(self, channels: Mapping[str, Channel]) -> None:
-        """Replace the lines to workers. A worker without one is not used; lines left out are closed."""
+        """Replace the lines to workers. A worker without one is not used.
+
+        Lines left out are closed by the compute thread before its next layer: it may be waiting on one now.
+        """
         with self._lock:
-            dropped = [c for name, c in self._channels.items() if channels.get(name) is not c]
+            self._retired += [c for name, c in self._channels.items() if channels.get(name) is not c]
             self._channels = dict(channels)
             self._compiled = self._compile(self.table)
-        for channel in dropped:
-            channel.close()
 
-    def broken_workers(self) -> list[str]:
-        """Workers of the table that cannot be called now."""
-        channels = self._channels
-        return [
-            worker
-            for worker in self.table.workers
-            if worker != LOCAL_WORKER and (worker not in channels or channels[worker].is_broken)
-        ]
+    def close(self) -> None:
+        """Hang up on every worker. Only once no forward runs and none will."""
+        self.set_channels({})
+        self._close_retired()
+
+    def _close_retired(self) -> None:
+        with self._lock:
+            retired, self._retired = self._retired, []
+        for channel in retired:
+            channel.close()
 
     @property
     def channels(self) -> Mapping[str, Channel]:
@@ -130,6 +134,8 @@ class Dispatcher:
         """
         started_s = time.perf_counter()
         self._step += 1
+        if self._retired:
+            self._close_retired()
         compiled = self._compiled[layer]
         if compiled.workers == (LOCAL_WORKER,):
             out_TH = self._forward_local(layer, hidden_TH, top_k_index_Tk, top_k_weights_Tk)
@@ -195,7 +201,7 @@ class Dispatcher:
 
     def _submit(self, worker: str, routing: _Routing, group: WorkerGroup) -> Channel | None:
         channel = self._channels.get(worker)
-        if channel is None or channel.is_broken:
+        if channel is None:
             return None
         try:
             channel.submit(

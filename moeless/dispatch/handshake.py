@@ -6,10 +6,13 @@ shared memory, descriptors). Proofs are HMAC-SHA256. Messages are length-prefixe
 
 from __future__ import annotations
 
+import array
 import hmac
+import os
 import secrets
 import socket
 import struct
+import time
 from typing import Literal, TypeVar
 
 import msgspec
@@ -42,7 +45,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     """Who calls, for the log."""
     call_bytes: int = 0
     answer_bytes: int = 0
-    """Sizes of the shared areas."""
+    """Sizes of the largest call and answer."""
     detail: dict[str, str] = {}
     """What a transport needs beyond that (CUDA IPC handles, NCCL's unique id)."""
 
@@ -57,10 +60,16 @@ class Accept(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def prove(token: str, role: Literal["client", "server"], nonce: str) -> str:
+    """What shows that `role` knows the token to the peer that chose `nonce`."""
     return hmac.digest(token.encode(), f"{role}:{nonce}".encode(), "sha256").hex()
 
 
+def _is_proof(proof: str, token: str, role: Literal["client", "server"], nonce: str) -> bool:
+    return hmac.compare_digest(proof.encode(), prove(token, role, nonce).encode())
+
+
 def send_message(sock: socket.socket, message: msgspec.Struct, fds: list[int] | None = None) -> None:
+    """Send one message, and descriptors with it. Raises OSError."""
     body = msgspec.json.encode(message)
     frame = _LENGTH.pack(len(body)) + body
     if fds:
@@ -72,27 +81,45 @@ def send_message(sock: socket.socket, message: msgspec.Struct, fds: list[int] | 
 def receive_message(sock: socket.socket, type_: type[_Message], max_fds: int = 0) -> tuple[_Message, list[int]]:
     """One message and the descriptors that came with it. Raises HandshakeError for anything else."""
     fds: list[int] = []
+    deadline_s = time.monotonic() + HANDSHAKE_TIMEOUT_S
     try:
-        if max_fds:
-            head, fds, _, _ = socket.recv_fds(sock, _LENGTH.size, max_fds)
-        else:
-            head = sock.recv(_LENGTH.size)
-        while 0 < len(head) < _LENGTH.size:
-            head += sock.recv(_LENGTH.size - len(head))
-        if not head:
-            raise HandshakeError("the peer hung up during the handshake")
+        head = _receive_exactly(sock, _LENGTH.size, deadline_s, fds, max_fds)
         (length,) = _LENGTH.unpack(head)
         if length > _MAX_MESSAGE_BYTES:
             raise HandshakeError(f"a handshake message may have {_MAX_MESSAGE_BYTES} bytes, got {length}")
-        body = b""
-        while len(body) < length:
-            chunk = sock.recv(length - len(body))
-            if not chunk:
-                raise HandshakeError("the peer hung up during the handshake")
-            body += chunk
-        return msgspec.json.decode(body, type=type_), fds
+        return msgspec.json.decode(_receive_exactly(sock, length, deadline_s, fds, 0), type=type_), fds
+    except HandshakeError:
+        close_all(fds)
+        raise
     except (OSError, msgspec.DecodeError) as error:
+        close_all(fds)
         raise HandshakeError(f"handshake failed: {error}") from error
+
+
+def _receive_exactly(sock: socket.socket, length: int, deadline_s: float, fds: list[int], max_fds: int) -> bytes:
+    """Bytes; descriptors that come with the first of them go into `fds`.
+
+    The deadline holds for all of them, so that nobody keeps us by sending a byte now and then.
+    """
+    room = socket.CMSG_LEN(max_fds * array.array("i").itemsize) if max_fds else 0
+    data = b""
+    while len(data) < length:
+        sock.settimeout(max(1e-3, deadline_s - time.monotonic()))
+        chunk, ancillary, _, _ = sock.recvmsg(length - len(data), room, socket.MSG_CMSG_CLOEXEC)
+        for _, _, packed in ancillary:
+            numbers = array.array("i")
+            numbers.frombytes(packed[: len(packed) // numbers.itemsize * numbers.itemsize])
+            fds.extend(numbers)
+        if not chunk:
+            raise HandshakeError("the peer hung up during the handshake")
+        data += chunk
+    return data
+
+
+def close_all(fds: list[int]) -> None:
+    """Close descriptors."""
+    for fd in fds:
+        os.close(fd)
 
 
 def greet(sock: socket.socket, token: str) -> Ask:
@@ -104,7 +131,7 @@ def greet(sock: socket.socket, token: str) -> Ask:
     nonce = secrets.token_hex(16)
     send_message(sock, Hello(version=PROTOCOL_VERSION, nonce=nonce))
     ask, _ = receive_message(sock, Ask)
-    if not hmac.compare_digest(ask.proof, prove(token, "client", nonce)):
+    if not _is_proof(ask.proof, token, "client", nonce):
         send_message(sock, Accept(error="the token is not this run's"))
         raise HandshakeError(f"engine {ask.engine!r} did not show the run's token")
     return ask
@@ -127,21 +154,28 @@ def ask_for(
     if hello.version != PROTOCOL_VERSION:
         raise HandshakeError(f"worker speaks protocol {hello.version}, this engine {PROTOCOL_VERSION}")
     nonce = secrets.token_hex(16)
-    send_message(
-        sock,
-        Ask(
-            proof=prove(token, "client", hello.nonce),
-            nonce=nonce,
-            kind=kind,
-            engine=engine,
-            call_bytes=call_bytes,
-            answer_bytes=answer_bytes,
-            detail=detail or {},
-        ),
-    )
+    try:
+        send_message(
+            sock,
+            Ask(
+                proof=prove(token, "client", hello.nonce),
+                nonce=nonce,
+                kind=kind,
+                engine=engine,
+                call_bytes=call_bytes,
+                answer_bytes=answer_bytes,
+                detail=detail or {},
+            ),
+        )
+    except OSError as error:
+        raise HandshakeError(f"handshake failed: {error}") from error
     accept, fds = receive_message(sock, Accept, max_fds)
-    if accept.error:
-        raise HandshakeError(f"worker refused: {accept.error}")
-    if not hmac.compare_digest(accept.proof, prove(token, "server", nonce)):
-        raise HandshakeError("the worker did not show the run's token")
+    error = accept.error and f"worker refused: {accept.error}"
+    if not error and not _is_proof(accept.proof, token, "server", nonce):
+        error = "the worker did not show the run's token"
+    if not error and len(fds) != max_fds:
+        error = f"the worker passed {len(fds)} descriptors instead of {max_fds}"
+    if error:
+        close_all(fds)
+        raise HandshakeError(error)
     return accept, fds

@@ -69,6 +69,10 @@ class TcpChannel:
 
     @property
     def is_broken(self) -> bool:
+        if not self._broken and self._socket.fileno() >= 0:
+            hung_up = select.poll()  # its own: the compute thread may be polling for an answer
+            hung_up.register(self._socket, select.POLLRDHUP | select.POLLHUP)
+            self._broken = bool(hung_up.poll(0))
         return self._broken
 
     def submit(self, call: LayerCall) -> None:

@@ -1,17 +1,18 @@
 """The messages between an engine and a worker: fixed binary headers and raw arrays, no pickle.
 
 A call is one layer's rows and pairs; an answer is one gate-weighted partial sum for each row, or an error in words.
-The same bytes travel in shared memory, over TCP and inside a Serve call.
+The same bytes travel in shared memory, over TCP and inside a Serve call; transports that move rows from GPU to GPU
+send the frame without them.
 
-Call:    CALL_HEADER | rows (R, H) | row of each pair (n) int32 | expert of each pair (n) int32 | weight (n) float32
+Call:    CALL_HEADER | row of each pair (n) int32 | expert of each pair (n) int32 | weight (n) float32 | padding |
+         rows (R, H)
 Answer:  ANSWER_HEADER | partial sums (R, H)   or   ANSWER_HEADER | UTF-8 message
 """
 
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,14 +32,23 @@ STATUS_OK: Final = 0
 STATUS_FUNCTION_UNAVAILABLE: Final = 1
 STATUS_INTERNAL_ERROR: Final = 2
 
+_ROWS_ALIGNMENT_BYTES: Final = 32
+"""Rows begin at a multiple of this: vector instructions like it, and the headers happen to have this size."""
+_MAX_CACHED_VIEWS: Final = 256
+
 _DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPE_CODE: Final = {dtype: code for code, dtype in enumerate(_DTYPES)}
 
 IntArray = npt.NDArray[np.int64]
+_Words = npt.NDArray[Any]
+_Views = tuple[torch.Tensor, _Words]
 
 
-@dataclass(frozen=True, slots=True)
-class LayerCall:
+class FailedCallError(TransportError):
+    """The worker answered, in words: it could not compute the call. The line is as good as before."""
+
+
+class LayerCall(NamedTuple):
     """One layer's work for one worker. `x_TH` holds all tokens; `tokens_R` picks the worker's rows of it."""
 
     layer: int
@@ -51,9 +61,8 @@ class LayerCall:
     """float32, on the CPU."""
 
 
-@dataclass(frozen=True, slots=True)
-class ReceivedCall:
-    """A LayerCall as the worker sees it; the tensors are views of the transport's memory."""
+class ReceivedCall(NamedTuple):
+    """A LayerCall as the worker sees it; `x_RH` is a view of the transport's memory, the arrays are copies."""
 
     sequence: int
     layer: int
@@ -63,9 +72,76 @@ class ReceivedCall:
     weights_n: torch.Tensor
 
 
+class CallHead(NamedTuple):
+    """A call's header, its magic and version found right."""
+
+    sequence: int
+    layer: int
+    num_rows: int
+    num_pairs: int
+    hidden_size: int
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of the whole call."""
+        return call_bytes(self.num_rows, self.num_pairs, self.hidden_size, self.dtype)
+
+
+class Frame:
+    """A transport's memory for calls or answers.
+
+    Keeps the arrays that view it: between two processes the instructions are cold, and making them anew for each
+    call takes several times longer than the copy.
+    """
+
+    def __init__(self, buffer: bytearray | memoryview) -> None:
+        """Args:
+        buffer: writable.
+        """
+        self.buffer = memoryview(buffer)
+        num_words = len(self.buffer) // 4
+        self.uint32 = np.frombuffer(self.buffer, dtype=np.uint32, count=num_words)
+        self.float32 = self.uint32.view(np.float32)
+        self._views: dict[tuple[int, int, int, torch.dtype], _Views] = {}
+
+    def __len__(self) -> int:
+        return len(self.buffer)
+
+    def rows(self, offset: int, num_rows: int, hidden_size: int, dtype: torch.dtype) -> _Views:
+        """The memory from `offset` on as a tensor (num_rows, hidden_size), and as numpy words of the same width.
+
+        Raises: TransportError if it does not fit.
+        """
+        key = (offset, num_rows, hidden_size, dtype)
+        views = self._views.get(key)
+        if views is None:
+            if len(self._views) >= _MAX_CACHED_VIEWS:
+                self._views.clear()
+            views = self._views[key] = self._make_views(*key)
+        return views
+
+    def _make_views(self, offset: int, num_rows: int, hidden_size: int, dtype: torch.dtype) -> _Views:
+        shape = (num_rows, hidden_size)
+        count = num_rows * hidden_size
+        needed = offset + count * dtype.itemsize
+        if needed > len(self.buffer):
+            raise TransportError(f"{num_rows} rows of {hidden_size} need {needed} bytes, got {len(self.buffer)}")
+        if count == 0:
+            return torch.empty(shape, dtype=dtype), np.empty(shape, dtype=_word_type(dtype))
+        tensor = torch.frombuffer(self.buffer, dtype=dtype, count=count, offset=offset).view(shape)
+        return tensor, _words(tensor)
+
+
 def call_bytes(num_rows: int, num_pairs: int, hidden_size: int, dtype: torch.dtype) -> int:
     """Size of a call's frame."""
-    return CALL_HEADER.size + num_rows * hidden_size * dtype.itemsize + 12 * num_pairs
+    return routing_bytes(num_pairs) + num_rows * hidden_size * dtype.itemsize
+
+
+def routing_bytes(num_pairs: int) -> int:
+    """Size of a call's frame without its rows, which begin there."""
+    used = CALL_HEADER.size + 12 * num_pairs
+    return -(-used // _ROWS_ALIGNMENT_BYTES) * _ROWS_ALIGNMENT_BYTES
 
 
 def answer_bytes(num_rows: int, hidden_size: int, dtype: torch.dtype) -> int:
@@ -73,130 +149,173 @@ def answer_bytes(num_rows: int, hidden_size: int, dtype: torch.dtype) -> int:
     return ANSWER_HEADER.size + num_rows * hidden_size * dtype.itemsize
 
 
-def write_call(frame: memoryview, call: LayerCall, sequence: int) -> int:
-    """Write a call into `frame` (writable, large enough); returns its length. Copies each row once."""
-    num_rows, num_pairs, hidden = len(call.tokens_R), len(call.rows_n), call.x_TH.shape[1]
-    dtype = call.x_TH.dtype
+def write_call(frame: Frame, call: LayerCall, sequence: int) -> int:
+    """Write a call into `frame` (large enough); returns its length. Copies each row once."""
+    offset = write_routing(frame, call, sequence)
+    x_TH = call.x_TH
+    num_rows, hidden, dtype = len(call.tokens_R), x_TH.shape[1], x_TH.dtype
+    target, words = frame.rows(offset, num_rows, hidden, dtype)
+    if x_TH.is_cuda:
+        target.copy_(gather_rows(call))
+    elif num_rows == len(x_TH):
+        words[:] = _words(x_TH)
+    else:
+        # "clip", because numpy copies twice where it must be able to raise before it wrote.
+        np.take(_words(x_TH), call.tokens_R, axis=0, out=words, mode="clip")
+    return offset + num_rows * hidden * dtype.itemsize
+
+
+def write_routing(frame: Frame, call: LayerCall, sequence: int) -> int:
+    """Write a call without its rows; returns the length, at which the rows belong."""
+    num_rows, num_pairs = len(call.tokens_R), len(call.rows_n)
+    dtype_code = _DTYPE_CODE[call.x_TH.dtype]
     CALL_HEADER.pack_into(
-        frame,
+        frame.buffer,
         0,
         _MAGIC,
         PROTOCOL_VERSION,
-        _DTYPE_CODE[dtype],
+        dtype_code,
         sequence,
         call.layer,
         num_rows,
         num_pairs,
-        hidden,
+        call.x_TH.shape[1],
     )
-    rows_end = CALL_HEADER.size + num_rows * hidden * dtype.itemsize
-    target = tensor_view(frame, CALL_HEADER.size, (num_rows, hidden), dtype)
-    if num_rows == len(call.x_TH):
-        target.copy_(call.x_TH)
-    elif call.x_TH.is_cuda:
-        target.copy_(call.x_TH.index_select(0, torch.from_numpy(call.tokens_R).to(call.x_TH.device)))
-    else:
-        torch.index_select(call.x_TH, 0, torch.from_numpy(call.tokens_R), out=target)
-    ints = np.frombuffer(frame, dtype=np.int32, count=2 * num_pairs, offset=rows_end)
-    ints[:num_pairs] = call.rows_n
-    ints[num_pairs:] = call.experts_n
-    weights = np.frombuffer(frame, dtype=np.float32, count=num_pairs, offset=rows_end + 8 * num_pairs)
-    weights[:] = call.weights_n.numpy()
-    return rows_end + 12 * num_pairs
+    begin = CALL_HEADER.size // 4
+    middle, end = begin + num_pairs, begin + 2 * num_pairs
+    frame.uint32[begin:middle] = call.rows_n
+    frame.uint32[middle:end] = call.experts_n
+    frame.float32[end : end + num_pairs] = call.weights_n.numpy()
+    return routing_bytes(num_pairs)
 
 
-def read_call(frame: memoryview, *, max_rows: int, num_experts: list[int]) -> ReceivedCall:
-    """Check a call and view its arrays in place.
+def gather_rows(call: LayerCall) -> torch.Tensor:
+    """The call's rows, on their device."""
+    if len(call.tokens_R) == len(call.x_TH):
+        return call.x_TH
+    return call.x_TH.index_select(0, torch.from_numpy(call.tokens_R).to(call.x_TH.device, non_blocking=True))
+
+
+def read_call(frame: Frame, *, max_rows: int, num_experts: list[int]) -> ReceivedCall:
+    """Check a call and view its rows in place.
 
     Args:
         max_rows: most rows that this side takes.
         num_experts: experts of each layer.
     Raises: TransportError naming what is wrong.
     """
-    if len(frame) < CALL_HEADER.size:
-        raise TransportError(f"call must have at least {CALL_HEADER.size} bytes, got {len(frame)}")
-    magic, version, dtype_code, sequence, layer, rows, pairs, hidden = CALL_HEADER.unpack_from(frame)
-    if magic != _MAGIC or version != PROTOCOL_VERSION or dtype_code >= len(_DTYPES):
+    head = read_call_head(frame.buffer)
+    if head.num_rows > max_rows:
+        raise TransportError(f"a call may have {max_rows} rows, got {head.num_rows}")
+    x_RH, _ = frame.rows(routing_bytes(head.num_pairs), head.num_rows, head.hidden_size, head.dtype)
+    return receive_call(frame, head, x_RH, num_experts=num_experts)
+
+
+def read_call_head(buffer: memoryview) -> CallHead:
+    """Check a call's header. Raises TransportError if it is none."""
+    if len(buffer) < CALL_HEADER.size:
+        raise TransportError(f"a call must have at least {CALL_HEADER.size} bytes, got {len(buffer)}")
+    magic, version, code, sequence, layer, rows, pairs, hidden = CALL_HEADER.unpack_from(buffer)
+    if magic != _MAGIC or version != PROTOCOL_VERSION or code >= len(_DTYPES):
         raise TransportError(f"not a call of protocol {PROTOCOL_VERSION}: magic {magic:#x}, version {version}")
+    return CallHead(sequence, layer, rows, pairs, hidden, _DTYPES[code])
+
+
+def receive_call(frame: Frame, head: CallHead, x_RH: torch.Tensor, *, num_experts: list[int]) -> ReceivedCall:
+    """Check and copy a call's pairs; its rows may lie elsewhere than in `frame`.
+
+    Raises: TransportError naming what is wrong.
+    """
+    layer, num_pairs = head.layer, head.num_pairs
     if layer >= len(num_experts):
         raise TransportError(f"layer must be below {len(num_experts)}, got {layer}")
-    if rows > max_rows:
-        raise TransportError(f"a call may have {max_rows} rows, got {rows}")
-    dtype = _DTYPES[dtype_code]
-    needed = call_bytes(rows, pairs, hidden, dtype)
-    if len(frame) < needed:
-        raise TransportError(f"call of {rows} rows and {pairs} pairs must have {needed} bytes, got {len(frame)}")
-    offset = CALL_HEADER.size + rows * hidden * dtype.itemsize
-    ints = np.frombuffer(frame, dtype=np.int32, count=2 * pairs, offset=offset).astype(np.int64)
-    rows_n, experts_n = ints[:pairs], ints[pairs:]
-    if pairs and not (0 <= rows_n.min() and rows_n.max() < rows):
-        raise TransportError(f"rows of pairs must be in [0, {rows}), got {rows_n.min()} to {rows_n.max()}")
-    if pairs and not (0 <= experts_n[0] and experts_n[-1] < num_experts[layer] and (np.diff(experts_n) >= 0).all()):
-        raise TransportError(f"experts of pairs must be sorted and in [0, {num_experts[layer]})")
-    weights = np.frombuffer(frame, dtype=np.float32, count=pairs, offset=offset + 8 * pairs)
-    return ReceivedCall(
-        sequence=sequence,
-        layer=layer,
-        x_RH=tensor_view(frame, CALL_HEADER.size, (rows, hidden), dtype),
-        rows_n=rows_n,
-        experts_n=experts_n,
-        weights_n=torch.from_numpy(weights.copy()),
+    begin = CALL_HEADER.size // 4
+    middle, end = begin + num_pairs, begin + 2 * num_pairs
+    if end + num_pairs > len(frame.uint32):
+        raise TransportError(f"{num_pairs} pairs need {4 * (end + num_pairs)} bytes, got {len(frame)}")
+    rows_n = frame.uint32[begin:middle].astype(np.int64)
+    experts_n = frame.uint32[middle:end].astype(np.int64)
+    if num_pairs:
+        if np.maximum.reduce(rows_n) >= head.num_rows:
+            raise TransportError(f"rows of pairs must be below {head.num_rows}, got {rows_n.max()}")
+        if experts_n[-1] >= num_experts[layer] or np.logical_or.reduce(experts_n[1:] < experts_n[:-1]):
+            raise TransportError(f"experts of pairs must be sorted and below {num_experts[layer]}")
+    weights_n = torch.from_numpy(frame.float32[end : end + num_pairs].copy())
+    return ReceivedCall(head.sequence, layer, x_RH, rows_n, experts_n, weights_n)
+
+
+def write_answer(frame: Frame, sequence: int, partial_RH: torch.Tensor) -> int:
+    """Write partial sums into `frame`; returns the length. Raises TransportError if they do not fit."""
+    num_rows, hidden = partial_RH.shape
+    target, words = frame.rows(ANSWER_HEADER.size, num_rows, hidden, partial_RH.dtype)
+    write_answer_head(frame, sequence, partial_RH)
+    if partial_RH.is_cuda:
+        target.copy_(partial_RH)
+    else:
+        words[:] = _words(partial_RH)
+    return ANSWER_HEADER.size + words.nbytes
+
+
+def write_answer_head(frame: Frame, sequence: int, partial_RH: torch.Tensor) -> None:
+    """Write the header of an answer whose rows may lie elsewhere than in `frame`."""
+    num_rows, hidden = partial_RH.shape
+    code = _DTYPE_CODE[partial_RH.dtype]
+    ANSWER_HEADER.pack_into(
+        frame.buffer, 0, _MAGIC, PROTOCOL_VERSION, STATUS_OK, sequence, num_rows, hidden, 0, code
     )
 
 
-def write_answer(frame: memoryview, sequence: int, partial_RH: torch.Tensor) -> int:
-    """Write partial sums into `frame`; returns the length."""
-    rows, hidden = partial_RH.shape
-    code = _DTYPE_CODE[partial_RH.dtype]
-    ANSWER_HEADER.pack_into(frame, 0, _MAGIC, PROTOCOL_VERSION, STATUS_OK, sequence, rows, hidden, 0, code)
-    tensor_view(frame, ANSWER_HEADER.size, (rows, hidden), partial_RH.dtype).copy_(partial_RH)
-    return answer_bytes(rows, hidden, partial_RH.dtype)
-
-
-def write_error(frame: memoryview, sequence: int, status: int, message: str) -> int:
+def write_error(frame: Frame, sequence: int, status: int, message: str) -> int:
     """Write an error into `frame`, cut to what fits; returns the length."""
     text = message.encode()[: len(frame) - ANSWER_HEADER.size]
-    ANSWER_HEADER.pack_into(frame, 0, _MAGIC, PROTOCOL_VERSION, status, sequence, 0, 0, len(text), 0)
-    frame[ANSWER_HEADER.size : ANSWER_HEADER.size + len(text)] = text
-    return ANSWER_HEADER.size + len(text)
+    ANSWER_HEADER.pack_into(frame.buffer, 0, _MAGIC, PROTOCOL_VERSION, status, sequence, 0, 0, len(text), 0)
+    end = ANSWER_HEADER.size + len(text)
+    frame.buffer[ANSWER_HEADER.size : end] = text
+    return end
 
 
-def read_answer(frame: memoryview, sequence: int) -> torch.Tensor:
-    """The partial sums, viewed in place.
+def read_answer(frame: Frame, sequence: int, shape: tuple[int, int]) -> torch.Tensor:
+    """The partial sums, viewed in place, which must have the call's rows and hidden size for `shape`.
 
-    Raises: TransportError for an error answer (with the worker's words), another call's answer or nonsense.
+    Raises: FailedCallError with the worker's words; TransportError for another call's answer or nonsense.
     """
-    if len(frame) < ANSWER_HEADER.size:
-        raise TransportError(f"answer must have at least {ANSWER_HEADER.size} bytes, got {len(frame)}")
-    magic, version, status, got, rows, hidden, message_bytes, code = ANSWER_HEADER.unpack_from(frame)
+    dtype = read_answer_head(frame, sequence, shape)
+    return frame.rows(ANSWER_HEADER.size, *shape, dtype)[0]
+
+
+def read_answer_head(frame: Frame, sequence: int, shape: tuple[int, int]) -> torch.dtype:
+    """The dtype of an answer whose rows may lie elsewhere than in `frame`. Raises like read_answer."""
+    buffer = frame.buffer
+    if len(buffer) < ANSWER_HEADER.size:
+        raise TransportError(f"an answer must have at least {ANSWER_HEADER.size} bytes, got {len(buffer)}")
+    magic, version, status, got, rows, hidden, message_bytes, code = ANSWER_HEADER.unpack_from(buffer)
     if magic != _MAGIC or version != PROTOCOL_VERSION or code >= len(_DTYPES):
         raise TransportError(f"not an answer of protocol {PROTOCOL_VERSION}: magic {magic:#x}, version {version}")
     if got != sequence:
         raise TransportError(f"answer to call {got} where call {sequence} was made")
     if status != STATUS_OK:
-        text = bytes(frame[ANSWER_HEADER.size : ANSWER_HEADER.size + message_bytes]).decode(errors="replace")
-        raise TransportError(text)
-    return tensor_view(frame, ANSWER_HEADER.size, (rows, hidden), _DTYPES[code])
+        text = bytes(buffer[ANSWER_HEADER.size : ANSWER_HEADER.size + message_bytes])
+        raise FailedCallError(text.decode(errors="replace"))
+    if (rows, hidden) != shape:
+        raise TransportError(f"an answer must have the call's shape {shape}, got {(rows, hidden)}")
+    return _DTYPES[code]
 
 
-def answer_length(header: memoryview) -> int:
-    """Length of the whole answer whose header is given."""
-    _, _, _, _, rows, hidden, message_bytes, code = ANSWER_HEADER.unpack_from(header)
-    itemsize = _DTYPES[code].itemsize if code < len(_DTYPES) else 0
-    return ANSWER_HEADER.size + int(message_bytes) + int(rows) * int(hidden) * itemsize
-
-
-def call_length(header: memoryview) -> int:
-    """Length of the whole call whose header is given. Raises TransportError if it is none."""
-    magic, version, code, _, _, rows, pairs, hidden = CALL_HEADER.unpack_from(header)
+def answer_length(buffer: memoryview) -> int:
+    """Length of the whole answer that begins in `buffer`. Raises TransportError if it is none."""
+    magic, version, _, _, rows, hidden, message_bytes, code = ANSWER_HEADER.unpack_from(buffer)
     if magic != _MAGIC or version != PROTOCOL_VERSION or code >= len(_DTYPES):
-        raise TransportError(f"not a call of protocol {PROTOCOL_VERSION}: magic {magic:#x}, version {version}")
-    return call_bytes(rows, pairs, hidden, _DTYPES[code])
+        raise TransportError(f"not an answer of protocol {PROTOCOL_VERSION}: magic {magic:#x}, version {version}")
+    return answer_bytes(rows, hidden, _DTYPES[code]) + int(message_bytes)
 
 
-def tensor_view(frame: memoryview, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor over `frame`'s memory."""
-    count = int(np.prod(shape))
-    if count == 0:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(frame, dtype=dtype, count=count, offset=offset).view(shape)
+def _words(tensor: torch.Tensor) -> _Words:
+    """The tensor's memory as numpy sees it; numpy has no bfloat16, and copying needs only the width."""
+    if tensor.dtype is not torch.float32:
+        tensor = tensor.view(torch.int16)
+    words: _Words = tensor.numpy()
+    return words
+
+
+def _word_type(dtype: torch.dtype) -> type[np.generic]:
+    return np.float32 if dtype is torch.float32 else np.int16

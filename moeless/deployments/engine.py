@@ -1,0 +1,379 @@
+"""The engine as a Serve deployment: backbone, dispatcher, generation thread, and the lines to workers and gateways."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import msgspec
+import torch
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
+from transformers import AutoTokenizer
+
+from moeless.core.errors import EngineStoppedError, MoelessError, TransportError, WorkerTimeoutError
+from moeless.core.expert import FunctionId
+from moeless.core.generation import (
+    EngineStats,
+    FunctionStatus,
+    GenerationDelta,
+    GenerationRequest,
+    ModelInfo,
+    WorkerStatus,
+)
+from moeless.core.routing_table import LOCAL_WORKER, InstanceShare, RoutingTable, spread_evenly
+from moeless.core.token_channel import TokenSender
+from moeless.deployments.links import WorkerLinks
+from moeless.deployments.messages import Pulse, SubmitReply
+from moeless.deployments.settings import ServeSettings
+from moeless.deployments.worker import MAX_ROWS, WorkerReport
+from moeless.dispatch.call import CallChannel
+from moeless.dispatch.channel import Channel, WorkerEndpoint
+from moeless.dispatch.connect import connect
+from moeless.dispatch.dispatcher import DispatchConfig, Dispatcher
+from moeless.engine.build import build_engine
+from moeless.engine.config import EngineConfig
+from moeless.engine.experts import attach_dispatcher, register_experts
+from moeless.functions.feed_forward import FeedForward
+from moeless.functions.pool import InstancePool
+from moeless.packages.backbone import load_backbone
+from moeless.packages.files import dtype_of_name
+from moeless.packages.manifest import Manifest
+from moeless.packages.packed_model import PackedModel
+
+logger = logging.getLogger(__name__)
+
+_ENDPOINT_TIMEOUT_S = 10.0
+_REPORT_TIMEOUT_S = 2.0
+_GATEWAY_SILENCE_S = 30.0
+"""A gateway that has not asked for the engine's pulse (each second) for this long is gone; its requests end."""
+_FUNCTION_CALL_TIMEOUT_S = 60.0
+"""`isolation: function` waits for a function that starts from zero: about 3 s on a warm node."""
+
+
+def plan_table(manifest: Manifest, settings: ServeSettings) -> RoutingTable:
+    """The plan at start: every function once, spread evenly over the workers."""
+    if settings.isolation == "function":
+        instances = {
+            FunctionId(entry.layer, entry.expert): (InstanceShare(entry.name),) for entry in manifest.functions
+        }
+        return RoutingTable(version=1, instances=instances)
+    return spread_evenly(
+        num_layers=manifest.num_moe_layers,
+        num_experts=manifest.num_experts,
+        workers=settings.worker_names or (LOCAL_WORKER,),
+    )
+
+
+@serve.deployment
+class EngineDeployment:
+    """Args:
+    settings: of the run.
+    workers: worker (or function) name → its Serve handle.
+    """
+
+    def __init__(self, settings: ServeSettings, workers: dict[str, DeploymentHandle[Any]]) -> None:
+        torch.set_num_threads(1)  # the generation thread alone computes, with its own number
+        self._settings = settings
+        self._workers = workers
+        self._incarnation = secrets.token_hex(8)
+        started_s = time.perf_counter()
+        packed = PackedModel.open(settings.packed_path)
+        self._manifest = packed.manifest
+        dtype = dtype_of_name(settings.dtype or packed.manifest.dtype)
+        register_experts()
+        model = load_backbone(packed, dtype=dtype, device=settings.device)
+        pool = InstancePool(packed, device=settings.device, dtype=dtype, capacity_bytes=settings.worker_memory_bytes)
+        self._pool = pool
+        by_call = settings.isolation == "function"
+        timeout_s = _FUNCTION_CALL_TIMEOUT_S if by_call else settings.call_timeout_s
+        self._dispatcher = Dispatcher(
+            FeedForward(pool), plan_table(packed.manifest, settings), DispatchConfig(call_timeout_s=timeout_s)
+        )
+        attach_dispatcher(model, self._dispatcher)
+        if not workers:
+            pool.start_many(packed.functions)
+        if by_call:
+            self._dispatcher.set_channels(
+                {
+                    name: CallChannel(partial(_FunctionCall, handle), max_rows=MAX_ROWS)
+                    for name, handle in workers.items()
+                }
+            )
+        connectors = {} if by_call else self._connectors(dtype)
+        self._links = WorkerLinks(self._dispatcher, connectors, keep_alive_s=settings.keep_alive_s)
+        self._sender = TokenSender(settings.token)
+        self._gateway_of: dict[str, str] = {}
+        self._gateway_seen_s: dict[str, float] = {}
+        self._gateway_lock = threading.Lock()
+        self._engine = build_engine(
+            model,
+            AutoTokenizer.from_pretrained(packed.backbone_path, local_files_only=True, trust_remote_code=False),
+            EngineConfig(
+                kv_cache_bytes=settings.kv_cache_bytes,
+                max_batch_tokens=max(settings.max_batch_tokens, settings.max_running),
+                max_running=settings.max_running,
+                max_waiting=settings.max_waiting,
+                max_context_tokens=settings.max_context_tokens,
+                num_threads=settings.engine_threads,
+            ),
+            self._send_step,
+        )
+        self._engine.start()
+        self._links.start()
+        self._model_info = self._describe(model, packed)
+        self._reports: tuple[float, dict[str, WorkerReport]] = (0.0, {})
+        logger.info("engine started seconds=%.2f", time.perf_counter() - started_s)
+
+    def _connectors(self, dtype: torch.dtype) -> dict[str, Callable[[], Channel]]:
+        def open_line(handle: DeploymentHandle[Any]) -> Channel:
+            call = _FunctionCall.of(handle.endpoint.remote())
+            endpoint = msgspec.json.decode(call.result(_ENDPOINT_TIMEOUT_S), type=WorkerEndpoint)
+            return connect(
+                endpoint,
+                token=self._settings.token,
+                engine=f"engine-{os.getpid()}",
+                hidden_size=self._manifest.layers[0].layout.hidden_size,
+                top_k=self._manifest.top_k,
+                dtype=dtype,
+                max_rows=MAX_ROWS,
+                device=self._settings.device,
+            )
+
+        return {name: partial(open_line, handle) for name, handle in self._workers.items()}
+
+    def _describe(self, model: Any, packed: PackedModel) -> ModelInfo:
+        eos = model.generation_config.eos_token_id
+        return ModelInfo(
+            model_id=self._settings.model_id,
+            created_unix_s=int((packed.path / "manifest.json").stat().st_mtime),
+            max_context_tokens=self._engine.max_context_tokens,
+            max_waiting_requests=self._settings.max_waiting,
+            vocab_size=model.config.get_text_config().vocab_size,
+            eos_token_ids=[] if eos is None else [eos] if isinstance(eos, int) else list(eos),
+            tokenizer_path=str(packed.backbone_path),
+            num_layers=self._manifest.num_moe_layers,
+            num_experts=self._manifest.num_experts,
+            top_k=self._manifest.top_k,
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=self._settings.device,
+        )
+
+    # ---- what gateways call -----------------------------------------------------------------------------------
+
+    async def model_info(self) -> bytes:
+        return msgspec.msgpack.encode(self._model_info)
+
+    async def submit(self, request: bytes, gateway: str) -> bytes:
+        """Queue a GenerationRequest whose deltas go to the token channel at `gateway`. Answers a SubmitReply."""
+        decoded = msgspec.msgpack.decode(request, type=GenerationRequest)
+        with self._gateway_lock:
+            self._gateway_of[decoded.request_id] = gateway
+        try:
+            if not self._links.were_all_connected:
+                raise EngineStoppedError("the engine is starting: not every worker is connected yet")
+            self._engine.submit(decoded)
+        except MoelessError as error:
+            with self._gateway_lock:
+                self._gateway_of.pop(decoded.request_id, None)
+            return msgspec.msgpack.encode(SubmitReply.of_error(error, self._incarnation))
+        return msgspec.msgpack.encode(SubmitReply(incarnation=self._incarnation))
+
+    async def cancel(self, request_id: str) -> None:
+        self._engine.cancel(request_id)
+
+    async def pulse(self, gateway: str) -> bytes:
+        """Asked by every gateway once a second. Answers a Pulse; ends the requests of gateways that fell silent."""
+        now_s = time.monotonic()
+        self._gateway_seen_s[gateway] = now_s
+        for silent in [g for g, seen_s in self._gateway_seen_s.items() if now_s - seen_s > _GATEWAY_SILENCE_S]:
+            del self._gateway_seen_s[silent]
+            with self._gateway_lock:
+                orphans = [request_id for request_id, owner in self._gateway_of.items() if owner == silent]
+            logger.warning("gateway fell silent address=%s requests=%d", silent, len(orphans))
+            for request_id in orphans:
+                self._engine.cancel(request_id)
+        is_ready = self._engine.is_alive and self._links.were_all_connected
+        return msgspec.msgpack.encode(Pulse(incarnation=self._incarnation, is_ready=is_ready))
+
+    async def stats(self) -> bytes:
+        counters = self._engine.counters()
+        metrics, local = self._dispatcher.metrics, self._pool.stats()
+        reports = await self._worker_reports()
+        return msgspec.msgpack.encode(
+            EngineStats(
+                requests_running=counters.requests_running,
+                requests_waiting=counters.requests_waiting,
+                kv_cache_usage=counters.kv_cache_usage,
+                cold_starts=local.cold_starts + sum(report.cold_starts for report in reports.values()),
+                warm_starts=local.warm_starts + sum(report.warm_starts for report in reports.values()),
+                dispatch_seconds_sum=metrics.layer_seconds_sum,
+                dispatch_seconds_count=sum(metrics.layer_seconds_counts),
+                dispatch_seconds_buckets=metrics.cumulative_buckets(),
+                dispatch_retries=metrics.retries,
+                dispatch_fallbacks=metrics.fallbacks,
+                tokens_per_worker=dict(metrics.tokens_per_worker),
+                workers=self._worker_statuses(reports),
+            )
+        )
+
+    async def functions(self) -> bytes:
+        return msgspec.msgpack.encode(self._function_statuses(await self._worker_reports()))
+
+    def check_health(self) -> None:
+        """Asked by Serve; an engine whose generation thread died is replaced."""
+        if not self._engine.is_alive:
+            raise EngineStoppedError("the generation thread ended")
+
+    # ---- inside -----------------------------------------------------------------------------------------------
+
+    def _send_step(self, deltas: list[GenerationDelta]) -> None:
+        """In the generation thread: one message for each gateway that this step concerns."""
+        by_gateway: dict[str, list[GenerationDelta]] = {}
+        with self._gateway_lock:
+            for delta in deltas:
+                gateway = self._gateway_of.get(delta.request_id)
+                if gateway is None:
+                    continue
+                by_gateway.setdefault(gateway, []).append(delta)
+                if delta.finish_reason is not None:
+                    del self._gateway_of[delta.request_id]
+        for gateway, theirs in by_gateway.items():
+            self._sender.send(gateway, theirs)
+
+    async def _worker_reports(self) -> dict[str, WorkerReport]:
+        """What workers say of themselves, at most half a second old. A function at zero replicas is not woken."""
+        taken_s, reports = self._reports
+        if self._settings.isolation == "function" or time.monotonic() - taken_s < 0.5:
+            return reports
+
+        async def ask(name: str, handle: DeploymentHandle[Any]) -> WorkerReport | None:
+            try:
+                report = await asyncio.wait_for(_response(handle.report.remote()), _REPORT_TIMEOUT_S)
+            except (RayError, RayServeException, TimeoutError) as error:
+                logger.warning("no report worker=%s reason=%s", name, error)
+                return None
+            return msgspec.json.decode(report, type=WorkerReport)
+
+        found = await asyncio.gather(*(ask(name, handle) for name, handle in self._workers.items()))
+        reports = {report.worker: report for report in found if report is not None}
+        self._reports = (time.monotonic(), reports)
+        return reports
+
+    def _worker_statuses(self, reports: Mapping[str, WorkerReport]) -> list[WorkerStatus]:
+        tokens = self._dispatcher.metrics.tokens_per_worker
+        local = self._pool.stats()
+        statuses = [
+            WorkerStatus(
+                name=LOCAL_WORKER,
+                alive=True,
+                transport="in-process",
+                instances=local.num_instances,
+                resident_bytes=local.resident_bytes,
+                tokens_served=tokens.get(LOCAL_WORKER, 0),
+            )
+        ]
+        for name in self._workers:
+            report, channel = reports.get(name), self._dispatcher.channels.get(name)
+            statuses.append(
+                WorkerStatus(
+                    name=name,
+                    alive=self._links.is_connected(name),
+                    transport="none" if channel is None else channel.kind,
+                    instances=0 if report is None else len(report.states),
+                    resident_bytes=0 if report is None else report.resident_bytes,
+                    tokens_served=tokens.get(name, 0),
+                )
+            )
+        return statuses
+
+    def _function_statuses(self, reports: Mapping[str, WorkerReport]) -> list[FunctionStatus]:
+        tokens: Counter[str] = Counter()
+        for layer, tokens_E in enumerate(self._dispatcher.metrics.remote_tokens_LE):
+            local_E = self._pool.tokens_served(layer)
+            for expert, count in enumerate((tokens_E + local_E).tolist()):
+                tokens[str(FunctionId(layer, expert))] = count
+        states: dict[str, list[tuple[str, str]]] = {}
+        num_bytes: Counter[str] = Counter()
+        for function, state in self._pool.states().items():
+            states.setdefault(str(function), []).append((LOCAL_WORKER, state.value))
+            num_bytes[str(function)] += self._pool.instance_bytes(function.layer)
+        for name, report in reports.items():
+            for function_name, remote_state in report.states.items():
+                states.setdefault(function_name, []).append((name, remote_state))
+                num_bytes[function_name] += report.instance_bytes[function_name]
+        if self._settings.isolation == "function":
+            self._add_serve_states(states, num_bytes)
+        rows = []
+        for entry in self._manifest.functions:
+            found = states.get(entry.name, [])
+            kinds = {state for _, state in found}
+            state = next((s for s in ("warm", "draining", "loading") if s in kinds), "cold")
+            rows.append(
+                FunctionStatus(
+                    name=entry.name,
+                    layer=entry.layer,
+                    expert=entry.expert,
+                    state=state,
+                    replicas=len(found),
+                    workers=sorted({worker for worker, _ in found}),
+                    bytes=num_bytes[entry.name],
+                    tokens_served=tokens[entry.name],
+                )
+            )
+        return rows
+
+    def _add_serve_states(self, states: dict[str, list[tuple[str, str]]], num_bytes: Counter[str]) -> None:
+        """`isolation: function`: Serve knows how many replicas each function has."""
+        deployments = serve.status().applications[self._settings.app_name].deployments
+        itemsize = dtype_of_name(self._settings.dtype or self._manifest.dtype).itemsize
+        stored_itemsize = dtype_of_name(self._manifest.dtype).itemsize
+        for entry in self._manifest.functions:
+            replicas = deployments[entry.name].replica_states.get("RUNNING", 0) if entry.name in deployments else 0
+            states.setdefault(entry.name, []).extend([(entry.name, "warm")] * replicas)
+            num_bytes[entry.name] += replicas * entry.bytes * itemsize // stored_itemsize
+
+    def __del__(self) -> None:
+        engine = getattr(self, "_engine", None)
+        if engine is None:
+            return
+        self._links.stop()
+        engine.stop()
+        self._dispatcher.close()
+        self._sender.close()
+
+
+class _FunctionCall:
+    """A Serve call whose errors are ours."""
+
+    def __init__(self, handle: DeploymentHandle[Any], frame: bytes) -> None:
+        self._response = handle.remote(frame)
+
+    @classmethod
+    def of(cls, response: DeploymentResponse[Any]) -> _FunctionCall:
+        call = cls.__new__(cls)
+        call._response = response
+        return call
+
+    def result(self, timeout_s: float) -> bytes:
+        try:
+            return bytes(self._response.result(timeout_s=timeout_s))
+        except TimeoutError as error:
+            self._response.cancel()
+            raise WorkerTimeoutError(f"no answer within {timeout_s:g} s") from error
+        except (RayError, RayServeException) as error:
+            raise TransportError(f"call failed: {type(error).__name__}: {error}") from error
+
+
+async def _response(response: DeploymentResponse[Any]) -> bytes:
+    return bytes(await response)

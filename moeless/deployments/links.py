@@ -1,0 +1,84 @@
+"""Keeps an engine's lines to its workers: connects, notices what broke, connects again.
+
+Runs beside the generation thread and never computes. A worker that is away is left out of the dispatcher's look-up,
+so that its functions are taken by other instances or by the engine's own copies until it is back.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+
+from moeless.core.errors import DispatchError
+from moeless.dispatch.channel import Channel
+from moeless.dispatch.dispatcher import Dispatcher
+
+logger = logging.getLogger(__name__)
+
+_CHECK_EVERY_S = 0.2
+"""Between looks at the lines: a killed worker is back after about 2 s, so this adds a tenth."""
+
+
+class WorkerLinks:
+    """Args:
+    dispatcher: whose channels to set.
+    connectors: worker → a function that opens a channel to it; may take seconds; raises DispatchError or OSError.
+    keep_alive_s: how long idle functions that the engine itself loaded stay.
+    """
+
+    def __init__(
+        self, dispatcher: Dispatcher, connectors: Mapping[str, Callable[[], Channel]], *, keep_alive_s: float
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._connectors = connectors
+        self._keep_alive_s = keep_alive_s
+        self._stopping = threading.Event()
+        self._all_connected = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="moeless-links", daemon=True)
+        if not connectors:
+            self._all_connected.set()
+
+    def start(self) -> None:
+        if self._connectors:
+            self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    @property
+    def were_all_connected(self) -> bool:
+        """Whether every worker has been reached at least once: the engine may answer from then on."""
+        return self._all_connected.is_set()
+
+    def is_connected(self, worker: str) -> bool:
+        channel = self._dispatcher.channels.get(worker)
+        return channel is not None and not channel.is_broken
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            self._reconnect()
+            if all(self.is_connected(worker) for worker in self._connectors):
+                self._all_connected.set()
+                self._dispatcher.local.pool.evict_idle(keep_alive_s=self._keep_alive_s)
+            self._stopping.wait(_CHECK_EVERY_S)
+
+    def _reconnect(self) -> None:
+        channels = dict(self._dispatcher.channels)
+        for worker in [worker for worker in channels if channels[worker].is_broken]:
+            logger.warning("lost a worker worker=%s", worker)
+            del channels[worker]
+        if len(channels) < len(self._dispatcher.channels):
+            self._dispatcher.set_channels(channels)
+        for worker in self._connectors:
+            if worker in channels or self._stopping.is_set():
+                continue
+            try:
+                channels[worker] = self._connectors[worker]()
+            except (DispatchError, OSError) as error:
+                logger.info("cannot reach a worker yet worker=%s reason=%s", worker, error)
+                continue
+            logger.info("connected worker=%s transport=%s", worker, channels[worker].kind)
+            self._dispatcher.set_channels(channels)

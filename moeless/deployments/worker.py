@@ -1,0 +1,171 @@
+"""Deployments that host expert functions: a worker with many, or a deployment of a single one.
+
+One runtime under both: an instance pool and its feed-forward. A worker opens a data plane of its own, because Serve
+is the control plane and not the token path; a single function is called through its Serve handle, so that Serve
+scales it by its own load.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+import msgspec
+import torch
+from ray import serve
+
+from moeless.core.errors import MoelessError
+from moeless.core.expert import FunctionId
+from moeless.deployments.settings import ServeSettings
+from moeless.dispatch.call import answer_call
+from moeless.dispatch.server import DataPlaneServer
+from moeless.dispatch.wire import ReceivedCall
+from moeless.functions.feed_forward import FeedForward
+from moeless.functions.pool import InstancePool
+from moeless.packages.files import dtype_of_name
+from moeless.packages.packed_model import PackedModel
+
+logger = logging.getLogger(__name__)
+
+MAX_ROWS = 4096
+"""Most rows of one call; longer ones are sent in parts."""
+
+
+class WorkerReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker says of itself."""
+
+    worker: str
+    pid: int
+    states: dict[str, str]
+    """Function name → state, for the functions that have an instance."""
+    tokens_served: dict[str, int]
+    instance_bytes: dict[str, int]
+    resident_bytes: int
+    cold_starts: int
+    warm_starts: int
+    evictions: int
+    load_seconds: float
+    """Time that the functions assigned at start took to load."""
+
+
+class ExpertHost:
+    """The runtime of both deployments.
+
+    Args:
+        settings: of the run.
+        name: the worker's, or the function's.
+        functions: names of those to start at once.
+        threads: torch threads.
+    """
+
+    def __init__(self, settings: ServeSettings, name: str, functions: list[str], *, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.name = name
+        packed = PackedModel.open(settings.packed_path)
+        self.pool = InstancePool(
+            packed,
+            device=settings.device,
+            dtype=dtype_of_name(settings.dtype or packed.manifest.dtype),
+            capacity_bytes=settings.worker_memory_bytes,
+        )
+        self.feed_forward = FeedForward(self.pool)
+        started_s = time.perf_counter()
+        self.pool.start_many(FunctionId.parse(function) for function in functions)
+        self._load_seconds = time.perf_counter() - started_s
+        logger.info("started functions worker=%s num=%d seconds=%.2f", name, len(functions), self._load_seconds)
+
+    def compute(self, call: ReceivedCall) -> torch.Tensor:
+        """A call's partial sums, on the CPU."""
+        device, dtype = self.pool.device, self.pool.dtype
+        x_RH = call.x_RH.to(device=device, dtype=dtype, non_blocking=True)
+        partial_RH = self.feed_forward.partial_sums(
+            call.layer, x_RH, call.rows_n, call.experts_n, call.weights_n.to(device)
+        )
+        return partial_RH.to(device="cpu", dtype=call.x_RH.dtype)
+
+    def report(self, pid: int) -> WorkerReport:
+        stats = self.pool.stats()
+        tokens_served: dict[str, int] = {}
+        for layer in range(self.pool.num_layers):
+            for expert, tokens in enumerate(self.pool.tokens_served(layer).tolist()):
+                if tokens:
+                    tokens_served[str(FunctionId(layer, expert))] = tokens
+        states = self.pool.states()
+        return WorkerReport(
+            worker=self.name,
+            pid=pid,
+            states={str(function): state.value for function, state in states.items()},
+            tokens_served=tokens_served,
+            instance_bytes={str(function): self.pool.instance_bytes(function.layer) for function in states},
+            resident_bytes=stats.resident_bytes,
+            cold_starts=stats.cold_starts,
+            warm_starts=stats.warm_starts,
+            evictions=stats.evictions,
+            load_seconds=self._load_seconds,
+        )
+
+
+@serve.deployment
+class WorkerDeployment:
+    """One worker: a process bound to one GPU or one share of the CPU. Its deployment has one replica."""
+
+    def __init__(self, settings: ServeSettings, name: str, functions: list[str]) -> None:
+        self._host = ExpertHost(settings, name, functions, threads=settings.worker_threads)
+        self._server = DataPlaneServer(
+            self._host.compute,
+            worker=name,
+            token=settings.token,
+            max_rows=MAX_ROWS,
+            num_experts=self._host.pool.num_experts,
+            tcp_host=node_address(),
+            device=settings.device,
+        )
+        self._server.start()
+
+    def endpoint(self) -> bytes:
+        """The data plane's WorkerEndpoint, as JSON."""
+        return msgspec.json.encode(self._server.endpoint)
+
+    def report(self) -> bytes:
+        """A WorkerReport, as JSON."""
+        return msgspec.json.encode(self._host.report(self._server.endpoint.pid))
+
+    def start_functions(self, functions: list[str]) -> int:
+        """Make functions warm; returns the number of cold starts."""
+        return self._host.pool.start_many(FunctionId.parse(function) for function in functions)
+
+    def drain_functions(self, functions: list[str]) -> int:
+        """Drain and evict functions; returns how many had an instance."""
+        return sum(self._host.pool.drain(FunctionId.parse(function)) for function in functions)
+
+    def check_health(self) -> None:
+        """Asked by Serve; a worker whose data plane died is replaced."""
+        if not self._server.is_alive:
+            raise MoelessError(f"the data plane of {self._host.name} died")
+
+    def __del__(self) -> None:
+        server = getattr(self, "_server", None)
+        if server is not None and server.is_alive:
+            server.stop()
+
+
+@serve.deployment
+class FunctionDeployment:
+    """One expert function as a Serve deployment of its own, scaled by Serve from zero and back."""
+
+    def __init__(self, settings: ServeSettings, function: str) -> None:
+        self._host = ExpertHost(settings, function, [function], threads=settings.num_threads or 1)
+        self._lock = threading.Lock()
+
+    def __call__(self, frame: bytes) -> bytes:
+        """A call's frame in, an answer's frame out (dispatch.wire)."""
+        with self._lock, torch.inference_mode():
+            return answer_call(frame, self._host.compute, max_rows=MAX_ROWS, num_experts=self._host.pool.num_experts)
+
+
+def node_address() -> str:
+    """This node's address in the cluster."""
+    import ray
+
+    return str(ray.util.get_node_ip_address())
