@@ -34,13 +34,15 @@ def test_the_three_packages_carry_the_version_of_the_distribution() -> None:
     assert moeless_operators.__version__ == version
 
 
-@pytest.mark.parametrize("package", ["moeless.core", "moeless.gateway", "moeless_predictors", "moeless_operators"])
-def test_a_light_part_starts_without_torch_ray_and_transformers(package: str) -> None:
+@pytest.mark.parametrize(
+    "part", ["moeless.cli", "moeless.core", "moeless.gateway", "moeless_predictors", "moeless_operators"]
+)
+def test_a_light_part_starts_without_torch_ray_and_transformers(part: str) -> None:
     program = f"""
-import pkgutil, sys
-package = __import__({package!r}, fromlist=["*"])
-for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-    __import__(module.name)
+import importlib, pkgutil, sys
+part = importlib.import_module({part!r})
+for module in pkgutil.walk_packages(getattr(part, "__path__", []), part.__name__ + "."):
+    importlib.import_module(module.name)
 print(*sorted({{"torch", "ray", "transformers"}} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
