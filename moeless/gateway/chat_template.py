@@ -76,7 +76,8 @@ class ChatTemplate:
                 add_generation_prompt=True,
                 **self._special_tokens,
             )
-        except jinja2.TemplateError as error:
+        except Exception as error:
+            # Whatever a stranger's template raises, it raises about these messages.
             raise RequestError(
                 f"The model's chat template refuses these messages: {error}", param="messages", code="invalid_value"
             ) from error

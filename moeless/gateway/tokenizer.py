@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers.processors import TemplateProcessing
 
 from moeless.core.errors import ConfigError, RequestError
 from moeless.gateway.chat_template import ChatTemplate
@@ -35,12 +34,14 @@ class Tokenizer:
         backend.no_padding()
         config = _read_json(folder / "tokenizer_config.json")
         special_tokens = _special_tokens(folder, config)
-        _apply_bos_and_eos(backend, config, special_tokens)
         source = _chat_template_source(folder, config)
         return cls(backend, ChatTemplate(source, special_tokens) if source is not None else None)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of a plain prompt, with the special tokens that the tokenizer's post-processor adds."""
+        """Token ids of a plain prompt, with the special tokens that tokenizer.json's post-processor adds.
+
+        add_bos_token and add_eos_token in tokenizer_config.json count for nothing beside it, as in transformers.
+        """
         return self._backend.encode(text).ids
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
@@ -83,23 +84,6 @@ def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
         if isinstance(content, str) and (name.endswith("_token") or (isinstance(extra, dict) and name in extra)):
             tokens[name] = content
     return tokens
-
-
-def _apply_bos_and_eos(
-    backend: tokenizers.Tokenizer, config: Mapping[str, Any], special_tokens: Mapping[str, str]
-) -> None:
-    """Where the configuration says whether to add BOS or EOS, that replaces tokenizer.json's post-processor."""
-    if "add_bos_token" not in config and "add_eos_token" not in config:
-        return
-    bos = special_tokens.get("bos_token") if config.get("add_bos_token") else None
-    eos = special_tokens.get("eos_token") if config.get("add_eos_token") else None
-    used = {token: backend.token_to_id(token) for token in (bos, eos) if token is not None}
-    missing = [token for token, token_id in used.items() if token_id is None]
-    if missing:
-        raise ConfigError(f"tokenizer.json must know the special token {missing[0]!r} of tokenizer_config.json")
-    backend.post_processor = TemplateProcessing(
-        single=[*([bos] if bos else []), "$A", *([eos] if eos else [])], special_tokens=list(used.items())
-    )
 
 
 def _chat_template_source(folder: Path, config: Mapping[str, Any]) -> str | None:

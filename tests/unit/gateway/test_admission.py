@@ -1,0 +1,177 @@
+"""What the engine is asked for, given what a client sent."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moeless.core.generation import SamplingParams
+from moeless.gateway import GatewayConfig
+from moeless.gateway.admission import Admission, AdmittedRequest, ServedModel, seed_of_choice
+from moeless.gateway.schemas import ChatCompletionRequest, CompletionRequest
+from moeless.gateway.tokenizer import Tokenizer
+from tests.unit.gateway.support import chat, completion, model_info
+
+pytestmark = pytest.mark.anyio
+
+
+class Admitter:
+    def __init__(self, folder: Path, executor: ThreadPoolExecutor) -> None:
+        self.tokenizer = Tokenizer.load(folder)
+        self.model = ServedModel(info=model_info(folder), tokenizer=self.tokenizer)
+        self.admission = Admission(GatewayConfig(), executor)
+
+    async def chat(self, content: object = "hi", **fields: object) -> AdmittedRequest:
+        body = ChatCompletionRequest.model_validate(chat(content, **fields))
+        return await self.admission.admit_chat(body, self.model, "chatcmpl-1")
+
+    async def completion(self, prompt: object = "hi", **fields: object) -> AdmittedRequest:
+        body = CompletionRequest.model_validate(completion(prompt, **fields))
+        return await self.admission.admit_completion(body, self.model, "cmpl-1")
+
+
+@pytest.fixture
+async def admit(tokenizer_folder: Path) -> AsyncIterator[Admitter]:
+    with ThreadPoolExecutor(1, thread_name_prefix="tokenize") as executor:
+        yield Admitter(tokenizer_folder, executor)
+
+
+def text_of(admit: Admitter, token_ids: list[int]) -> str:
+    return admit.tokenizer._backend.decode(token_ids, skip_special_tokens=False)
+
+
+async def test_a_chat_is_rendered_and_gets_no_second_bos(admit: Admitter) -> None:
+    admitted = await admit.chat("hi")
+    prompt = admitted.sequences[0].prompt_token_ids
+    assert text_of(admit, prompt) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert admitted.num_prompt_tokens == len(prompt)
+
+
+async def test_a_plain_prompt_gets_the_special_tokens_of_its_tokenizer(admit: Admitter) -> None:
+    admitted = await admit.completion("hi")
+    assert text_of(admit, admitted.sequences[0].prompt_token_ids) == "<s>hi"
+
+
+async def test_token_ids_are_taken_as_they_are(admit: Admitter) -> None:
+    admitted = await admit.completion([7, 8, 9])
+    assert [sequence.prompt_token_ids for sequence in admitted.sequences] == [[7, 8, 9]]
+
+
+async def test_text_parts_are_joined_and_developer_is_system(admit: Admitter) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    admitted = await admit.chat(messages=[{"role": "developer", "content": parts}])
+    prompt = text_of(admit, admitted.sequences[0].prompt_token_ids)
+    assert prompt.startswith("<|im_start|>system\nab<|im_end|>")
+
+
+async def test_absent_fields_get_openais_defaults(admit: Admitter) -> None:
+    admitted = await admit.completion("hi")
+    assert admitted.sequences[0].sampling == SamplingParams(max_tokens=16, temperature=1.0, top_p=1.0)
+    assert not admitted.is_stream
+
+
+async def test_a_chat_without_a_limit_may_fill_the_context(admit: Admitter) -> None:
+    admitted = await admit.chat("hi")
+    assert admitted.sequences[0].sampling.max_tokens == 256 - admitted.num_prompt_tokens
+
+
+async def test_the_default_of_completions_shrinks_to_what_is_left(admit: Admitter) -> None:
+    admitted = await admit.completion([1] * 250)
+    assert admitted.sequences[0].sampling.max_tokens == 6
+
+
+async def test_every_parameter_reaches_the_engine(admit: Admitter) -> None:
+    admitted = await admit.chat(
+        max_completion_tokens=9,
+        temperature=0.5,
+        top_p=0.25,
+        top_k=7,
+        seed=11,
+        presence_penalty=1,
+        frequency_penalty=-1.5,
+        stop="END",
+        logprobs=True,
+        top_logprobs=3,
+        ignore_eos=True,
+        logit_bias={"5": -100},
+    )
+    assert admitted.sequences[0].sampling == SamplingParams(
+        max_tokens=9,
+        temperature=0.5,
+        top_p=0.25,
+        top_k=7,
+        seed=11,
+        presence_penalty=1.0,
+        frequency_penalty=-1.5,
+        stop=("END",),
+        logprobs=3,
+        ignore_eos=True,
+        logit_bias={5: -100.0},
+    )
+    assert admitted.wants_logprobs
+
+
+async def test_logprobs_without_top_are_those_of_the_sampled_token(admit: Admitter) -> None:
+    assert (await admit.chat(logprobs=True)).sequences[0].sampling.logprobs == 0
+    assert (await admit.completion(logprobs=0)).sequences[0].sampling.logprobs == 0
+    assert (await admit.chat(logprobs=False)).sequences[0].sampling.logprobs is None
+
+
+@pytest.mark.parametrize("top_k", [-1, 0, None])
+async def test_top_k_without_a_limit_is_zero(admit: Admitter, top_k: int | None) -> None:
+    assert (await admit.chat(top_k=top_k)).sequences[0].sampling.top_k == 0
+
+
+async def test_choices_share_the_prompt_and_differ_in_id_and_seed(admit: Admitter) -> None:
+    admitted = await admit.completion([[1, 2], [3]], n=2, seed=42)
+    assert [sequence.request_id for sequence in admitted.sequences] == [
+        "cmpl-1-0",
+        "cmpl-1-1",
+        "cmpl-1-2",
+        "cmpl-1-3",
+    ]
+    assert [sequence.prompt_token_ids for sequence in admitted.sequences] == [[1, 2], [1, 2], [3], [3]]
+    seeds = [sequence.sampling.seed for sequence in admitted.sequences]
+    assert seeds[0] == seeds[2] == 42
+    assert seeds[1] == seeds[3] != 42
+    assert admitted.num_prompt_tokens == 3
+
+
+@given(seed=st.integers(-(2**63), 2**63 - 1), choice=st.integers(0, 127))
+def test_a_seed_of_a_choice_fits_an_engine_and_is_always_the_same(seed: int, choice: int) -> None:
+    assert 0 <= seed_of_choice(seed, choice) < 2**63
+    assert seed_of_choice(seed, choice) == seed_of_choice(seed, choice)
+
+
+@given(seed=st.integers(0, 2**63 - 1))
+def test_the_first_choice_keeps_the_seed_and_no_two_share_one(seed: int) -> None:
+    seeds = [seed_of_choice(seed, choice) for choice in range(32)]
+    assert seeds[0] == seed
+    assert len(set(seeds)) == 32
+
+
+async def test_a_long_prompt_is_tokenized_beside_the_event_loop(
+    admit: Admitter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+    loop_ran = threading.Event()
+
+    def encode(text: str) -> list[int]:
+        threads.append(threading.current_thread().name)
+        if len(text) > 100:
+            assert loop_ran.wait(10), "the event loop stood still while the prompt was tokenized"
+        return [1]
+
+    monkeypatch.setattr(admit.tokenizer, "encode_prompt", encode)
+    long = asyncio.create_task(admit.completion("long " * 10_000))
+    await admit.completion("short")
+    loop_ran.set()
+    await long
+    assert sorted(name.startswith("tokenize") for name in threads) == [False, True]
