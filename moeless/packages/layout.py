@@ -21,7 +21,7 @@ from moeless.core.expert import ExpertLayout
 
 _INTERFACE_ATTRIBUTES = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
 _TOP_K_NAMES = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
-_MOE_CLASS_NAME = re.compile(r"Experts$|Mo[eE](Block|MLP)?$")
+_MOE_CLASS_NAME = re.compile(r"(Experts|Mo[eE]|MoeBlock)$")
 _ACTIVATIONS_WITH_WEIGHTS = ("prelu", "xielu")
 _FORWARD_ARGUMENTS = 3
 """hidden_states, top_k_index, top_k_weights: what a registered experts implementation is called with."""

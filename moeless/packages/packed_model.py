@@ -41,7 +41,7 @@ class PackedModel:
         manifest = read_manifest(path)
         for file in manifest.files:
             if not (path / file).is_file():
-                raise PackageError(f"packed model {path} lacks {file}")
+                raise PackageError(f"packed model {path} lacks {file}; delete the folder and pack the checkpoint again")
         return cls(path, manifest)
 
     @property
@@ -121,7 +121,7 @@ class PackedModel:
         if found != entry.sha256:
             raise ChecksumError(
                 f"{name}: sha256 of {self.path / entry.file} must be {entry.sha256}, got {found}; "
-                "the package is damaged, pack the checkpoint again"
+                "the file is damaged, delete the folder and pack the checkpoint again"
             )
         with self._lock:
             self._verified.add(name)

@@ -8,14 +8,12 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from moeless.bundled import bundled_model_path
+from moeless.bundled import BUNDLED_MODEL_NAME, bundled_model_path
 from moeless.core.errors import CheckpointError
 from moeless.packages.cache import packed_dir
 from moeless.packages.manifest import MANIFEST_NAME
 from moeless.packages.pack import ProgressCallback, pack_checkpoint
 from moeless.packages.packed_model import PackedModel
-
-BUNDLED_MODEL = "moeless-mini"
 
 _HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
@@ -35,7 +33,7 @@ def resolve_model(name: str, *, on_progress: ProgressCallback | None = None) -> 
 
     """
     folder = Path(name).expanduser()
-    if (folder / MANIFEST_NAME).is_file():
+    if name and (folder / MANIFEST_NAME).is_file():
         return PackedModel.open(folder)
     checkpoint, model_id = locate_checkpoint(name)
     out = packed_dir(checkpoint)
@@ -50,10 +48,10 @@ def locate_checkpoint(name: str) -> tuple[Path, str]:
         CheckpointError: nothing of that name.
 
     """
-    if name == BUNDLED_MODEL:
+    if name == BUNDLED_MODEL_NAME:
         return bundled_model_path(), name
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         return folder.resolve(), folder.resolve().name
     if not _HUB_NAME.match(name):
         raise CheckpointError(f"model {name!r}: no such folder, and not a name of the form organization/model")
