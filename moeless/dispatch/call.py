@@ -12,6 +12,7 @@ import torch
 
 from moeless.core.errors import TransportError
 from moeless.dispatch.wire import (
+    Frame,
     LayerCall,
     ReceivedCall,
     answer_bytes,
@@ -41,20 +42,21 @@ class CallChannel:
         self.max_rows = max_rows
         self._start_call = start_call
         self._sequence = 0
+        self._shape = (0, 0)
         self._pending: PendingAnswer | None = None
 
     def submit(self, call: LayerCall) -> None:
         self._sequence += 1
-        hidden, dtype = call.x_TH.shape[1], call.x_TH.dtype
-        frame = bytearray(call_bytes(len(call.tokens_R), len(call.rows_n), hidden, dtype))
-        write_call(memoryview(frame), call, self._sequence)
+        self._shape = num_rows, hidden = len(call.tokens_R), call.x_TH.shape[1]
+        frame = bytearray(call_bytes(num_rows, len(call.rows_n), hidden, call.x_TH.dtype))
+        write_call(Frame(memoryview(frame)), call, self._sequence)
         self._pending = self._start_call(bytes(frame))
 
     def collect(self, timeout_s: float) -> torch.Tensor:
         pending, self._pending = self._pending, None
         if pending is None:
             raise TransportError("collect without submit")
-        return read_answer(memoryview(bytearray(pending.result(timeout_s))), self._sequence)
+        return read_answer(Frame(memoryview(bytearray(pending.result(timeout_s)))), self._sequence, self._shape)
 
     def close(self) -> None:
         self._pending = None
@@ -67,8 +69,8 @@ def answer_call(
 
     Raises: TransportError for a frame that is no call; what `compute` raises.
     """
-    call = read_call(memoryview(bytearray(frame)), max_rows=max_rows, num_experts=num_experts)
+    call = read_call(Frame(memoryview(bytearray(frame))), max_rows=max_rows, num_experts=num_experts)
     partial_RH = compute(call)
     answer = bytearray(answer_bytes(len(partial_RH), partial_RH.shape[1], partial_RH.dtype))
-    write_answer(memoryview(answer), call.sequence, partial_RH)
+    write_answer(Frame(memoryview(answer)), call.sequence, partial_RH)
     return bytes(answer)

@@ -13,10 +13,13 @@ from moeless.dispatch.wire import LayerCall
 class Channel(Protocol):
     """Carries one call at a time. Used by the engine's compute thread only, except `close`."""
 
-    kind: str
-    """in-process, shm, tcp, cuda-ipc, nccl or serve."""
     max_rows: int
     """Most rows of one call."""
+
+    @property
+    def kind(self) -> str:
+        """in-process, shm, tcp, cuda-ipc, nccl or serve."""
+        ...
 
     def submit(self, call: LayerCall) -> None:
         """Send and return at once. Raises TransportError if the worker is gone."""

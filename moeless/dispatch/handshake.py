@@ -18,11 +18,12 @@ from typing import Literal, TypeVar
 import msgspec
 
 from moeless.core.errors import HandshakeError
-from moeless.dispatch.wire import PROTOCOL_VERSION
+from moeless.dispatch.wire import ANSWER_HEADER, CALL_HEADER, PROTOCOL_VERSION
 
 _LENGTH = struct.Struct("<I")
 _MAX_MESSAGE_BYTES = 4096
 HANDSHAKE_TIMEOUT_S = 5.0
+_MAX_AREA_BYTES = 4 << 30
 
 TransportKind = Literal["shm", "tcp", "cuda-ipc", "nccl"]
 _Message = TypeVar("_Message", bound=msgspec.Struct)
@@ -137,14 +138,24 @@ def greet(sock: socket.socket, token: str) -> Ask:
     return ask
 
 
+def check_sizes(sock: socket.socket, ask: Ask) -> None:
+    """Refuse sizes that no honest engine asks for. Raises HandshakeError, after telling the client why."""
+    for name, least in (("call_bytes", CALL_HEADER.size), ("answer_bytes", ANSWER_HEADER.size)):
+        size = getattr(ask, name)
+        if not least <= size <= _MAX_AREA_BYTES:
+            reason = f"{name} must be from {least} to {_MAX_AREA_BYTES}, got {size}"
+            send_message(sock, Accept(error=reason))
+            raise HandshakeError(reason)
+
+
 def ask_for(
     sock: socket.socket,
     token: str,
     *,
     kind: TransportKind,
     engine: str,
-    call_bytes: int = 0,
-    answer_bytes: int = 0,
+    call_bytes: int,
+    answer_bytes: int,
     detail: dict[str, str] | None = None,
     max_fds: int = 0,
 ) -> tuple[Accept, list[int]]:
@@ -170,12 +181,14 @@ def ask_for(
     except OSError as error:
         raise HandshakeError(f"handshake failed: {error}") from error
     accept, fds = receive_message(sock, Accept, max_fds)
-    error = accept.error and f"worker refused: {accept.error}"
-    if not error and not _is_proof(accept.proof, token, "server", nonce):
-        error = "the worker did not show the run's token"
-    if not error and len(fds) != max_fds:
-        error = f"the worker passed {len(fds)} descriptors instead of {max_fds}"
-    if error:
+    reason = ""
+    if accept.error:
+        reason = f"worker refused: {accept.error}"
+    elif not _is_proof(accept.proof, token, "server", nonce):
+        reason = "the worker did not show the run's token"
+    elif len(fds) != max_fds:
+        reason = f"the worker passed {len(fds)} descriptors instead of {max_fds}"
+    if reason:
         close_all(fds)
-        raise HandshakeError(error)
+        raise HandshakeError(reason)
     return accept, fds

@@ -1,26 +1,28 @@
 """A worker's data plane: one thread that takes calls from all engines over all transports and computes them.
 
-Runs beside the Ray Serve replica's event loop in the worker's process. Handshakes run in short-lived threads, so
-that a silent stranger delays nobody.
+Runs beside the Ray Serve replica's event loop in the worker's process. A second thread takes new connections, and
+each handshake runs in a short-lived one of its own, so that a silent stranger delays nobody.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
 import secrets
-import selectors
+import select
 import socket
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
 
-from moeless.core.errors import FunctionUnavailableError, HandshakeError, MoelessError, TransportError
+from moeless.core.errors import FunctionUnavailableError, HandshakeError, TransportError
 from moeless.dispatch.channel import WorkerEndpoint, host_id
-from moeless.dispatch.handshake import Accept, Ask, greet, send_message
+from moeless.dispatch.handshake import Accept, Ask, TransportKind, greet, send_message
 from moeless.dispatch.shared_memory import SharedMemoryPeer
 from moeless.dispatch.tcp import TcpPeer
 from moeless.dispatch.wire import STATUS_FUNCTION_UNAVAILABLE, STATUS_INTERNAL_ERROR, ReceivedCall
@@ -28,23 +30,40 @@ from moeless.dispatch.wire import STATUS_FUNCTION_UNAVAILABLE, STATUS_INTERNAL_E
 logger = logging.getLogger(__name__)
 
 Compute = Callable[[ReceivedCall], torch.Tensor]
-"""Partial sums (R, H) of a call, on the CPU or wherever the peer's transport takes them from."""
+"""Partial sums (R, H) of a call, on the device where its rows lie."""
+
+_MAX_HANDSHAKES = 64
+"""At a time; further connections are hung up on."""
+_ACCEPT_AGAIN_S = 0.1
+"""Pause after the system refused a connection for want of descriptors."""
 
 
 class Peer(Protocol):
     """A worker's end of one line."""
 
-    kind: str
+    kind: TransportKind
     engine: str
     socket: socket.socket
+    """Tells by its end that the engine is gone."""
     bell: int
     """Descriptor that becomes readable when there is something to receive."""
 
-    def receive(self) -> ReceivedCall | None: ...
+    @property
+    def has_unsent(self) -> bool:
+        """Whether a part of an answer waits for room in the line."""
+        ...
+
+    def receive(self) -> ReceivedCall | None:
+        """The next call, or None while it is incomplete. Raises TransportError at the line's end or for nonsense."""
+        ...
 
     def answer(self, sequence: int, partial_RH: torch.Tensor) -> None: ...
 
     def fail(self, sequence: int, status: int, message: str) -> None: ...
+
+    def flush(self) -> None:
+        """Send what is unsent as far as there is room. Raises TransportError at the line's end."""
+        ...
 
     def close(self) -> None: ...
 
@@ -75,11 +94,17 @@ class DataPlaneServer:
         self._token = token
         self._max_rows = max_rows
         self._num_experts = num_experts
-        self._selector = selectors.DefaultSelector()
+        self._epoll = select.epoll()
+        self._handlers: dict[int, Callable[[], None]] = {}
+        self._peers: set[Peer] = set()
+        self._stalled: set[Peer] = set()
         self._new_peers: queue.SimpleQueue[Peer] = queue.SimpleQueue()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._stopping = threading.Event()
-        self._peers: dict[int, Peer] = {}
+        self._stop_accepting = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._stopping = False
+        self._lock = threading.Lock()
+        """Held to add a peer and to stop, so that no peer is added after."""
+        self._handshakes = threading.BoundedSemaphore(_MAX_HANDSHAKES)
         self._listeners = [_listen_unix(f"moeless-{worker}-{secrets.token_hex(8)}"), _listen_tcp(tcp_host)]
         host, port = self._listeners[1].getsockname()[:2]
         self.endpoint = WorkerEndpoint(
@@ -91,50 +116,71 @@ class DataPlaneServer:
             pid=os.getpid(),
             device=device,
         )
-        self._thread = threading.Thread(target=self._run, name=f"data-plane-{worker}", daemon=True)
+        self._threads = [
+            threading.Thread(target=self._run, name=f"data-plane-{worker}", daemon=True),
+            threading.Thread(target=self._accept, name=f"data-plane-{worker}-accept", daemon=True),
+        ]
 
     def start(self) -> None:
-        self._selector.register(self._wake, selectors.EVENT_READ, self._take_new_peers)
-        for listener in self._listeners:
-            self._selector.register(listener, selectors.EVENT_READ, lambda bound=listener: self._accept(bound))
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
-        """Hang up on every engine and end the thread."""
-        self._stopping.set()
+        """Hang up on every engine and end the threads. To be called once, after start."""
+        with self._lock:
+            self._stopping = True
         os.eventfd_write(self._wake, 1)
-        self._thread.join()
+        os.eventfd_write(self._stop_accepting, 1)
+        for thread in self._threads:
+            thread.join()
         for listener in self._listeners:
             listener.close()
         os.close(self._wake)
-        self._selector.close()
+        os.close(self._stop_accepting)
+        self._epoll.close()
 
     @property
     def is_alive(self) -> bool:
-        return self._thread.is_alive()
+        return all(thread.is_alive() for thread in self._threads)
 
-    def _run(self) -> None:
-        try:
-            with torch.inference_mode():
-                while not self._stopping.is_set():
-                    for key, _ in self._selector.select():
-                        key.data()
-        finally:
-            for peer in list(self._peers.values()):
-                self._drop(peer)
+    # ---- new connections, in threads of their own -------------------------------------------------------------
 
-    def _accept(self, listener: socket.socket) -> None:
-        connection, _ = listener.accept()
-        threading.Thread(target=self._shake_hands, args=(connection,), daemon=True).start()
+    def _accept(self) -> None:
+        poll = select.poll()
+        by_fd = {listener.fileno(): listener for listener in self._listeners}
+        for fd in (self._stop_accepting, *by_fd):
+            poll.register(fd, select.POLLIN)
+        while not self._stopping:
+            for fd, _ in poll.poll():
+                if fd not in by_fd:
+                    break
+                try:
+                    connection, _ = by_fd[fd].accept()
+                except OSError as error:
+                    logger.warning("cannot accept a connection reason=%s", error)
+                    threading.Event().wait(_ACCEPT_AGAIN_S)
+                    continue
+                if not self._handshakes.acquire(blocking=False):
+                    logger.warning("refused a connection reason=%d handshakes are under way", _MAX_HANDSHAKES)
+                    connection.close()
+                    continue
+                threading.Thread(target=self._shake_hands, args=(connection,), daemon=True).start()
 
     def _shake_hands(self, connection: socket.socket) -> None:
         try:
-            ask = greet(connection, self._token)
-            self._new_peers.put(self._make_peer(connection, ask))
-            os.eventfd_write(self._wake, 1)
-        except (HandshakeError, TransportError, OSError) as error:
+            peer = self._make_peer(connection, greet(connection, self._token))
+        except (TransportError, OSError) as error:
             logger.warning("refused a connection reason=%s", error)
             connection.close()
+            return
+        finally:
+            self._handshakes.release()
+        with self._lock:
+            if self._stopping:
+                peer.close()
+                return
+            self._new_peers.put(peer)
+            os.eventfd_write(self._wake, 1)
 
     def _make_peer(self, connection: socket.socket, ask: Ask) -> Peer:
         over_unix = connection.family == socket.AF_UNIX
@@ -147,40 +193,84 @@ class DataPlaneServer:
         send_message(connection, Accept(error=f"transport {ask.kind} is not served on this socket"))
         raise HandshakeError(f"engine {ask.engine!r} asked for transport {ask.kind} on the wrong socket")
 
+    # ---- calls, in the data plane's thread --------------------------------------------------------------------
+
+    def _run(self) -> None:
+        self._watch(self._wake, self._take_new_peers)
+        try:
+            with torch.inference_mode():
+                while not self._stopping:
+                    for fd, _ in self._epoll.poll():
+                        handler = self._handlers.get(fd)
+                        if handler is not None:  # not dropped by an earlier event of the same round
+                            handler()
+        finally:
+            self._take_new_peers()
+            for peer in list(self._peers):
+                self._drop(peer)
+
+    def _watch(self, fd: int, handler: Callable[[], None]) -> None:
+        self._handlers[fd] = handler
+        self._epoll.register(fd, select.EPOLLIN)
+
     def _take_new_peers(self) -> None:
-        os.eventfd_read(self._wake)
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wake)
         while not self._new_peers.empty():
             peer = self._new_peers.get()
-            self._peers[peer.bell] = peer
-            self._selector.register(peer.bell, selectors.EVENT_READ, lambda bound=peer: self._serve(bound))
+            self._peers.add(peer)
+            self._watch(peer.bell, partial(self._serve, peer))
             if peer.socket.fileno() != peer.bell:
-                self._selector.register(peer.socket, selectors.EVENT_READ, lambda bound=peer: self._drop(bound))
+                self._watch(peer.socket.fileno(), partial(self._drop_if_gone, peer))
             logger.info("engine connected engine=%s transport=%s", peer.engine, peer.kind)
 
     def _serve(self, peer: Peer) -> None:
-        if peer.bell not in self._peers:  # dropped by an earlier event of the same round
-            return
         try:
-            call = peer.receive()
-            if call is None:
-                return
-            try:
-                peer.answer(call.sequence, self._compute(call))
-            except FunctionUnavailableError as error:
-                peer.fail(call.sequence, STATUS_FUNCTION_UNAVAILABLE, str(error))
-            except (MoelessError, RuntimeError, ValueError) as error:
-                logger.exception("a call failed engine=%s layer=%d", peer.engine, call.layer)
-                peer.fail(call.sequence, STATUS_INTERNAL_ERROR, f"{type(error).__name__}: {error}")
+            if peer.has_unsent:
+                peer.flush()
+            else:
+                call = peer.receive()
+                if call is not None:
+                    self._answer(peer, call)
+            if peer.has_unsent != (peer in self._stalled):
+                self._wait_for_room(peer)
         except TransportError as error:
             logger.info("engine disconnected engine=%s reason=%s", peer.engine, error)
             self._drop(peer)
 
-    def _drop(self, peer: Peer) -> None:
-        if self._peers.pop(peer.bell, None) is None:
+    def _answer(self, peer: Peer, call: ReceivedCall) -> None:
+        try:
+            peer.answer(call.sequence, self._compute(call))
+        except TransportError:
+            raise
+        except FunctionUnavailableError as error:
+            peer.fail(call.sequence, STATUS_FUNCTION_UNAVAILABLE, str(error))
+        except Exception as error:  # whatever it is, the engine must hear of it and other engines be served
+            logger.exception("a call failed engine=%s layer=%d", peer.engine, call.layer)
+            peer.fail(call.sequence, STATUS_INTERNAL_ERROR, f"{type(error).__name__}: {error}")
+
+    def _wait_for_room(self, peer: Peer) -> None:
+        """Watch for room in the line while an answer is unsent, and for calls else."""
+        self._stalled ^= {peer}
+        self._epoll.modify(peer.bell, select.EPOLLOUT if peer in self._stalled else select.EPOLLIN)
+
+    def _drop_if_gone(self, peer: Peer) -> None:
+        try:
+            peer.socket.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK)
+        except BlockingIOError:  # an event of an earlier peer whose descriptor had the same number
             return
-        self._selector.unregister(peer.bell)
-        if peer.socket.fileno() != peer.bell:
-            self._selector.unregister(peer.socket)
+        except OSError as error:
+            logger.info("engine disconnected engine=%s reason=%s", peer.engine, error)
+        else:
+            logger.info("engine disconnected engine=%s", peer.engine)
+        self._drop(peer)
+
+    def _drop(self, peer: Peer) -> None:
+        self._peers.discard(peer)
+        self._stalled.discard(peer)
+        for fd in {peer.bell, peer.socket.fileno()}:
+            del self._handlers[fd]
+            self._epoll.unregister(fd)
         peer.close()
 
 

@@ -6,22 +6,26 @@ that is reached by descriptor is gone with the processes, however they end.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import mmap
 import os
 import select
 import socket
-import time
+import threading
 
 import torch
 
 from moeless.core.errors import HandshakeError, TransportError, WorkerTimeoutError
 from moeless.dispatch.channel import WorkerEndpoint
-from moeless.dispatch.handshake import Accept, Ask, ask_for, prove, send_message
+from moeless.dispatch.handshake import Accept, Ask, TransportKind, ask_for, check_sizes, close_all, prove, send_message
 from moeless.dispatch.wire import (
+    FailedCallError,
+    Frame,
     LayerCall,
     ReceivedCall,
-    answer_bytes,
     call_bytes,
+    max_answer_bytes,
     read_answer,
     read_call,
     write_answer,
@@ -29,13 +33,13 @@ from moeless.dispatch.wire import (
     write_error,
 )
 
-_MAX_AREA_BYTES = 4 << 30
+_NUM_FDS = 4
 
 
 class SharedMemoryChannel:
     """An engine's line to a worker on the same machine."""
 
-    kind = "shm"
+    kind: TransportKind = "shm"
 
     def __init__(
         self,
@@ -49,21 +53,23 @@ class SharedMemoryChannel:
         max_rows: int,
     ) -> None:
         """Connect and map. Raises HandshakeError or TransportError."""
-        self.max_rows = max_rows
         self._worker = endpoint.worker
         self._sequence = 0
+        self._shape = (0, 0)
         self._broken = False
+        self._closed = False
+        self._lock = threading.Lock()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._socket.connect("\0" + endpoint.unix_address)
-            _, fds = ask_for(
+            accept, fds = ask_for(
                 self._socket,
                 token,
-                kind="shm",
+                kind=self.kind,
                 engine=engine,
                 call_bytes=call_bytes(max_rows, max_rows * top_k, hidden_size, dtype),
-                answer_bytes=answer_bytes(max_rows, hidden_size, dtype),
-                max_fds=4,
+                answer_bytes=max_answer_bytes(max_rows, hidden_size, dtype),
+                max_fds=_NUM_FDS,
             )
         except OSError as error:
             self._socket.close()
@@ -71,108 +77,144 @@ class SharedMemoryChannel:
         except HandshakeError:
             self._socket.close()
             raise
-        if len(fds) != 4:
-            self._socket.close()
-            raise HandshakeError(f"worker {endpoint.worker} passed {len(fds)} descriptors instead of 4")
-        call_fd, answer_fd, self._call_bell, self._answer_bell = fds
-        self._call_area = _map(call_fd)
-        self._answer_area = _map(answer_fd)
+        self.max_rows = min(max_rows, accept.max_rows)
+        self._call_bell, self._answer_bell, call_fd, answer_fd = fds
+        self._call = _map(call_fd)
+        self._answer = _map(answer_fd)
         self._poll = select.poll()
         self._poll.register(self._answer_bell, select.POLLIN)
-        self._poll.register(self._socket, select.POLLIN | select.POLLHUP)
+        self._poll.register(self._socket, select.POLLIN)
 
     @property
     def is_broken(self) -> bool:
-        if not self._broken and self._socket.fileno() >= 0:
-            hung_up = select.poll()  # its own: the compute thread may be polling for an answer
-            hung_up.register(self._socket, select.POLLIN | select.POLLHUP)
-            self._broken = bool(hung_up.poll(0))
         return self._broken
 
     def submit(self, call: LayerCall) -> None:
-        if self._broken:
-            raise TransportError(f"the line to worker {self._worker} is broken")
-        self._sequence += 1
-        write_call(self._call_area, call, self._sequence)
-        os.eventfd_write(self._call_bell, 1)
+        with self._lock:
+            self._check_usable()
+            self._sequence += 1
+            self._shape = (len(call.tokens_R), call.x_TH.shape[1])
+            self._put(call)
+            os.eventfd_write(self._call_bell, 1)
 
     def collect(self, timeout_s: float) -> torch.Tensor:
-        deadline_s = time.monotonic() + timeout_s
-        while True:
-            left_s = deadline_s - time.monotonic()
-            ready = self._poll.poll(max(0.0, left_s) * 1e3)
-            fds = {fd for fd, _ in ready}
-            if self._answer_bell in fds:
-                os.eventfd_read(self._answer_bell)
-                return read_answer(self._answer_area, self._sequence)
+        with self._lock:
+            self._check_usable()
+            ready = self._poll.poll(timeout_s * 1e3)
+            for fd, _ in ready:
+                if fd == self._answer_bell:
+                    os.eventfd_read(fd)
+                    try:
+                        return self._take()
+                    except FailedCallError:
+                        raise
+                    except TransportError:
+                        self._broken = True
+                        raise
             self._broken = True
-            if ready:
-                raise TransportError(f"worker {self._worker} hung up")
-            raise WorkerTimeoutError(f"worker {self._worker} did not answer within {timeout_s:g} s")
+        if ready:
+            raise TransportError(f"worker {self._worker} hung up")
+        raise WorkerTimeoutError(f"worker {self._worker} did not answer within {timeout_s:g} s")
+
+    def _put(self, call: LayerCall) -> None:
+        write_call(self._call, call, self._sequence)
+
+    def _take(self) -> torch.Tensor:
+        return read_answer(self._answer, self._sequence, self._shape)
+
+    def _check_usable(self) -> None:
+        if self._broken:
+            raise TransportError(f"the line to worker {self._worker} is broken")
 
     def close(self) -> None:
-        if self._socket.fileno() < 0:
-            return
         self._broken = True
-        self._socket.close()
-        os.close(self._call_bell)
-        os.close(self._answer_bell)
+        if self._closed:
+            return
+        self._closed = True
+        with contextlib.suppress(OSError):  # the worker hung up before
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes a collect in another thread, which still holds the lock
+        with self._lock:
+            self._poll.unregister(self._answer_bell)
+            self._poll.unregister(self._socket)
+            self._socket.close()
+            close_all([self._call_bell, self._answer_bell])
 
 
 class SharedMemoryPeer:
     """A worker's end of one engine's line."""
 
-    kind = "shm"
+    kind: TransportKind = "shm"
 
     def __init__(self, sock: socket.socket, ask: Ask, *, token: str, max_rows: int, num_experts: list[int]) -> None:
-        """Make the areas and the bells and pass them over. Raises HandshakeError for a bad size."""
-        for name, size in (("call_bytes", ask.call_bytes), ("answer_bytes", ask.answer_bytes)):
-            if not 0 < size <= _MAX_AREA_BYTES:
-                send_message(sock, Accept(error=f"{name} must be in (0, {_MAX_AREA_BYTES}], got {size}"))
-                raise HandshakeError(f"{name} must be in (0, {_MAX_AREA_BYTES}], got {size}")
+        """Make the areas and the bells and pass them over. Raises HandshakeError for a bad size, or OSError."""
         self.engine = ask.engine
         self.socket = sock
         self._max_rows = max_rows
         self._num_experts = num_experts
-        call_fd = _memfd("moeless-call", ask.call_bytes)
-        answer_fd = _memfd("moeless-answer", ask.answer_bytes)
-        self.bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._answer_bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        send_message(
-            sock,
-            Accept(proof=prove(token, "server", ask.nonce), max_rows=max_rows),
-            [call_fd, answer_fd, self.bell, self._answer_bell],
-        )
-        self._call_area = _map(call_fd)
-        self._answer_area = _map(answer_fd)
+        check_sizes(sock, ask)
+        fds: list[int] = []
+        try:
+            fds += [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(2)]
+            for name, size in (("moeless-call", ask.call_bytes), ("moeless-answer", ask.answer_bytes)):
+                fds.append(_memfd(name, size))
+            accept = Accept(proof=prove(token, "server", ask.nonce), max_rows=max_rows)
+            send_message(sock, accept, fds)
+        except OSError:
+            close_all(fds)
+            raise
+        self.bell, self._answer_bell, call_fd, answer_fd = fds
+        self._call = _map(call_fd)
+        self._answer = _map(answer_fd)
 
-    def receive(self) -> ReceivedCall:
+    @property
+    def has_unsent(self) -> bool:
+        return False
+
+    def flush(self) -> None:
+        """Nothing is ever left to send."""
+
+    def receive(self) -> ReceivedCall | None:
         """The call that was rung for. Raises TransportError if it makes no sense."""
-        os.eventfd_read(self.bell)
-        return read_call(self._call_area, max_rows=self._max_rows, num_experts=self._num_experts)
+        try:
+            os.eventfd_read(self.bell)
+        except BlockingIOError:
+            return None
+        return self._take()
 
     def answer(self, sequence: int, partial_RH: torch.Tensor) -> None:
-        write_answer(self._answer_area, sequence, partial_RH)
+        self._put(sequence, partial_RH)
         os.eventfd_write(self._answer_bell, 1)
 
     def fail(self, sequence: int, status: int, message: str) -> None:
-        write_error(self._answer_area, sequence, status, message)
+        write_error(self._answer, sequence, status, message)
         os.eventfd_write(self._answer_bell, 1)
+
+    def _take(self) -> ReceivedCall:
+        return read_call(self._call, max_rows=self._max_rows, num_experts=self._num_experts)
+
+    def _put(self, sequence: int, partial_RH: torch.Tensor) -> None:
+        write_answer(self._answer, sequence, partial_RH)
 
     def close(self) -> None:
         self.socket.close()
-        os.close(self.bell)
-        os.close(self._answer_bell)
+        close_all([self.bell, self._answer_bell])
 
 
 def _memfd(name: str, size: int) -> int:
-    fd = os.memfd_create(name, os.MFD_CLOEXEC)
-    os.ftruncate(fd, size)
+    """Anonymous memory that nobody can shrink: touching a page that is no more would kill the process."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, size)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    except OSError:
+        os.close(fd)
+        raise
     return fd
 
 
-def _map(fd: int) -> memoryview:
-    """Map the whole file and close the descriptor; the mapping lives as long as the view."""
-    mapping = mmap.mmap(fd, 0)
-    os.close(fd)
-    return memoryview(mapping)
+def _map(fd: int) -> Frame:
+    """Map the whole file and close the descriptor; the mapping lives as long as the frame and its views."""
+    try:
+        return Frame(memoryview(mmap.mmap(fd, 0)))
+    finally:
+        os.close(fd)

@@ -2,39 +2,53 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import select
 import socket
+import threading
 import time
 
 import torch
 
 from moeless.core.errors import HandshakeError, TransportError, WorkerTimeoutError
 from moeless.dispatch.channel import WorkerEndpoint
-from moeless.dispatch.handshake import HANDSHAKE_TIMEOUT_S, Accept, Ask, ask_for, prove, send_message
+from moeless.dispatch.handshake import (
+    HANDSHAKE_TIMEOUT_S,
+    Accept,
+    Ask,
+    TransportKind,
+    ask_for,
+    check_sizes,
+    prove,
+    send_message,
+)
 from moeless.dispatch.wire import (
     ANSWER_HEADER,
     CALL_HEADER,
+    FailedCallError,
+    Frame,
     LayerCall,
     ReceivedCall,
-    answer_bytes,
     answer_length,
     call_bytes,
-    call_length,
+    max_answer_bytes,
     read_answer,
     read_call,
+    read_call_head,
     write_answer,
     write_call,
     write_error,
 )
 
-_SEND_TIMEOUT_S = 30.0
-_ERROR_FRAME_BYTES = ANSWER_HEADER.size + 2048
+_SUBMIT_PATIENCE_MS = 10
+"""How long a submit waits for room in the line before it leaves the rest of a long call to collect."""
 
 
 class TcpChannel:
     """An engine's line to a worker on another machine."""
 
-    kind = "tcp"
+    kind: TransportKind = "tcp"
 
     def __init__(
         self,
@@ -50,142 +64,219 @@ class TcpChannel:
         """Connect. Raises HandshakeError or TransportError."""
         self._worker = endpoint.worker
         self._sequence = 0
+        self._shape = (0, 0)
         self._broken = False
+        self._lock = threading.Lock()
+        self._unsent = memoryview(b"")
+        num_call_bytes = call_bytes(max_rows, max_rows * top_k, hidden_size, dtype)
+        num_answer_bytes = max_answer_bytes(max_rows, hidden_size, dtype)
         try:
             self._socket = socket.create_connection((endpoint.tcp_host, endpoint.tcp_port), timeout=HANDSHAKE_TIMEOUT_S)
         except OSError as error:
             raise TransportError(f"worker {endpoint.worker} cannot be reached: {error}") from error
         try:
-            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            accept, _ = ask_for(self._socket, token, kind="tcp", engine=engine)
+            _tune(self._socket)
+            accept, _ = ask_for(
+                self._socket,
+                token,
+                kind=self.kind,
+                engine=engine,
+                call_bytes=num_call_bytes,
+                answer_bytes=num_answer_bytes,
+            )
         except (OSError, HandshakeError):
             self._socket.close()
             raise
+        self._socket.setblocking(False)
         self.max_rows = min(max_rows, accept.max_rows)
-        self._call = bytearray(call_bytes(self.max_rows, self.max_rows * top_k, hidden_size, dtype))
-        self._answer = bytearray(max(answer_bytes(self.max_rows, hidden_size, dtype), _ERROR_FRAME_BYTES))
-        self._poll = select.poll()
-        self._poll.register(self._socket, select.POLLIN)
+        self._call = _lazy_frame(num_call_bytes)
+        self._answer = _lazy_frame(num_answer_bytes)
+        self._readable = select.poll()
+        self._readable.register(self._socket, select.POLLIN)
+        self._writable = select.poll()
+        self._writable.register(self._socket, select.POLLOUT)
 
     @property
     def is_broken(self) -> bool:
-        if not self._broken and self._socket.fileno() >= 0:
-            hung_up = select.poll()  # its own: the compute thread may be polling for an answer
-            hung_up.register(self._socket, select.POLLRDHUP | select.POLLHUP)
-            self._broken = bool(hung_up.poll(0))
         return self._broken
 
     def submit(self, call: LayerCall) -> None:
-        if self._broken:
-            raise TransportError(f"the line to worker {self._worker} is broken")
-        self._sequence += 1
-        frame = memoryview(self._call)
-        length = write_call(frame, call, self._sequence)
-        try:
-            self._socket.settimeout(_SEND_TIMEOUT_S)
-            self._socket.sendall(frame[:length])
-        except OSError as error:
-            self._broken = True
-            raise TransportError(f"worker {self._worker} hung up: {error}") from error
+        with self._lock:
+            self._check_usable()
+            self._sequence += 1
+            self._shape = (len(call.tokens_R), call.x_TH.shape[1])
+            self._unsent = self._call.buffer[: self._put(call)]
+            try:
+                self._push(_SUBMIT_PATIENCE_MS)
+            except OSError as error:
+                self._broken = True
+                raise TransportError(f"worker {self._worker} hung up: {error}") from error
 
     def collect(self, timeout_s: float) -> torch.Tensor:
-        deadline_s = time.monotonic() + timeout_s
-        frame = memoryview(self._answer)
-        try:
-            self._fill(frame[: ANSWER_HEADER.size], deadline_s, timeout_s)
-            length = answer_length(frame)
-            if length > len(frame):
-                raise TransportError(f"worker {self._worker}: an answer may have {len(frame)} bytes, got {length}")
-            self._fill(frame[ANSWER_HEADER.size : length], deadline_s, timeout_s)
-        except TransportError:
-            self._broken = True
-            raise
-        return read_answer(frame, self._sequence)
+        with self._lock:
+            self._check_usable()
+            try:
+                self._receive(time.monotonic() + timeout_s, timeout_s)
+                return self._take()
+            except FailedCallError:
+                raise
+            except TransportError:
+                self._broken = True
+                raise
+            except OSError as error:
+                self._broken = True
+                raise TransportError(f"worker {self._worker} hung up: {error}") from error
 
-    def _fill(self, view: memoryview, deadline_s: float, timeout_s: float) -> None:
-        received = 0
-        self._socket.setblocking(False)
-        while received < len(view):
-            if not self._poll.poll(max(0.0, deadline_s - time.monotonic()) * 1e3):
+    def _put(self, call: LayerCall) -> int:
+        return write_call(self._call, call, self._sequence)
+
+    def _take(self) -> torch.Tensor:
+        return read_answer(self._answer, self._sequence, self._shape)
+
+    def _push(self, patience_ms: int) -> None:
+        """Send what is unsent, until the line takes nothing for `patience_ms`."""
+        while self._unsent:
+            try:
+                self._unsent = self._unsent[self._socket.send(self._unsent) :]
+            except BlockingIOError:
+                if not self._writable.poll(patience_ms):
+                    return
+
+    def _receive(self, deadline_s: float, timeout_s: float) -> None:
+        """One answer's frame. Nothing else can come: a line carries one call at a time."""
+        frame = self._answer.buffer
+        received, wanted = 0, ANSWER_HEADER.size
+        while received < wanted:
+            if self._unsent:
+                self._readable.modify(self._socket, select.POLLIN | select.POLLOUT)
+            ready = self._readable.poll(max(0.0, deadline_s - time.monotonic()) * 1e3)
+            if self._unsent:
+                self._push(0)
+                self._readable.modify(self._socket, select.POLLIN)
+            if not ready:
                 raise WorkerTimeoutError(f"worker {self._worker} did not answer within {timeout_s:g} s")
             try:
-                count = self._socket.recv_into(view[received:])
+                count = self._socket.recv_into(frame[received:])
             except BlockingIOError:
                 continue
-            except OSError as error:
-                raise TransportError(f"worker {self._worker} hung up: {error}") from error
             if count == 0:
                 raise TransportError(f"worker {self._worker} hung up")
             received += count
+            if received >= ANSWER_HEADER.size:
+                wanted = answer_length(frame)
+                if wanted > len(frame):
+                    raise TransportError(f"an answer of worker {self._worker} needs {wanted} bytes, got {len(frame)}")
+        if received > wanted:
+            raise TransportError(f"worker {self._worker} sent {received - wanted} bytes more than its answer")
+
+    def _check_usable(self) -> None:
+        if self._broken:
+            raise TransportError(f"the line to worker {self._worker} is broken")
 
     def close(self) -> None:
         self._broken = True
-        self._socket.close()
+        with contextlib.suppress(OSError):  # the worker hung up before, or this is the second close
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes a collect in another thread, which still holds the lock
+        with self._lock:
+            self._socket.close()
 
 
 class TcpPeer:
-    """A worker's end of one engine's line. Reads as much as has come, so that a slow line delays nobody else."""
+    """A worker's end of one engine's line. Takes and sends what the line has room for, so that a slow one delays
+    nobody else.
+    """
 
-    kind = "tcp"
+    kind: TransportKind = "tcp"
 
     def __init__(self, sock: socket.socket, ask: Ask, *, token: str, max_rows: int, num_experts: list[int]) -> None:
+        """Accept. Raises HandshakeError for a bad size, or OSError."""
+        check_sizes(sock, ask)
         self.engine = ask.engine
         self.socket = sock
         self.bell = sock.fileno()
         self._max_rows = max_rows
         self._num_experts = num_experts
-        self._buffer = bytearray(CALL_HEADER.size)
+        self._call = _lazy_frame(ask.call_bytes)
         self._received = 0
-        self._answer = bytearray(_ERROR_FRAME_BYTES)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._answer = _lazy_frame(ask.answer_bytes)
+        self._unsent = memoryview(b"")
+        _tune(sock)
         send_message(sock, Accept(proof=prove(token, "server", ask.nonce), max_rows=max_rows))
         sock.setblocking(False)
 
+    @property
+    def has_unsent(self) -> bool:
+        """Whether a part of an answer waits for room in the line."""
+        return bool(self._unsent)
+
     def receive(self) -> ReceivedCall | None:
         """The next call, or None until all of it has come. Raises TransportError at the line's end or for nonsense."""
-        wanted = CALL_HEADER.size
-        while True:
-            if self._received >= CALL_HEADER.size:
-                wanted = call_length(memoryview(self._buffer))
-                self._check_size(wanted)
-                if len(self._buffer) < wanted:
-                    self._buffer = self._buffer + bytearray(wanted - len(self._buffer))
-            if self._received == wanted:
-                self._received = 0
-                return read_call(memoryview(self._buffer), max_rows=self._max_rows, num_experts=self._num_experts)
-            try:
-                count = self.socket.recv_into(memoryview(self._buffer)[self._received : wanted])
-            except BlockingIOError:
-                return None
-            except OSError as error:
-                raise TransportError(f"engine {self.engine} hung up: {error}") from error
-            if count == 0:
-                raise TransportError(f"engine {self.engine} hung up")
-            self._received += count
-
-    def _check_size(self, num_bytes: int) -> None:
-        _, _, _, _, _, rows, pairs, _ = CALL_HEADER.unpack_from(self._buffer)
-        if rows > self._max_rows or pairs > rows * max(self._num_experts):
-            raise TransportError(
-                f"a call may have {self._max_rows} rows, got {rows} with {pairs} pairs ({num_bytes} bytes)"
-            )
+        frame = self._call.buffer
+        try:
+            count = self.socket.recv_into(frame[self._received :])
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            raise TransportError(f"engine {self.engine} hung up: {error}") from error
+        if count == 0:
+            raise TransportError(f"engine {self.engine} hung up")
+        self._received += count
+        if self._received < CALL_HEADER.size:
+            return None
+        wanted = self._wanted_bytes()
+        if wanted > len(frame):
+            raise TransportError(f"a call of engine {self.engine} may have {len(frame)} bytes, got {wanted}")
+        if self._received > wanted:
+            raise TransportError(f"engine {self.engine} sent {self._received - wanted} bytes more than its call")
+        if self._received < wanted:
+            return None
+        self._received = 0
+        return self._take()
 
     def answer(self, sequence: int, partial_RH: torch.Tensor) -> None:
-        needed = answer_bytes(len(partial_RH), partial_RH.shape[1], partial_RH.dtype)
-        if len(self._answer) < needed:
-            self._answer = bytearray(needed)
-        self._send(write_answer(memoryview(self._answer), sequence, partial_RH))
+        self._send(self._put(sequence, partial_RH))
 
     def fail(self, sequence: int, status: int, message: str) -> None:
-        self._send(write_error(memoryview(self._answer), sequence, status, message))
+        self._send(write_error(self._answer, sequence, status, message))
+
+    def _wanted_bytes(self) -> int:
+        return read_call_head(self._call.buffer).num_bytes
+
+    def _take(self) -> ReceivedCall:
+        return read_call(self._call, max_rows=self._max_rows, num_experts=self._num_experts)
+
+    def _put(self, sequence: int, partial_RH: torch.Tensor) -> int:
+        return write_answer(self._answer, sequence, partial_RH)
 
     def _send(self, length: int) -> None:
+        if self._unsent:
+            raise TransportError(f"engine {self.engine} called again before it took its answer")
+        self._unsent = self._answer.buffer[:length]
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what the line takes. Raises TransportError at its end."""
         try:
-            self.socket.settimeout(_SEND_TIMEOUT_S)
-            self.socket.sendall(memoryview(self._answer)[:length])
-            self.socket.setblocking(False)
+            while self._unsent:
+                self._unsent = self._unsent[self.socket.send(self._unsent) :]
+        except BlockingIOError:
+            return
         except OSError as error:
             raise TransportError(f"engine {self.engine} hung up: {error}") from error
 
     def close(self) -> None:
         self.socket.close()
+
+
+def _tune(sock: socket.socket) -> None:
+    """Send at once, and notice within half a minute that the other machine is no more."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
+
+
+def _lazy_frame(num_bytes: int) -> Frame:
+    """Memory that is taken only once it is written to: most calls are far smaller than the largest."""
+    return Frame(memoryview(mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)))

@@ -35,6 +35,7 @@ STATUS_INTERNAL_ERROR: Final = 2
 _ROWS_ALIGNMENT_BYTES: Final = 32
 """Rows begin at a multiple of this: vector instructions like it, and the headers happen to have this size."""
 _MAX_CACHED_VIEWS: Final = 256
+_ERROR_BYTES: Final = 2048
 
 _DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPE_CODE: Final = {dtype: code for code, dtype in enumerate(_DTYPES)}
@@ -93,15 +94,15 @@ class Frame:
 
     Keeps the arrays that view it: between two processes the instructions are cold, and making them anew for each
     call takes several times longer than the copy.
+
+    Args:
+        buffer: writable bytes.
     """
 
-    def __init__(self, buffer: bytearray | memoryview) -> None:
-        """Args:
-        buffer: writable.
-        """
-        self.buffer = memoryview(buffer)
-        num_words = len(self.buffer) // 4
-        self.uint32 = np.frombuffer(self.buffer, dtype=np.uint32, count=num_words)
+    def __init__(self, buffer: memoryview) -> None:
+        self.buffer = buffer
+        num_words = len(buffer) // 4
+        self.uint32 = np.frombuffer(buffer, dtype=np.uint32, count=num_words)
         self.float32 = self.uint32.view(np.float32)
         self._views: dict[tuple[int, int, int, torch.dtype], _Views] = {}
 
@@ -147,6 +148,11 @@ def routing_bytes(num_pairs: int) -> int:
 def answer_bytes(num_rows: int, hidden_size: int, dtype: torch.dtype) -> int:
     """Size of an answer's frame."""
     return ANSWER_HEADER.size + num_rows * hidden_size * dtype.itemsize
+
+
+def max_answer_bytes(max_rows: int, hidden_size: int, dtype: torch.dtype) -> int:
+    """Size of the largest answer's frame; an error in words fits, too."""
+    return max(answer_bytes(max_rows, hidden_size, dtype), ANSWER_HEADER.size + _ERROR_BYTES)
 
 
 def write_call(frame: Frame, call: LayerCall, sequence: int) -> int:
@@ -260,9 +266,7 @@ def write_answer_head(frame: Frame, sequence: int, partial_RH: torch.Tensor) -> 
     """Write the header of an answer whose rows may lie elsewhere than in `frame`."""
     num_rows, hidden = partial_RH.shape
     code = _DTYPE_CODE[partial_RH.dtype]
-    ANSWER_HEADER.pack_into(
-        frame.buffer, 0, _MAGIC, PROTOCOL_VERSION, STATUS_OK, sequence, num_rows, hidden, 0, code
-    )
+    ANSWER_HEADER.pack_into(frame.buffer, 0, _MAGIC, PROTOCOL_VERSION, STATUS_OK, sequence, num_rows, hidden, 0, code)
 
 
 def write_error(frame: Frame, sequence: int, status: int, message: str) -> int:
