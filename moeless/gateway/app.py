@@ -27,7 +27,7 @@ def create_app(engine: EngineSource, config: GatewayConfig) -> FastAPI:
     """The ASGI application. It answers /health at once and everything else once `engine` does.
 
     Args:
-        engine: a client, or an async function that returns one; it is called again while it fails.
+        engine: a client, or an async function that returns one; it is called until it has succeeded once.
     """
     service = GatewayService(engine, config)
 

@@ -22,7 +22,7 @@ from moeless.gateway.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 EngineSource = EngineClient | Callable[[], Awaitable[EngineClient]]
-"""An engine, or how to reach one; the latter is called until it succeeds."""
+"""An engine, or how to reach one; the latter is called until it has succeeded once."""
 
 _TOKENIZER_THREADS = 2
 """Long prompts are tokenized here; more threads would take the engine's cores from it."""
@@ -55,9 +55,12 @@ class GatewayService:
 
     async def _connect(self) -> None:
         last_error = ""
+        client: EngineClient | None = None if callable(self._source) else self._source
         while self._model is None:
             try:
-                client = await self._source() if callable(self._source) else self._source
+                if client is None:
+                    assert callable(self._source)
+                    client = await self._source()
                 info = await client.model_info()
                 tokenizer = await asyncio.to_thread(Tokenizer.load, Path(info.tokenizer_path))
             except Exception as error:
