@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import select
+import socket
 from typing import Protocol
 
 import msgspec
@@ -55,6 +57,13 @@ class WorkerEndpoint(msgspec.Struct, frozen=True, kw_only=True):
     tcp_port: int
     pid: int
     device: str = "cpu"
+
+
+def has_hung_up(sock: socket.socket) -> bool:
+    """Whether the other side closed its end; takes nothing from the socket."""
+    poll = select.poll()
+    poll.register(sock, select.POLLRDHUP)
+    return bool(poll.poll(0))
 
 
 def host_id() -> str:

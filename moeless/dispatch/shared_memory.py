@@ -17,7 +17,7 @@ import threading
 import torch
 
 from moeless.core.errors import HandshakeError, TransportError, WorkerTimeoutError
-from moeless.dispatch.channel import WorkerEndpoint
+from moeless.dispatch.channel import WorkerEndpoint, has_hung_up
 from moeless.dispatch.handshake import Accept, Ask, TransportKind, ask_for, check_sizes, close_all, prove, send_message
 from moeless.dispatch.wire import (
     FailedCallError,
@@ -87,6 +87,11 @@ class SharedMemoryChannel:
 
     @property
     def is_broken(self) -> bool:
+        if not self._broken and self._lock.acquire(blocking=False):  # a call under way notices by itself
+            try:
+                self._broken = has_hung_up(self._socket)
+            finally:
+                self._lock.release()
         return self._broken
 
     def submit(self, call: LayerCall) -> None:

@@ -12,7 +12,7 @@ import time
 import torch
 
 from moeless.core.errors import HandshakeError, TransportError, WorkerTimeoutError
-from moeless.dispatch.channel import WorkerEndpoint
+from moeless.dispatch.channel import WorkerEndpoint, has_hung_up
 from moeless.dispatch.handshake import (
     HANDSHAKE_TIMEOUT_S,
     Accept,
@@ -98,6 +98,11 @@ class TcpChannel:
 
     @property
     def is_broken(self) -> bool:
+        if not self._broken and self._lock.acquire(blocking=False):  # a call under way notices by itself
+            try:
+                self._broken = has_hung_up(self._socket)
+            finally:
+                self._lock.release()
         return self._broken
 
     def submit(self, call: LayerCall) -> None:
