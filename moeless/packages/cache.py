@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+from importlib.metadata import version
 from pathlib import Path
-
-import transformers
 
 from moeless.core.errors import CheckpointError
 from moeless.packages.manifest import FORMAT_VERSION
@@ -28,7 +27,7 @@ def packed_dir(source: Path) -> Path:
 
     Another one for each version of what a pack depends on: its format, and transformers' names of the parameters.
     """
-    key = f"{fingerprint(source)} {FORMAT_VERSION} {transformers.__version__}"
+    key = f"{fingerprint(source)} {FORMAT_VERSION} {version('transformers')}"
     return cache_dir() / "packed" / f"{source.name}-{hashlib.sha256(key.encode()).hexdigest()[:_NAME_LENGTH]}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -12,8 +13,10 @@ from moeless.bundled import BUNDLED_MODEL_NAME, bundled_model_path
 from moeless.core.errors import CheckpointError
 from moeless.packages.cache import packed_dir
 from moeless.packages.manifest import MANIFEST_NAME
-from moeless.packages.pack import ProgressCallback, pack_checkpoint
 from moeless.packages.packed_model import PackedModel
+
+if TYPE_CHECKING:
+    from moeless.packages.pack import ProgressCallback
 
 _HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
@@ -37,7 +40,10 @@ def resolve_model(name: str, *, on_progress: ProgressCallback | None = None) -> 
         return PackedModel.open(folder)
     checkpoint, model_id = locate_checkpoint(name)
     out = packed_dir(checkpoint)
-    pack_checkpoint(checkpoint, out, on_progress=on_progress, model_id=model_id)
+    if not (out / MANIFEST_NAME).is_file():
+        from moeless.packages.pack import pack_checkpoint  # imports transformers: seconds that a cached pack saves
+
+        pack_checkpoint(checkpoint, out, on_progress=on_progress, model_id=model_id)
     return PackedModel.open(out)
 
 

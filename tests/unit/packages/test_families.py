@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -52,10 +53,19 @@ def test_the_backbone_is_what_transformers_would_load_less_the_experts(family: s
 def test_a_family_outside_the_experts_interface_is_refused_by_name(family: str, tmp_path: Path) -> None:
     checkpoint = make_checkpoint(family, tmp_path / "checkpoint")
 
-    with pytest.raises(UnsupportedFamilyError, match=f"family '{family}' is not supported: its [A-Z]\\w+Experts"):
+    with pytest.raises(
+        UnsupportedFamilyError, match=f"family '{family}' is not supported: its [A-Z]\\w+(Experts|MoE) "
+    ):
         pack_checkpoint(checkpoint, tmp_path / "packed")
 
     assert not (tmp_path / "packed").exists()
+
+
+def test_the_documentation_lists_the_families_that_are_checked() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "families.md").read_text(encoding="utf-8")
+    checked, _, refused = page.partition("## Refused")
+    assert set(re.findall(r"^\| `(\w+)`", checked, re.MULTILINE)) == FAMILIES.keys()
+    assert set(re.findall(r"^\| `(\w+)`", refused, re.MULTILINE)) == REFUSED_FAMILIES.keys()
 
 
 def _tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:

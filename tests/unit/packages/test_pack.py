@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
 
 from moeless.core.errors import PackageError
 from moeless.core.expert import FunctionId
@@ -183,6 +183,18 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, families: Fami
 
     with pytest.raises(PackageError, match=r"file.*cannot be written \(Not a directory\)"):
         pack_checkpoint(families["mixtral"].checkpoint, tmp_path / "file" / "packed")
+
+
+def test_of_a_multimodal_checkpoint_the_language_model_is_packed(tmp_path: Path, families: FamilyFolder) -> None:
+    text_config = AutoConfig.from_pretrained(families["qwen3_5_moe_text"].checkpoint).to_dict()
+    vision_config = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    config = Qwen3_5MoeConfig(text_config=text_config, vision_config=vision_config)
+    Qwen3_5MoeForConditionalGeneration(config).save_pretrained(tmp_path / "checkpoint")
+
+    manifest = pack_checkpoint(tmp_path / "checkpoint", tmp_path / "packed")
+
+    assert manifest.architecture == "Qwen3_5MoeForCausalLM"
+    assert not any("visual" in name for name in _backbone_tensors(tmp_path / "packed"))
 
 
 def test_a_checkpoint_with_tied_weights_packs_them_once(tmp_path: Path, families: FamilyFolder) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,7 +32,7 @@ def count_packs(empty_cache: Path) -> int:
 def test_a_packed_folder_is_opened_where_it_is(families: FamilyFolder, empty_cache: Path) -> None:
     packed = families["mixtral"].packed
     assert resolve_model(str(packed.path)).path == packed.path
-    assert not empty_cache.exists()
+    assert not (empty_cache / "packed").exists()
 
 
 def test_a_checkpoint_is_packed_into_the_cache_once(families: FamilyFolder, empty_cache: Path) -> None:
@@ -44,6 +46,19 @@ def test_a_checkpoint_is_packed_into_the_cache_once(families: FamilyFolder, empt
     assert first.path.is_relative_to(empty_cache)
     assert len(steps) == 9
     assert count_packs(empty_cache) == 1
+
+
+def test_a_cached_pack_opens_without_transformers(families: FamilyFolder) -> None:
+    """Importing it takes seconds of `moeless serve`."""
+    checkpoint = families["mixtral"].checkpoint
+    resolve_model(str(checkpoint))
+    script = (
+        "import sys\n"
+        "from moeless.packages.source import resolve_model\n"
+        "assert len(resolve_model(sys.argv[1]).functions) == 8\n"
+        "assert 'transformers' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", script, checkpoint], check=True, timeout=100)
 
 
 def test_a_checkpoint_that_changed_is_packed_anew(tmp_path: Path, empty_cache: Path) -> None:
