@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+from moeless.core.errors import FunctionUnavailableError
 from moeless.functions.arena import LayerArena
 from moeless.functions.gates import Gate, resolve_gate
 from moeless.functions.pool import InstancePool, IntArray
@@ -39,7 +40,7 @@ class FeedForward:
         gates: dict[tuple[object, ...], Gate] = {}
         self._gates: list[Gate] = []
         for layout in self._layouts:
-            key = (layout.gate, layout.activation, layout.has_gate)
+            key = (layout.gate, layout.gate_attributes, layout.activation, layout.has_gate)
             if key not in gates:
                 gates[key] = resolve_gate(layout, pool.packed.load_config)
             self._gates.append(gates[key])
@@ -62,14 +63,32 @@ class FeedForward:
         Returns: (R, H), float32 accumulated, in x's dtype; rows without a pair are zero.
         Raises: what InstancePool.start raises, for a function that is cold.
         """
+        out_RH = self._sum_pairs(layer, x_RH, rows_n, experts_n, weights_n)
+        return out_RH.to(x_RH.dtype)
+
+    def _sum_pairs(
+        self, layer: int, x_RH: torch.Tensor, rows_n: IntArray, experts_n: IntArray, weights_n: torch.Tensor
+    ) -> torch.Tensor:
+        """`partial_sums` in float32."""
         counts_E = np.bincount(experts_n, minlength=self.pool.num_experts[layer])
         hit = np.flatnonzero(counts_E)
-        with self.pool.use(layer, hit) as arena:
-            slots_E = self.pool.slots_LE[layer]
+        try:
+            arena = self.pool.acquire(layer, hit)
+        except FunctionUnavailableError:
+            if len(hit) == 1:
+                raise
+            # The pool has no room for all of them at once: one part after the other.
+            middle = int(np.searchsorted(experts_n, hit[len(hit) // 2]))
+            first = self._sum_pairs(layer, x_RH, rows_n[:middle], experts_n[:middle], weights_n[:middle])
+            return first.add_(self._sum_pairs(layer, x_RH, rows_n[middle:], experts_n[middle:], weights_n[middle:]))
+        try:
+            slots_n = self.pool.slots_LE[layer][experts_n]
             if self.pool.device.type == "cpu" and (len(x_RH) == 1 or len(rows_n) <= _FEW_PAIRS):
-                out_RH = self._one_by_one(layer, arena, x_RH, rows_n, slots_E[experts_n], weights_n)
+                out_RH = self._one_by_one(layer, arena, x_RH, rows_n, slots_n, weights_n)
             else:
-                out_RH = self._by_group(layer, arena, x_RH, rows_n, slots_E[experts_n], weights_n)
+                out_RH = self._by_group(layer, arena, x_RH, rows_n, slots_n, weights_n)
+        finally:
+            self.pool.release(layer, hit)
         self.pool.tokens_LE[layer] += counts_E
         return out_RH
 
@@ -100,7 +119,7 @@ class FeedForward:
             if arena.down_bias_SH is not None:
                 down_H += arena.down_bias_SH[slot]
             out_rows[row].add_(down_H, alpha=weight)
-        return out_RH if exact else out_RH.to(x_RH.dtype)
+        return out_RH
 
     def _by_group(
         self,
@@ -124,7 +143,7 @@ class FeedForward:
         y_nH = self._project(layer, arena, x_RH.index_select(0, rows), offsets_S, slots, ends_S)
         weighted_nH = y_nH.float().mul_(weights_n.unsqueeze(-1))
         out_RH = torch.zeros(x_RH.shape, dtype=torch.float32, device=x_RH.device)
-        return out_RH.index_add_(0, rows, weighted_nH).to(x_RH.dtype)
+        return out_RH.index_add_(0, rows, weighted_nH)
 
     def _project(
         self,

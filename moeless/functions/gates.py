@@ -1,7 +1,7 @@
 """What happens between an expert's two projections: activation and gating, for every family.
 
 Most families gate by `act(gate) * up`. The few that do more (gpt-oss clamps and shifts, say) define `_apply_gate`
-on their experts class; that method is used as it is, on an instance of the class without weights.
+on their experts class; that method is used as it is, on the layer's own numbers.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,12 +28,12 @@ Gate = Callable[[torch.Tensor], torch.Tensor]
 def resolve_gate(layout: ExpertLayout, load_config: Callable[[], PretrainedConfig]) -> Gate:
     """The function between the projections for a layer of `layout`.
 
-    `load_config` is called only where the family's own class is needed: importing its module takes seconds.
+    `load_config` is called only for an activation that transformers has no name for.
 
     Raises: UnsupportedFamilyError if the layout names a class outside transformers or one that is not there.
     """
     if layout.gate != "default":
-        return _family_gate(layout, load_config())
+        return _family_gate(layout, load_config)
     act = _activation(layout.activation)
     if not layout.has_gate:
         return act
@@ -70,14 +71,22 @@ def _silu_gate(up_n2I: torch.Tensor) -> torch.Tensor:
     return F.silu(gate_nI).mul_(up_nI)
 
 
-def _family_gate(layout: ExpertLayout, config: PretrainedConfig) -> Gate:
-    module_name, _, class_name = layout.gate.partition(":")
+def _family_gate(layout: ExpertLayout, load_config: Callable[[], PretrainedConfig]) -> Gate:
+    experts_class = _experts_class(layout.gate)
+    if layout.has_gate:  # on the layer's own numbers: a family may give each layer others
+        act_fn = _activation(layout.activation) if layout.activation else None
+        return partial(experts_class._apply_gate, SimpleNamespace(act_fn=act_fn, **dict(layout.gate_attributes)))
+    with torch.device("meta"):
+        experts = experts_class(load_config().get_text_config())
+    act: Gate = experts.act_fn
+    return act
+
+
+def _experts_class(name: str) -> Any:
+    module_name, _, class_name = name.partition(":")
     if not module_name.startswith("transformers."):
-        raise UnsupportedFamilyError(f"layout.gate must name a class of transformers, got {layout.gate!r}")
-    experts_class: Any = getattr(importlib.import_module(module_name), class_name, None)
+        raise UnsupportedFamilyError(f"layout.gate must name a class of transformers, got {name!r}")
+    experts_class = getattr(importlib.import_module(module_name), class_name, None)
     if experts_class is None:
         raise UnsupportedFamilyError(f"layout.gate names {class_name!r}, which {module_name} does not have")
-    with torch.device("meta"):
-        experts = experts_class(config.get_text_config())
-    gate: Gate = experts._apply_gate if layout.has_gate else experts.act_fn
-    return gate
+    return experts_class

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -91,7 +90,8 @@ class InstancePool:
         self._warm_starts = 0
         self._evictions = 0
         self.slots_LE = [np.full(num, -1, dtype=np.int64) for num in self.num_experts]
-        """Slot of each expert's warm instance, per layer; -1 where there is none."""
+        """Slot of each expert's instance, per layer; -1 where there is none. Stable while the instance is held."""
+        self._warm_LE = [np.zeros(num, dtype=bool) for num in self.num_experts]
         self.tokens_LE = [np.zeros(num, dtype=np.int64) for num in self.num_experts]
         """Tokens served by each function, as far as the host has counted them."""
         self._device_tokens_E: dict[int, torch.Tensor] = {}
@@ -121,15 +121,18 @@ class InstancePool:
                 self._forget(instance)
             raise
         with self._changed:
-            instance.state = InstanceState.WARM
             self._cold_starts += 1
-            self.slots_LE[function.layer][function.expert] = instance.slot
-            self._changed.notify_all()
+            self._set_warm(instance)
         return True
 
     def start_many(self, functions: Iterable[FunctionId]) -> int:
         """Start each of `functions`; returns the number of cold starts."""
         return sum(self.start(function) for function in functions)
+
+    def _set_warm(self, instance: _Instance) -> None:
+        instance.state = InstanceState.WARM
+        self._warm_LE[instance.function.layer][instance.function.expert] = True
+        self._changed.notify_all()
 
     def _reserve(self, function: FunctionId) -> _Instance:
         layer = function.layer
@@ -145,6 +148,7 @@ class InstancePool:
         free.remove(slot)
         instance = _Instance(function, slot)
         self._instances[function] = instance
+        self.slots_LE[layer][function.expert] = slot
         self._last_used_s_LE[layer][function.expert] = self._clock()
         self._resident_bytes += arena.slot_bytes
         return instance
@@ -168,9 +172,10 @@ class InstancePool:
     def _evict_longest_idle(self, wanted: FunctionId, *, layer: int | None = None) -> None:
         idle = [i for i in self._idle_instances() if layer in (None, i.function.layer)]
         if not idle:
+            needed = self._arenas[wanted.layer].slot_bytes
             raise FunctionUnavailableError(
-                f"function {wanted} does not fit: {self._resident_bytes} of {self._capacity_bytes} bytes are in use "
-                "by instances that are busy"
+                f"function {wanted} needs {needed} bytes and does not fit: the pool may hold {self._capacity_bytes}, "
+                f"and busy instances hold {self._resident_bytes}"
             )
         victim = min(idle, key=lambda i: (self._last_used_s(i.function), i.function))
         self._forget(victim)
@@ -198,12 +203,10 @@ class InstancePool:
             if instance is None or instance.state is not InstanceState.WARM:
                 return False
             instance.state = InstanceState.DRAINING
-            self.slots_LE[function.layer][function.expert] = -1
+            self._warm_LE[function.layer][function.expert] = False
             in_flight_E = self._in_flight_LE[function.layer]
             if not self._changed.wait_for(lambda: in_flight_E[function.expert] == 0, timeout_s):
-                instance.state = InstanceState.WARM
-                self.slots_LE[function.layer][function.expert] = instance.slot
-                self._changed.notify_all()
+                self._set_warm(instance)
                 raise MoelessError(
                     f"function {function} still has {in_flight_E[function.expert]} calls after {timeout_s} s"
                 )
@@ -228,6 +231,7 @@ class InstancePool:
     def _forget(self, instance: _Instance) -> None:
         layer, expert = instance.function
         self.slots_LE[layer][expert] = -1
+        self._warm_LE[layer][expert] = False
         del self._instances[instance.function]
         self._arenas[layer].release(instance.slot)
         self._free_slots[layer].append(instance.slot)
@@ -236,36 +240,42 @@ class InstancePool:
 
     # ---- serving --------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def use(self, layer: int, experts: IntArray) -> Iterator[LayerArena]:
-        """Hold the instances of `experts` (distinct expert numbers) for one call, starting those that are cold.
+    def acquire(self, layer: int, experts: IntArray) -> LayerArena:
+        """Hold the instances of `experts` (distinct expert numbers), starting those that are cold.
 
-        Raises: what `start` raises.
+        Each acquire needs a release. Raises: what `start` raises; nothing is held then.
         """
-        slots_E, in_flight_E = self.slots_LE[layer], self._in_flight_LE[layer]
+        in_flight_E, warm_E = self._in_flight_LE[layer], self._warm_LE[layer]
         with self._changed:
-            held = experts
-            if (slots_E[experts] < 0).any():
-                held = experts[slots_E[experts] >= 0]
+            warm = warm_E[experts]
+            if warm.all():
+                in_flight_E[experts] += 1
+                self._warm_starts += len(experts)
+                return self._arenas[layer]
+            held = experts[warm]
             in_flight_E[held] += 1
             self._warm_starts += len(held)
         try:
-            if len(held) < len(experts):
-                for expert in np.setdiff1d(experts, held).tolist():
-                    self._start_and_hold(FunctionId(layer, expert))
-                    held = np.append(held, expert)
-            yield self._arenas[layer]
-        finally:
-            with self._changed:
-                in_flight_E[held] -= 1
-                self._last_used_s_LE[layer][held] = self._clock()
-                self._changed.notify_all()
+            for expert in experts[~warm].tolist():
+                self._start_and_hold(FunctionId(layer, expert))
+                held = np.append(held, expert)
+        except BaseException:
+            self.release(layer, held)
+            raise
+        return self._arenas[layer]
+
+    def release(self, layer: int, experts: IntArray) -> None:
+        """Let go of what `acquire` held."""
+        with self._changed:
+            self._in_flight_LE[layer][experts] -= 1
+            self._last_used_s_LE[layer][experts] = self._clock()
+            self._changed.notify_all()
 
     def _start_and_hold(self, function: FunctionId) -> None:
         while True:
             self.start(function)
             with self._changed:  # it may have been evicted in between
-                if self.slots_LE[function.layer][function.expert] >= 0:
+                if self._warm_LE[function.layer][function.expert]:
                     self._in_flight_LE[function.layer][function.expert] += 1
                     return
 
@@ -291,7 +301,7 @@ class InstancePool:
 
     def is_full(self, layer: int) -> bool:
         """Whether every expert of `layer` is warm here."""
-        return bool((self.slots_LE[layer] >= 0).all())
+        return bool(self._warm_LE[layer].all())
 
     def count_on_device(self, layer: int, experts_Tk: torch.Tensor) -> None:
         """Count tokens served without taking the routing to the host."""
