@@ -38,7 +38,7 @@ def pack(
     """Split a checkpoint into its backbone and one package for each expert function."""
     from moeless.packages.pack import pack_checkpoint
 
-    with _progress() as (progress, on_progress):
+    with _PackingProgress() as (progress, on_progress):
         manifest = pack_checkpoint(checkpoint, out, on_progress=on_progress)
         progress.stop()
     _stdout.print(
@@ -85,7 +85,7 @@ def serve(
     from moeless.deployments.settings import ServeSettings
     from moeless.packages.source import resolve_model
 
-    with _progress() as (progress, on_progress):
+    with _PackingProgress() as (progress, on_progress):
         packed = resolve_model(model, on_progress=on_progress)
         progress.stop()
     settings = ServeSettings(
@@ -125,11 +125,13 @@ def serve(
             f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} \\\n    -d '{body}'",
             highlight=False,
             markup=False,
+            soft_wrap=True,
         )
         _stdout.print(
             f"  openai: OpenAI(base_url='{url}/v1', api_key='...')   experts: moeless experts --url {url}",
             highlight=False,
             markup=False,
+            soft_wrap=True,
         )
         stop.wait()
         _stdout.print("stopping")
@@ -181,7 +183,7 @@ def main() -> None:
         sys.exit(error.exit_code)
 
 
-class _progress:
+class _PackingProgress:
     """A progress bar that a packing callback moves; nothing is shown while nothing is packed."""
 
     def __enter__(self) -> tuple[Progress, object]:

@@ -18,13 +18,14 @@ from ray.serve.schema import LoggingConfig
 
 from moeless.core.errors import ConfigError, MoelessError
 from moeless.deployments.engine import EngineDeployment, plan_table
-from moeless.deployments.gateway import ENGINE, gateway_deployment
+from moeless.deployments.gateway import ENGINE, GATEWAY, gateway_deployment
 from moeless.deployments.settings import MAX_ISOLATED_FUNCTIONS, ServeSettings
 from moeless.deployments.worker import FunctionDeployment, WorkerDeployment
 from moeless.packages.manifest import Manifest
 
 _MANY_CALLS = 100_000
 """Calls that an engine or gateway may have under way: admission is the engine's own queue, not Serve's."""
+_LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
 _CPU_SHARE = 0.001
 """CPUs that a deployment books with Ray. Threads are shared out by ServeSettings; booking whole CPUs would keep a
 small machine from running the parts side by side."""
@@ -41,15 +42,17 @@ def build_application(manifest: Manifest, settings: ServeSettings) -> Any:
         num_replicas=1,
         max_ongoing_requests=_MANY_CALLS,
         graceful_shutdown_timeout_s=5,
+        logging_config=_LOGGING,
         health_check_period_s=2,
         ray_actor_options=_resources(settings, holds_model=True),
     ).bind(settings, workers)
     gateway = gateway_deployment(settings)
     return gateway.options(
-        name="gateway",
+        name=GATEWAY,
         num_replicas=1,
         max_ongoing_requests=_MANY_CALLS,
         graceful_shutdown_timeout_s=5,
+        logging_config=_LOGGING,
         ray_actor_options={"num_cpus": _CPU_SHARE},
     ).bind(engine)
 
@@ -62,6 +65,7 @@ def _worker_deployments(manifest: Manifest, settings: ServeSettings) -> dict[str
             name=name,
             num_replicas=1,
             graceful_shutdown_timeout_s=5,
+            logging_config=_LOGGING,
             health_check_period_s=2,
             ray_actor_options=_resources(settings, holds_model=True),
         ).bind(
@@ -84,6 +88,7 @@ def _function_deployments(manifest: Manifest, settings: ServeSettings) -> dict[s
             name=entry.name,
             max_ongoing_requests=2,
             graceful_shutdown_timeout_s=5,
+            logging_config=_LOGGING,
             autoscaling_config=AutoscalingConfig(
                 min_replicas=0,
                 initial_replicas=0,
@@ -123,7 +128,7 @@ def running(
         serve.start(
             proxy_location=ProxyLocation.HeadOnly,
             http_options=HTTPOptions(host=settings.host, port=settings.port),
-            logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
+            logging_config=_LOGGING,
         )
         try:
             serve.run(build_application(manifest, settings), name=settings.app_name, route_prefix="/")

@@ -12,6 +12,7 @@ import threading
 import time
 
 import msgspec
+import ray
 import torch
 from ray import serve
 
@@ -165,7 +166,5 @@ class FunctionDeployment:
 
 
 def node_address() -> str:
-    """This node's address in the cluster."""
-    import ray
-
+    """Address of the node that this process runs on."""
     return str(ray.util.get_node_ip_address())

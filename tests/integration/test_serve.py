@@ -1,0 +1,204 @@
+"""`moeless serve` on real Ray: workers, a killed worker, a killed engine, one deployment for each function."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
+
+from tests.families import VOCAB_SIZE, make_tokenizer
+from tests.support.served import Served, serving, wait_until
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+
+PROMPT = "the quick brown fox"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Mixtral of 2 layers x 4 experts."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny-mixtral"
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = MixtralForCausalLM(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3) if parameter.ndim > 1 else None
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint: Path) -> tuple[MixtralForCausalLM, AutoTokenizer]:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, experts_implementation="eager").eval()
+    return model, AutoTokenizer.from_pretrained(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def two_workers(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    log = tmp_path_factory.mktemp("logs") / "serve.log"
+    with serving(checkpoint, "--workers", "2", "--served-model-name", "tiny", log=log) as served:
+        yield served
+
+
+def assert_is_greedy(reference: tuple[MixtralForCausalLM, AutoTokenizer], served: Served, num_tokens: int = 12) -> None:
+    """Each token is the argmax of the reference on that very prefix, or within 1e-3 of its logit."""
+    model, tokenizer = reference
+    client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="unused", max_retries=0)
+    prompt_ids = tokenizer(PROMPT)["input_ids"]
+    answer = client.completions.create(
+        model="tiny",
+        prompt=prompt_ids,
+        max_tokens=num_tokens,
+        temperature=0,
+        logprobs=0,
+        extra_body={"ignore_eos": True},
+    )
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == num_tokens
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.token_logprobs is not None
+    ids = list(prompt_ids)
+    for got in logprobs.token_logprobs:
+        with torch.inference_mode():
+            expected = torch.log_softmax(model(torch.tensor([ids])).logits[0, -1].float(), dim=-1)
+        assert abs(got - float(expected.max())) < 2e-3
+        ids.append(int(expected.argmax()))
+
+
+def test_two_workers_hold_each_function_once_and_answer_like_transformers(
+    two_workers: Served, reference: tuple[MixtralForCausalLM, AutoTokenizer]
+) -> None:
+    assert_is_greedy(reference, two_workers)
+    rows = two_workers.experts()
+    assert len(rows) == 8
+    assert all(row["state"] == "warm" and row["replicas"] == 1 for row in rows.values())
+    assert {worker for row in rows.values() for worker in row["workers"]} == {"worker-0", "worker-1"}  # type: ignore[attr-defined]
+    assert sum(int(str(row["tokens_served"])) for row in rows.values()) > 0
+
+
+def test_streaming_through_serve_gives_the_same_text(two_workers: Served) -> None:
+    client = openai.OpenAI(base_url=f"{two_workers.url}/v1", api_key="unused", max_retries=0)
+    arguments = {"model": "tiny", "prompt": PROMPT, "max_tokens": 20, "temperature": 0.0}
+    whole = client.completions.create(**arguments).choices[0].text  # type: ignore[call-overload]
+    chunks = list(client.completions.create(**arguments, stream=True))  # type: ignore[call-overload]
+    assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == whole
+    assert chunks[-1].choices[0].finish_reason in ("length", "stop")
+
+
+def test_metrics_count_the_workers_tokens(two_workers: Served) -> None:
+    two_workers.complete("tiny", PROMPT)
+    text = httpx.get(f"{two_workers.url}/metrics").text
+    assert 'moeless_worker_tokens_total{model_name="tiny",worker="worker-0"}' in text
+    assert 'moeless_worker_tokens_total{model_name="tiny",worker="worker-1"}' in text
+
+
+def test_a_killed_worker_under_load_fails_no_request_and_comes_back(
+    two_workers: Served, reference: tuple[MixtralForCausalLM, AutoTokenizer]
+) -> None:
+    expected = two_workers.complete("tiny", PROMPT, max_tokens=32)
+    answers: list[str] = []
+    stop = threading.Event()
+
+    def keep_asking() -> None:
+        while not stop.is_set():
+            answers.append(two_workers.complete("tiny", PROMPT, max_tokens=32))
+
+    asking = threading.Thread(target=keep_asking)
+    asking.start()
+    try:
+        wait_until(lambda: len(answers) >= 2, timeout_s=30, what="load runs")
+        (victim,) = two_workers.replicas("worker-0")
+        victim.kill()
+        before = len(answers)
+        wait_until(lambda: len(answers) > before + 3, timeout_s=60, what="requests are answered after the kill")
+
+        def worker_is_back() -> bool:
+            replicas = two_workers.replicas("worker-0")
+            return bool(replicas) and replicas[0].pid != victim.pid and _worker_alive(two_workers, "worker-0")
+
+        wait_until(worker_is_back, timeout_s=60, what="worker-0 is back and connected")
+    finally:
+        stop.set()
+        asking.join()
+    assert set(answers) == {expected}
+    assert_is_greedy(reference, two_workers)
+
+
+def test_a_killed_engine_ends_its_streams_with_an_error_and_is_replaced(two_workers: Served) -> None:
+    client = openai.OpenAI(base_url=f"{two_workers.url}/v1", api_key="unused", max_retries=0, timeout=60)
+    stream = client.completions.create(
+        model="tiny", prompt=PROMPT, max_tokens=400, stream=True, extra_body={"ignore_eos": True}
+    )
+    iterator = iter(stream)
+    next(iterator)
+    (engine,) = two_workers.replicas("engine")
+    engine.kill()
+    with pytest.raises(openai.APIError, match="engine"):
+        for _ in iterator:
+            pass
+    wait_until(
+        lambda: httpx.get(f"{two_workers.url}/ready").status_code == 200, timeout_s=120, what="the engine is back"
+    )
+    assert two_workers.complete("tiny", PROMPT, max_tokens=4)
+
+
+def _worker_alive(served: Served, worker: str) -> bool:
+    response = httpx.get(f"{served.url}/v1/experts", timeout=30).json()
+    return any(row["name"] == worker and row["alive"] for row in response["workers"])
+
+
+@pytest.fixture(scope="module")
+def isolated(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    log = tmp_path_factory.mktemp("logs") / "isolated.log"
+    options = ("--isolation", "function", "--function-idle", "20", "--served-model-name", "tiny")
+    with serving(checkpoint, *options, log=log) as served:
+        yield served
+
+
+def _replicas(served: Served) -> int:
+    return sum(int(str(row["replicas"])) for row in served.experts().values())
+
+
+def test_isolated_functions_scale_from_zero_and_back_and_survive_a_kill(
+    isolated: Served, reference: tuple[MixtralForCausalLM, AutoTokenizer]
+) -> None:
+    wait_until(lambda: _replicas(isolated) == 0, timeout_s=60, what="every function begins at zero replicas")
+    assert_is_greedy(reference, isolated)
+    assert _replicas(isolated) > 0
+
+    expected = isolated.complete("tiny", PROMPT, max_tokens=8, timeout_s=120)
+    served_most = max(isolated.experts().values(), key=lambda row: int(str(row["tokens_served"])))
+    answers: list[str] = []
+    asking = threading.Thread(
+        target=lambda: answers.extend(isolated.complete("tiny", PROMPT, 8, timeout_s=120) for _ in range(6))
+    )
+    asking.start()
+    victims = isolated.replicas(str(served_most["name"]))
+    assert victims
+    for victim in victims:
+        victim.kill()
+    asking.join()
+    assert answers == [expected] * 6
+
+    wait_until(lambda: _replicas(isolated) == 0, timeout_s=120, what="every function is back at zero replicas")
+    assert_is_greedy(reference, isolated, num_tokens=4)
