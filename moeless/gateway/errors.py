@@ -11,9 +11,8 @@ import uuid
 from collections.abc import Mapping
 
 import msgspec
-from fastapi import FastAPI, HTTPException, Request, Response
-from fastapi.exceptions import RequestValidationError
-from starlette.exceptions import HTTPException as StarletteHTTPException
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
 
 from moeless.core.errors import (
     ContextLengthError,
@@ -146,7 +145,7 @@ def install_handlers(app: FastAPI) -> None:
         return error_response(error)
 
     async def on_http_exception(request: Request, error: Exception) -> Response:
-        assert isinstance(error, StarletteHTTPException)
+        assert isinstance(error, HTTPException)
         path, method = request.url.path, request.method
         message = {
             404: f"There is no {method} {path} here.",
@@ -159,12 +158,5 @@ def install_handlers(app: FastAPI) -> None:
         )
         return json_error(error.status_code, body, error.headers)
 
-    async def on_validation_error(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
-        return error_response(RequestError(first["msg"], param=".".join(map(str, first["loc"][1:])) or None))
-
     app.add_exception_handler(MoelessError, on_moeless_error)
-    app.add_exception_handler(StarletteHTTPException, on_http_exception)
     app.add_exception_handler(HTTPException, on_http_exception)
-    app.add_exception_handler(RequestValidationError, on_validation_error)

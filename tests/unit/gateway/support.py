@@ -120,6 +120,7 @@ class ScriptedEngine:
         self.cancelled: list[str] = []
         self.num_said = 0
         self.ready = True
+        self.ready_error: Exception | None = None
         self.stats_error: Exception | None = None
 
     async def model_info(self) -> ModelInfo:
@@ -151,12 +152,14 @@ class ScriptedEngine:
         return FUNCTIONS
 
     async def is_ready(self) -> bool:
+        if self.ready_error is not None:
+            raise self.ready_error
         return self.ready
 
 
 def delta(request: GenerationRequest, text: str, **fields: object) -> GenerationDelta:
     known = {"num_tokens": 1, "num_prompt_tokens": len(request.prompt_token_ids)} | fields
-    return GenerationDelta(request_id=request.request_id, text=text, **known)  # type: ignore[arg-type]
+    return GenerationDelta(request_id=request.request_id, text=text, **known)
 
 
 def saying(*texts: str, reason: FinishReason = "stop") -> Script:

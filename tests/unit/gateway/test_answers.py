@@ -220,8 +220,28 @@ async def test_text_that_lags_its_tokens_is_not_sent_as_empty_chunks(engine: Scr
             "/v1/completions", completion(stream=True, stream_options={"include_usage": True})
         )
     *chunks, last = chunks_of(events)
-    assert [chunk["choices"][0]["text"] for chunk in chunks] == ["€"]  # type: ignore[index]
-    assert last["usage"]["completion_tokens"] == 3  # type: ignore[index]
+    assert [chunk["choices"][0]["text"] for chunk in chunks] == ["€"]
+    assert last["usage"]["completion_tokens"] == 3
+
+
+async def test_log_probabilities_do_not_wait_for_text(engine: ScriptedEngine) -> None:
+    async def lagging(request: GenerationRequest) -> AsyncIterator[GenerationDelta]:
+        yield delta(request, "", logprobs=[token_logprob("\ufffd", 0)])
+        yield delta(request, "", num_tokens=0)
+        yield delta(request, "é", logprobs=[token_logprob("\ufffd", 0)])
+        yield delta(request, "", num_tokens=0, finish_reason="stop")
+
+    engine.script = lagging
+    async with gateway_for(create_app(engine, GatewayConfig())) as gateway:
+        chat_events = await gateway.events("/v1/chat/completions", chat(stream=True, logprobs=True))
+        events = await gateway.events("/v1/completions", completion(stream=True, logprobs=0))
+    chat_choices = [chunk["choices"][0] for chunk in chunks_of(chat_events)]
+    choices = [chunk["choices"][0] for chunk in chunks_of(events)]
+    assert sum(len(choice["logprobs"]["content"]) for choice in chat_choices if choice["logprobs"]) == 2
+    assert sum(len(choice["logprobs"]["tokens"]) for choice in choices) == 2
+    assert "".join(choice["delta"].get("content", "") for choice in chat_choices) == "é"
+    assert "".join(choice["text"] for choice in choices) == "é"
+    assert [choice["finish_reason"] for choice in choices][-1] == "stop"
 
 
 async def test_every_character_survives_the_stream(engine: ScriptedEngine) -> None:

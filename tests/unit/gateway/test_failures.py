@@ -132,7 +132,7 @@ async def test_a_failure_in_the_middle_of_a_stream_is_its_last_event(engine: Scr
     "script", [saying("a", reason="cancelled"), failing(EngineStoppedError("The engine stopped."), "a")]
 )
 async def test_an_engine_that_stops_is_503(engine: ScriptedEngine, script: object) -> None:
-    engine.script = script  # type: ignore[assignment]
+    engine.script = script
     async with gateway_for(create_app(engine, GatewayConfig())) as gateway:
         response = await gateway.http.post("/v1/chat/completions", json=chat())
     assert response.status_code == 503
@@ -222,7 +222,11 @@ async def test_the_gateway_is_alive_before_the_engine_and_ready_after_it(engine:
         assert (await http.get("/health")).status_code == 200
         assert (await http.get("/ready")).status_code == 503
         assert (await http.get("/metrics")).status_code == 200
-        for response in (await http.post("/v1/completions", json=completion()), await http.get("/v1/models")):
+        for response in (
+            await http.post("/v1/completions", json=completion()),
+            await http.get("/v1/models"),
+            await http.get("/v1/experts"),
+        ):
             assert response.status_code == 503
             assert response.json()["error"]["code"] == "engine_starting"
             assert response.headers["retry-after"] == "1"
@@ -231,7 +235,26 @@ async def test_the_gateway_is_alive_before_the_engine_and_ready_after_it(engine:
         assert (await http.post("/v1/completions", json=completion())).status_code == 200
         engine.ready = False
         assert (await http.get("/ready")).status_code == 503
+        engine.ready_error = ConnectionError("gone")
+        assert (await http.get("/ready")).status_code == 503
         assert (await http.get("/health")).status_code == 200
+
+
+async def test_a_stream_that_waits_in_the_queue_begins_all_the_same(
+    engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    headers_came = asyncio.Event()
+
+    async def waits(request: GenerationRequest) -> AsyncIterator[GenerationDelta]:
+        await headers_came.wait()
+        yield delta(request, "at last", finish_reason="stop")
+
+    monkeypatch.setattr("moeless.gateway.completions._START_WAIT_S", 0.01)
+    engine.script = waits
+    async with gateway_for(create_app(engine, GatewayConfig())) as gateway:
+        stream = await gateway.openai.completions.create(model=MODEL_ID, prompt="hi", stream=True)
+        headers_came.set()
+        assert [chunk.choices[0].text async for chunk in stream] == ["at last"]
 
 
 async def test_a_missing_tokenizer_keeps_the_gateway_from_being_ready(

@@ -93,7 +93,7 @@ async def test_the_openapi_document_describes_the_bodies(engine: ScriptedEngine)
 )
 def test_a_setting_that_breaks_a_rule_is_refused_by_name(setting: dict[str, object], told: str) -> None:
     with pytest.raises(ValueError, match="^" + told):
-        GatewayConfig(**setting)  # type: ignore[arg-type]
+        GatewayConfig(**setting)
 
 
 def test_the_gateway_starts_without_torch_ray_and_transformers() -> None:
