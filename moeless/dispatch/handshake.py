@@ -105,7 +105,10 @@ def _receive_exactly(sock: socket.socket, length: int, deadline_s: float, fds: l
     room = socket.CMSG_LEN(max_fds * array.array("i").itemsize) if max_fds else 0
     data = b""
     while len(data) < length:
-        sock.settimeout(max(1e-3, deadline_s - time.monotonic()))
+        left_s = deadline_s - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError("timed out")
+        sock.settimeout(left_s)
         chunk, ancillary, _, _ = sock.recvmsg(length - len(data), room, socket.MSG_CMSG_CLOEXEC)
         for _, _, packed in ancillary:
             numbers = array.array("i")

@@ -143,6 +143,7 @@ class SharedMemoryChannel:
             self._poll.unregister(self._socket)
             self._socket.close()
             close_all([self._call_bell, self._answer_bell])
+            del self._call, self._answer  # unmaps them, unless an answer is still in use
 
 
 class SharedMemoryPeer:

@@ -66,6 +66,7 @@ class TcpChannel:
         self._sequence = 0
         self._shape = (0, 0)
         self._broken = False
+        self._closed = False
         self._lock = threading.Lock()
         self._unsent = memoryview(b"")
         num_call_bytes = call_bytes(max_rows, max_rows * top_k, hidden_size, dtype)
@@ -180,10 +181,14 @@ class TcpChannel:
 
     def close(self) -> None:
         self._broken = True
-        with contextlib.suppress(OSError):  # the worker hung up before, or this is the second close
+        if self._closed:
+            return
+        self._closed = True
+        with contextlib.suppress(OSError):  # the worker hung up before
             self._socket.shutdown(socket.SHUT_RDWR)  # wakes a collect in another thread, which still holds the lock
         with self._lock:
             self._socket.close()
+            del self._call, self._answer, self._unsent
 
 
 class TcpPeer:

@@ -1,138 +1,184 @@
-"""Workers in processes of their own, with experts simple enough to check by hand."""
+"""Workers as processes of their own, without Ray: an instance pool behind a data plane, and a pipe to steer them by.
+
+The processes are forked from a server that has imported torch once, so that each costs milliseconds.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
+from typing import Any, Literal, NamedTuple
 
 import msgspec
-import numpy as np
 import psutil
 import torch
 
-from moeless.core.errors import FunctionUnavailableError
+from moeless.core.errors import MoelessError
 from moeless.core.expert import FunctionId
-from moeless.dispatch.channel import WorkerEndpoint
+from moeless.dispatch.channel import Channel, WorkerEndpoint
+from moeless.dispatch.connect import connect
 from moeless.dispatch.server import DataPlaneServer
-from moeless.dispatch.wire import LayerCall, ReceivedCall
+from moeless.dispatch.wire import ReceivedCall
+from moeless.functions.feed_forward import FeedForward
+from moeless.functions.pool import InstancePool
+from moeless.packages.packed_model import PackedModel
 
-TOKEN = "the run's token"
-HIDDEN_SIZE = 64
-NUM_EXPERTS = 8
-TOP_K = 2
-MAX_ROWS = 128
+TOKEN = "the token of this test run"
+MAX_ROWS = 512
+_REPLY_TIMEOUT_S = 60.0
 
-PLAIN_LAYER, HANGING_LAYER, UNAVAILABLE_LAYER, FAILING_LAYER = range(4)
-
-
-def compute(call: ReceivedCall) -> torch.Tensor:
-    """Expert e of a plain layer turns x into (e + 1) x + e; other layers misbehave as their names say."""
-    if call.layer == HANGING_LAYER:
-        threading.Event().wait()
-    if call.layer == UNAVAILABLE_LAYER:
-        name = FunctionId(call.layer, int(call.experts_n[0]))
-        raise FunctionUnavailableError(f"function {name} does not fit")
-    if call.layer == FAILING_LAYER:
-        raise ZeroDivisionError("a bug")
-    out_RH = torch.zeros(call.x_RH.shape, dtype=torch.float32)
-    rows = torch.from_numpy(call.rows_n)
-    experts_n1 = torch.from_numpy(call.experts_n).float().unsqueeze(1)
-    y_nH = (experts_n1 + 1) * call.x_RH[rows].float() + experts_n1
-    return out_RH.index_add_(0, rows, call.weights_n.unsqueeze(1) * y_nH).to(call.x_RH.dtype)
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["torch", "moeless.dispatch.server", "moeless.functions.feed_forward"])
 
 
-def expected(call: LayerCall) -> torch.Tensor:
-    """What a worker should answer, one pair after the other in float64."""
-    out_RH = torch.zeros((len(call.tokens_R), call.x_TH.shape[1]), dtype=torch.float64)
-    x_RH = call.x_TH[torch.from_numpy(call.tokens_R)].double()
-    for row, expert, weight in zip(call.rows_n.tolist(), call.experts_n.tolist(), call.weights_n.tolist(), strict=True):
-        out_RH[row] += weight * ((expert + 1) * x_RH[row] + expert)
-    return out_RH.to(call.x_TH.dtype)
+class WorkerReport(NamedTuple):
+    states: dict[str, str]
+    resident_bytes: int
+    tokens_served: int
+    calls_begun: int
 
 
-def random_call(
-    seed: int,
-    *,
-    num_tokens: int = 8,
-    num_rows: int = 5,
-    layer: int = PLAIN_LAYER,
-    hidden_size: int = HIDDEN_SIZE,
-    dtype: torch.dtype = torch.float32,
-) -> LayerCall:
-    """A call with some of the tokens and TOP_K pairs for each."""
-    rng = np.random.default_rng(seed)
-    experts_n = np.sort(rng.integers(0, NUM_EXPERTS, num_rows * TOP_K))
-    rows_n = rng.permutation(np.repeat(np.arange(num_rows), TOP_K))
-    return LayerCall(
-        layer=layer,
-        x_TH=torch.from_numpy(rng.standard_normal((num_tokens, hidden_size), dtype=np.float32)).to(dtype),
-        tokens_R=np.sort(rng.choice(num_tokens, num_rows, replace=False)),
-        rows_n=rows_n,
-        experts_n=experts_n,
-        weights_n=torch.from_numpy(rng.random(num_rows * TOP_K, dtype=np.float32)),
-    )
-
-
-def wait_until(condition: Callable[[], bool], what: str, *, deadline_s: float = 20.0) -> None:
-    """Wait for `condition`; fails with `what` after the deadline."""
-    end_s = time.monotonic() + deadline_s
-    while not condition():
-        assert time.monotonic() < end_s, f"not within {deadline_s} s: {what}"
-        time.sleep(0.005)
-
-
-@dataclass(frozen=True)
 class WorkerProcess:
-    """A running worker."""
+    """One process that hosts any number of workers, each a pool and a data plane of its own."""
 
-    endpoint: WorkerEndpoint
-    process: BaseProcess
+    def __init__(self) -> None:
+        self._pipe, theirs = _processes.Pipe()
+        self.process = _processes.Process(target=_serve, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()
+        self._endpoints: dict[str, WorkerEndpoint] = {}
+        self._packed: dict[str, PackedModel] = {}
+
+    def host(
+        self, worker: str, packed: PackedModel, functions: Iterable[FunctionId] = (), *, dtype: str = "float32"
+    ) -> None:
+        """Begin a worker and start `functions` on it."""
+        names = [str(function) for function in functions]
+        endpoint = self._ask("host", worker, str(packed.path), names, dtype)
+        self._endpoints[worker] = msgspec.json.decode(endpoint, type=WorkerEndpoint)
+        self._packed[worker] = packed
+
+    def open(
+        self,
+        worker: str,
+        *,
+        transport: Literal["shm", "tcp"] = "shm",
+        dtype: torch.dtype = torch.float32,
+        max_rows: int = MAX_ROWS,
+    ) -> Channel:
+        """A line to a worker; over TCP as if it were on another machine."""
+        endpoint, manifest = self._endpoints[worker], self._packed[worker].manifest
+        if transport == "tcp":
+            endpoint = msgspec.structs.replace(endpoint, host_id="another machine")
+        channel = connect(
+            endpoint,
+            token=TOKEN,
+            engine="test",
+            hidden_size=manifest.layers[0].layout.hidden_size,
+            top_k=manifest.top_k,
+            dtype=dtype,
+            max_rows=max_rows,
+        )
+        assert channel.kind == transport
+        return channel
+
+    def report(self, worker: str) -> WorkerReport:
+        return WorkerReport(*self._ask("report", worker))
+
+    def hold(self, worker: str) -> None:
+        """Let calls wait before they compute, until `release`."""
+        self._ask("hold", worker)
+
+    def release(self, worker: str) -> None:
+        self._ask("release", worker)
+
+    def unique_bytes(self) -> int:
+        """Memory that would be free if the process ended."""
+        return int(psutil.Process(self.process.pid).memory_full_info().uss)
 
     def kill(self) -> None:
         self.process.kill()
         self.process.join()
 
-    def num_fds(self) -> int:
-        return psutil.Process(self.endpoint.pid).num_fds()
+    def pause(self) -> None:
+        """Stop every thread; the process stays and answers nothing."""
+        assert self.process.pid is not None
+        os.kill(self.process.pid, signal.SIGSTOP)
+
+    def close(self) -> None:
+        self._pipe.close()
+        self.process.kill()  # a paused one takes no notice of its pipe
+        self.process.join()
+
+    def __enter__(self) -> WorkerProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _ask(self, command: str, *arguments: Any) -> Any:
+        self._pipe.send((command, arguments))
+        assert self._pipe.poll(_REPLY_TIMEOUT_S), f"the worker process did not answer {command}"
+        ok, answer = self._pipe.recv()
+        assert ok, f"the worker process failed at {command}: {answer}"
+        return answer
 
 
-@contextmanager
-def running_worker(
-    name: str = "worker-0",
-    *,
-    token: str = TOKEN,
-    max_rows: int = MAX_ROWS,
-    function: Callable[[ReceivedCall], torch.Tensor] = compute,
-) -> Iterator[WorkerProcess]:
-    """A worker in a process of its own, gone at the end whatever happened to it."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.support.workers"])
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, name, token, max_rows, function))
-    process.start()
-    theirs.close()
-    try:
-        assert ours.poll(60), "the worker did not start"
-        yield WorkerProcess(msgspec.json.decode(ours.recv_bytes(), type=WorkerEndpoint), process)
-    finally:
-        ours.close()
-        process.join(10)
-        process.close()
+class _Worker:
+    """In the worker's process: what one endpoint serves."""
+
+    def __init__(self, name: str, path: str, functions: list[str], dtype: str) -> None:
+        self.pool = InstancePool(PackedModel.open(path), dtype=getattr(torch, dtype))
+        self._feed_forward = FeedForward(self.pool)
+        self.pool.start_many(FunctionId.parse(function) for function in functions)
+        self.may_compute = threading.Event()
+        self.may_compute.set()
+        self._calls_begun = 0
+        self.server = DataPlaneServer(
+            self._compute, worker=name, token=TOKEN, max_rows=MAX_ROWS, num_experts=self.pool.num_experts
+        )
+        self.server.start()
+
+    def _compute(self, call: ReceivedCall) -> torch.Tensor:
+        self._calls_begun += 1
+        if not self.may_compute.wait(_REPLY_TIMEOUT_S):
+            raise MoelessError("nobody released the held calls")
+        x_RH = call.x_RH.to(self.pool.dtype)
+        out_RH = self._feed_forward.partial_sums(call.layer, x_RH, call.rows_n, call.experts_n, call.weights_n)
+        return out_RH.to(call.x_RH.dtype)
+
+    def report(self) -> WorkerReport:
+        tokens = sum(int(self.pool.tokens_served(layer).sum()) for layer in range(self.pool.num_layers))
+        states = {str(function): state.value for function, state in self.pool.states().items()}
+        return WorkerReport(states, self.pool.stats().resident_bytes, tokens, self._calls_begun)
 
 
-def _serve(
-    pipe: Connection, name: str, token: str, max_rows: int, function: Callable[[ReceivedCall], torch.Tensor]
-) -> None:
+def _serve(pipe: Connection) -> None:
+    """The worker process: answers commands until the pipe closes."""
     torch.set_num_threads(1)
-    server = DataPlaneServer(function, worker=name, token=token, max_rows=max_rows, num_experts=[NUM_EXPERTS] * 4)
-    server.start()
-    pipe.send_bytes(msgspec.json.encode(server.endpoint))
-    pipe.poll(None)  # until the test is over or its process is gone
-    os._exit(0)  # without waiting for a call that hangs
+    workers: dict[str, _Worker] = {}
+
+    def handle(command: str, name: str, *arguments: Any) -> Any:
+        if command == "host":
+            workers[name] = _Worker(name, *arguments)
+            return msgspec.json.encode(workers[name].server.endpoint)
+        if command == "hold":
+            return workers[name].may_compute.clear()
+        if command == "release":
+            return workers[name].may_compute.set()
+        assert command == "report"
+        return tuple(workers[name].report())
+
+    while True:
+        try:
+            command, arguments = pipe.recv()
+        except (EOFError, ConnectionResetError):
+            return
+        try:
+            pipe.send((True, handle(command, *arguments)))
+        except Exception as error:
+            pipe.send((False, repr(error)))
