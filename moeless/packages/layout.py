@@ -105,9 +105,7 @@ def describe_experts(module: ExpertsModule, family: str) -> ExpertLayout:
     default_gate = not module.has_gate or type(module)._apply_gate is _default_apply_gate
     activation = _activation_name(module)
     if default_gate and activation is None:
-        if module.has_gate:
-            raise UnsupportedFamilyError(f"family {family!r} is not supported: act_fn is not one of ACT2FN")
-        default_gate = False
+        raise UnsupportedFamilyError(f"family {family!r} is not supported: act_fn is not one of ACT2FN")
     layout = ExpertLayout(
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
