@@ -31,7 +31,7 @@ class LayerArena:
         up_shape, down_shape = (up_out, hidden), (hidden, inner)
         if layout.is_transposed:
             up_shape, down_shape = (hidden, up_out), (inner, hidden)
-        shapes = {"up": up_shape, "down": down_shape}
+        shapes: dict[str, tuple[int, ...]] = {"up": up_shape, "down": down_shape}
         if layout.has_bias:
             shapes |= {"up_bias": (up_out,), "down_bias": (hidden,)}
         self.num_slots = num_slots
