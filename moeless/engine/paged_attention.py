@@ -176,7 +176,9 @@ def paged_attention_forward(
 
     `s_aux` holds gpt-oss's attention sinks, (Hq,).
     """
-    cache, layer = kwargs["cache"], module.layer_idx
+    cache, layer = kwargs.get("cache"), module.layer_idx
+    if cache is None:
+        raise ValueError(f"attention {NAME!r} must be given a paged cache: the model belongs to a running engine")
     allocator = cache.layer_to_allocator[layer]
     plan: AttentionPlan = kwargs["moeless_plan"][allocator.index]
     write_index = kwargs["write_index"][allocator.index]

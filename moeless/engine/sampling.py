@@ -159,16 +159,17 @@ def _draw(scores_BV: Tensor, rows: Sequence[RowSampler]) -> Tensor:
     scaled_BV = (scores_BV - scores_BV.amax(dim=-1, keepdim=True)).div_(temperature_B1)
 
     vocab_size = scores_BV.shape[-1]
-    filtered = [b for b, row in enumerate(rows) if row.top_p < 1 or 0 < row.top_k < vocab_size]
+    is_filtered = [row.top_p < 1 or 0 < row.top_k < vocab_size for row in rows]
+    filtered = [b for b, yes in enumerate(is_filtered) if yes]
+    unfiltered = [b for b, yes in enumerate(is_filtered) if not yes]
     if not filtered:
         return _invert_blocked(scaled_BV.exp_(), uniform_B)
-    if len(filtered) == len(rows):
-        return _draw_filtered(scaled_BV, uniform_B, rows)
     tokens_B = torch.empty(len(rows), dtype=torch.int64, device=device)
+    if unfiltered:
+        index = torch.tensor(unfiltered, device=device)
+        tokens_B[index] = _invert_blocked(scaled_BV[index].exp_(), uniform_B[index])
     index = torch.tensor(filtered, device=device)
     tokens_B[index] = _draw_filtered(scaled_BV[index], uniform_B[index], [rows[b] for b in filtered])
-    rest = torch.tensor([b for b in range(len(rows)) if b not in set(filtered)], device=device)
-    tokens_B[rest] = _invert_blocked(scaled_BV[rest].exp_(), uniform_B[rest])
     return tokens_B
 
 
@@ -202,7 +203,7 @@ def _draw_filtered(scaled_BV: Tensor, uniform_B: Tensor, rows: Sequence[RowSampl
     log_total_B1 = scaled_BV.logsumexp(dim=-1, keepdim=True)
     for tier in (*_CANDIDATE_TIERS, vocab_size):
         num_candidates = min(tier, vocab_size)
-        here = [b for b in pending if rows[b].top_k <= num_candidates]
+        here = [b for b in pending if rows[b].top_k <= num_candidates or num_candidates == vocab_size]
         if not here:
             continue
         index = torch.tensor(here, device=scaled_BV.device)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from moeless.core.errors import ConfigError
@@ -39,7 +39,8 @@ class _Batch:
     """Tokens of each in the cache."""
     next_ids: list[int]
     """Sampled, but not in the cache yet."""
-    cache: DynamicCache
+    cache: Any
+    """The model's own Cache; None until its first forward pass made one."""
     mask_BW: Tensor
     """1 for tokens, 0 for the padding on the left."""
 
@@ -59,11 +60,12 @@ class StaticBatchEngine(ThreadedEngine):
         self._batch: _Batch | None = None
         self._stepping: list[Sequence] = []
         self._capacity_tokens = 1
+        self._joins_at_any_step = False
         takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._forward_options: dict[str, Any] = {"logits_to_keep": 1} if takes_logits_to_keep else {}
 
     def _open(self) -> None:
-        token_bytes = self._kv_bytes_per_token()
+        token_bytes = self._probe_cache()
         device = self._model.device
         free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
         budget = self._config.kv_budget_bytes(device_type=device.type, free_bytes=free_bytes)
@@ -75,7 +77,7 @@ class StaticBatchEngine(ThreadedEngine):
             "static batching ready capacity_tokens=%d max_running=%d joins_at_any_step=%s",
             self._capacity_tokens,
             self._config.max_running,
-            _can_be_padded(DynamicCache(config=self._model.config)),
+            self._joins_at_any_step,
         )
 
     def _close(self) -> None:
@@ -127,7 +129,7 @@ class StaticBatchEngine(ThreadedEngine):
         """Take the sequences off the queue that begin now: as many as memory and one step's tokens allow."""
         running: list[Sequence] = []
         if self._batch is not None:
-            if not _can_be_padded(self._batch.cache):
+            if not self._joins_at_any_step:
                 return []
             running = self._batch.sequences
         longest = max((s.num_prompt_tokens + s.max_tokens for s in running), default=0)
@@ -155,7 +157,7 @@ class StaticBatchEngine(ThreadedEngine):
             mask_BW[row, width - lengths[row] :] = 1
         device = self._model.device
         mask_BW = mask_BW.to(device)
-        batch = _Batch(list(sequences), lengths, [], DynamicCache(config=self._model.config), mask_BW)
+        batch = _Batch(list(sequences), lengths, [], None, mask_BW)
         positions_BW = (mask_BW.cumsum(dim=-1) - 1).clamp_(min=0)
         return batch, self._forward(batch, ids_BW.to(device), positions_BW)
 
@@ -177,6 +179,7 @@ class StaticBatchEngine(ThreadedEngine):
             use_cache=True,
             **self._forward_options,
         )
+        batch.cache = output.past_key_values
         logits: Tensor = output.logits[:, -1].float()
         return logits
 
@@ -208,36 +211,43 @@ class StaticBatchEngine(ThreadedEngine):
             self._batch = None
             return
         index = torch.tensor(rows, device=batch.mask_BW.device)
-        batch.cache.reorder_cache(index)
+        _select_rows(batch.cache, index)
         batch.mask_BW = batch.mask_BW[index]
         batch.sequences = [batch.sequences[row] for row in rows]
         batch.lengths = [batch.lengths[row] for row in rows]
         batch.next_ids = [batch.next_ids[row] for row in rows]
-        if batch.width > max(batch.lengths) and _can_be_padded(batch.cache):
+        if batch.width > max(batch.lengths) and self._joins_at_any_step:
             _set_width(batch, max(batch.lengths))
 
-    def _kv_bytes_per_token(self) -> int:
-        """Measured: how much the cache of one sequence grows from 8 to 16 tokens."""
+    def _probe_cache(self) -> int:
+        """Find out what kind of cache the model makes, and its bytes for each token of a sequence."""
         sizes: list[int] = []
         for num_tokens in (8, 16):
-            cache = DynamicCache(config=self._model.config)
-            ids = torch.zeros(1, num_tokens, dtype=torch.int64, device=self._model.device)
+            batch = _Batch([], [], [], None, torch.ones(1, num_tokens, dtype=torch.int64, device=self._model.device))
+            positions = torch.arange(num_tokens, device=self._model.device).unsqueeze(0)
             with without_experts(self._model):
-                self._model(input_ids=ids, past_key_values=cache, use_cache=True, **self._forward_options)
-            sizes.append(
-                sum(
-                    t.numel() * t.element_size()
-                    for layer in cache.layers
-                    for t in (layer.keys, layer.values)
-                    if t is not None
-                )
-            )
+                self._forward(batch, torch.zeros_like(positions), positions)
+            self._joins_at_any_step = _can_be_padded(batch.cache)
+            layers: list[Any] = batch.cache.layers
+            held = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
+            sizes.append(sum(tensor.nbytes for tensor in held if tensor is not None))
         return max(1, (sizes[1] - sizes[0]) // 8)
 
 
-def _can_be_padded(cache: DynamicCache) -> bool:
+def _can_be_padded(cache: Cache) -> bool:
     """True if every layer's cache is keys and values by position, and nothing else."""
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+    return type(cache) is DynamicCache and all(
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers
+    )
+
+
+def _select_rows(cache: Cache, index: Tensor) -> None:
+    """Keep some rows. `reorder_cache` does that for every kind of layer, `batch_select_indices` forgets recurrent
+    states; a cache class with states of its own brings its own `batch_select_indices`."""
+    if type(cache).batch_select_indices is Cache.batch_select_indices:
+        cache.reorder_cache(index)
+    else:
+        cache.batch_select_indices(index)
 
 
 def _set_width(batch: _Batch, width: int) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import codecs
+import json
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import ByteLevel
-from tokenizers.decoders import Sequence as DecoderSequence
 
 from moeless.core.errors import ConfigError
 
@@ -16,7 +15,11 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class Decoder(Protocol):
-    """Text of one sequence as its tokens arrive. All pieces together are the text of all tokens decoded at once."""
+    """Text of one sequence as its tokens arrive. All pieces together are the text of all tokens decoded at once.
+
+    One exception: byte-fallback tokenizers (Llama's) turn a whole run of byte tokens into U+FFFD when a later one makes
+    it invalid, which text that has been shown cannot follow.
+    """
 
     def feed(self, token_id: int) -> str:
         """The text that is certain after this token; empty while a character is incomplete."""
@@ -163,9 +166,11 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def _is_byte_level(decoder: Any) -> bool:
-    if isinstance(decoder, DecoderSequence):
-        return len(decoder) == 1 and isinstance(decoder[0], ByteLevel)  # type: ignore[arg-type, index]
-    return isinstance(decoder, ByteLevel)
+    if decoder is None:
+        return False
+    description = json.loads(decoder.__getstate__())
+    parts = description["decoders"] if description["type"] == "Sequence" else [description]
+    return [part["type"] for part in parts] == ["ByteLevel"]
 
 
 def _byte_of_char() -> dict[str, int]:

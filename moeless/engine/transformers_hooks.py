@@ -153,22 +153,14 @@ class PagedBatcher:
         self._model: Any = model
         self._original_attention: str = model.config._attn_implementation
         self._router = _DeltaRouter()
-        manager = _Manager(self._model, GenerationConfig(do_sample=False), config)
-        manager.output_router = self._router
-        processor: ContinuousBatchProcessor = manager._create_batch_processor()
-        processor.model_runner = _SamplingRunner(
-            logit_processor=processor.logit_processor,
-            cb_config=processor.cb_config,
-            cache=processor.cache,
-            inputs_and_outputs=processor.inputs_and_outputs,
-            do_sample=False,
-            return_logprobs=False,
-        )
-        self._manager = manager
-        self._processor = processor
-        self._scheduler: Any = processor.scheduler
-        self._cache: PagedAttentionCache = processor.cache
         self._batch: list[Any] | None = None
+        try:
+            self._processor = self._create_processor(config)
+        except BaseException:
+            self.close()
+            raise
+        self._scheduler: Any = self._processor.scheduler
+        self._cache: PagedAttentionCache = self._processor.cache
         self._cache.extend_read_and_write_indices = self._extend_write_indices
         self._note_cached_tokens()
 
@@ -236,6 +228,20 @@ class PagedBatcher:
 
     def close(self) -> None:
         self._model.set_attn_implementation(self._original_attention)
+
+    def _create_processor(self, config: ContinuousBatchingConfig) -> ContinuousBatchProcessor:
+        manager = _Manager(self._model, GenerationConfig(do_sample=False), config)
+        manager.output_router = self._router
+        processor: ContinuousBatchProcessor = manager._create_batch_processor()
+        processor.model_runner = _SamplingRunner(
+            logit_processor=processor.logit_processor,
+            cb_config=processor.cb_config,
+            cache=processor.cache,
+            inputs_and_outputs=processor.inputs_and_outputs,
+            do_sample=False,
+            return_logprobs=False,
+        )
+        return processor
 
     def _extend_write_indices(
         self, request_id: str, past: int, length: int, read_index: Any, write_index: list[list[int]]

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from moeless.core.generation import GenerationDelta
+from moeless.engine.sampling import RawLogprobs
+from moeless.engine.sequence import Sequence
+from moeless.engine.text import TokenTexts
+from tests.families import EOS_ID, make_tokenizer
+from tests.unit.engine.support import request
+
+TOKENIZER = make_tokenizer()
+TEXTS = TokenTexts(TOKENIZER)
+
+
+def sequence(**sampling: Any) -> Sequence:
+    params: dict[str, Any] = {"ignore_eos": False, "max_tokens": 50}
+    return Sequence(request("r", [7, 8, 9], **(params | sampling)), eos_ids=frozenset({EOS_ID}), texts=TEXTS)
+
+
+def ids_of(text: str) -> list[int]:
+    ids: list[int] = TOKENIZER.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    return ids
+
+
+def run(seq: Sequence, ids: list[int]) -> list[GenerationDelta]:
+    """Feed tokens until the sequence ends; every one must be taken."""
+    deltas = []
+    for n, token_id in enumerate(ids):
+        ended = seq.advance(token_id)
+        deltas.append(seq.take_delta())
+        assert ended == (deltas[-1].finish_reason is not None)
+        assert not ended or n == len(ids) - 1
+    return deltas
+
+
+def test_a_delta_tells_text_tokens_and_the_prompts_length() -> None:
+    deltas = run(sequence(), ids_of("def f"))
+    assert "".join(delta.text for delta in deltas) == "def f"
+    assert {delta.num_tokens for delta in deltas} == {1}
+    assert {delta.num_prompt_tokens for delta in deltas} == {3}
+    assert {delta.finish_reason for delta in deltas} == {None}
+
+
+def test_the_end_token_ends_with_stop_counts_and_adds_no_text() -> None:
+    last = run(sequence(), [*ids_of("x"), EOS_ID])[-1]
+    assert (last.finish_reason, last.stop_reason, last.text, last.num_tokens) == ("stop", None, "", 1)
+
+
+def test_the_end_token_has_no_logprobs() -> None:
+    seq = sequence(logprobs=0)
+    seq.advance(EOS_ID, RawLogprobs(EOS_ID, -0.1, [], []))
+    assert seq.take_delta().logprobs == []
+
+
+def test_ignore_eos_goes_on_to_max_tokens() -> None:
+    deltas = run(sequence(ignore_eos=True, max_tokens=3), [EOS_ID] * 3)
+    assert deltas[-1].finish_reason == "length"
+
+
+def test_max_tokens_ends_with_length_and_shows_what_was_held_back() -> None:
+    ids = ids_of("abcSTO")
+    last = run(sequence(max_tokens=len(ids), stop=("STOP",)), ids)
+    assert last[-1].finish_reason == "length"
+    assert "".join(delta.text for delta in last) == "abcSTO"
+
+
+def test_a_stop_string_on_the_last_token_ends_with_stop() -> None:
+    ids = ids_of("abcSTOP")
+    last = run(sequence(max_tokens=len(ids), stop=("no", "STOP")), ids)[-1]
+    assert (last.finish_reason, last.stop_reason) == ("stop", "STOP")
+
+
+def test_an_incomplete_character_is_shown_at_the_end() -> None:
+    ids = ids_of("é")[:1]
+    last = run(sequence(max_tokens=1), ids)[-1]
+    assert (last.finish_reason, last.text) == ("length", "\ufffd")
+
+
+def test_logprobs_carry_text_and_exact_bytes() -> None:
+    first = ids_of("é")[0]
+    seq = sequence(logprobs=1)
+    seq.advance(first, RawLogprobs(first, -0.5, [ids_of("a")[0]], [-1.5]))
+    (token,) = seq.take_delta().logprobs
+    assert (token.token_id, token.token, token.token_bytes, token.logprob) == (first, "\ufffd", b"\xc3", -0.5)
+    assert token.top == [(ids_of("a")[0], "a", b"a", -1.5)]
+
+
+@pytest.mark.parametrize("reason", ["cancelled", "error"])
+def test_an_end_from_outside_drops_what_is_held_back(reason: Any) -> None:
+    seq = sequence(stop=("STOP",))
+    run(seq, ids_of("ST"))
+    seq.finish(reason, "why")
+    delta = seq.take_delta()
+    assert (delta.text, delta.num_tokens, delta.finish_reason, delta.error) == ("", 0, reason, "why")
