@@ -14,7 +14,7 @@ from moeless.core.errors import HandshakeError, TransportError, WorkerTimeoutErr
 from moeless.dispatch.channel import Channel, WorkerEndpoint
 from moeless.dispatch.shared_memory import SharedMemoryChannel
 from moeless.dispatch.tcp import TcpChannel
-from tests.support.workers import (
+from tests.support.plain_workers import (
     FAILING_LAYER,
     HANGING_LAYER,
     HIDDEN_SIZE,
@@ -22,19 +22,19 @@ from tests.support.workers import (
     TOKEN,
     TOP_K,
     UNAVAILABLE_LAYER,
-    WorkerProcess,
+    PlainWorker,
     expected,
     random_call,
     running_worker,
-    wait_until,
 )
+from tests.support.waiting import wait_until
 
 LONG_S = 60.0
 Opener = Callable[..., Channel]
 
 
 @pytest.fixture(scope="module")
-def worker() -> Iterator[WorkerProcess]:
+def worker() -> Iterator[PlainWorker]:
     """One that no test harms."""
     with running_worker() as running:
         yield running
@@ -64,7 +64,7 @@ def open_line(request: pytest.FixtureRequest) -> Iterator[Opener]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("num_tokens", "num_rows"), [(1, 1), (9, 4), (MAX_ROWS, MAX_ROWS)])
 def test_an_answer_is_the_reference_computation(
-    worker: WorkerProcess, open_line: Opener, dtype: torch.dtype, num_tokens: int, num_rows: int
+    worker: PlainWorker, open_line: Opener, dtype: torch.dtype, num_tokens: int, num_rows: int
 ) -> None:
     channel = open_line(worker.endpoint, dtype=dtype)
     for seed in range(3):
@@ -75,7 +75,7 @@ def test_an_answer_is_the_reference_computation(
         torch.testing.assert_close(answer, expected(call))
 
 
-def test_engines_that_share_a_worker_get_their_own_answers(worker: WorkerProcess, open_line: Opener) -> None:
+def test_engines_that_share_a_worker_get_their_own_answers(worker: PlainWorker, open_line: Opener) -> None:
     def converse(engine: int) -> None:
         channel = open_line(worker.endpoint, engine=f"engine-{engine}")
         for turn in range(50):
@@ -88,7 +88,7 @@ def test_engines_that_share_a_worker_get_their_own_answers(worker: WorkerProcess
             conversation.result()
 
 
-def test_an_engine_without_the_token_is_refused(worker: WorkerProcess, open_line: Opener) -> None:
+def test_an_engine_without_the_token_is_refused(worker: PlainWorker, open_line: Opener) -> None:
     with pytest.raises(HandshakeError, match="the token is not this run's"):
         open_line(worker.endpoint, token="another run's token")
 
@@ -98,7 +98,7 @@ def test_a_worker_without_the_token_is_refused(open_line: Opener) -> None:
         open_line(stranger.endpoint)
 
 
-def test_a_worker_that_is_not_there_is_a_transport_error(worker: WorkerProcess, open_line: Opener) -> None:
+def test_a_worker_that_is_not_there_is_a_transport_error(worker: PlainWorker, open_line: Opener) -> None:
     nobody = WorkerEndpoint(
         worker="worker-9", host_id="", unix_address="moeless-nobody", tcp_host="127.0.0.1", tcp_port=1, pid=0
     )
@@ -123,7 +123,7 @@ def test_a_worker_killed_between_calls_is_noticed_without_one(open_line: Opener)
         channel = open_line(doomed.endpoint)
         assert not channel.is_broken
         doomed.kill()
-        wait_until(lambda: channel.is_broken, "the line is seen to be broken")
+        wait_until(lambda: channel.is_broken)
         with pytest.raises(TransportError, match="is broken"):
             channel.submit(random_call(0))
 
@@ -146,7 +146,7 @@ def test_a_late_worker_is_a_timeout_and_breaks_the_line(open_line: Opener) -> No
     [(UNAVAILABLE_LAYER, r"function L02\.E\d{3} does not fit"), (FAILING_LAYER, "ZeroDivisionError: a bug")],
 )
 def test_a_worker_says_why_it_failed_and_goes_on(
-    worker: WorkerProcess, open_line: Opener, layer: int, message: str
+    worker: PlainWorker, open_line: Opener, layer: int, message: str
 ) -> None:
     channel = open_line(worker.endpoint)
     channel.submit(random_call(0, layer=layer))
@@ -165,7 +165,7 @@ def test_the_worker_limits_the_rows_of_a_call(open_line: Opener) -> None:
 
 
 def test_a_call_beyond_the_workers_limits_is_dropped_and_others_are_served(
-    worker: WorkerProcess, open_line: Opener
+    worker: PlainWorker, open_line: Opener
 ) -> None:
     honest, wrong = open_line(worker.endpoint), open_line(worker.endpoint, engine="wrong")
     wrong.submit(random_call(0)._replace(layer=77))
@@ -187,7 +187,7 @@ def test_closing_ends_a_collect_of_another_thread(open_line: Opener) -> None:
             answer.result(timeout=LONG_S)
 
 
-def test_closing_twice_is_closing_once(worker: WorkerProcess, open_line: Opener) -> None:
+def test_closing_twice_is_closing_once(worker: PlainWorker, open_line: Opener) -> None:
     channel = open_line(worker.endpoint)
     channel.close()
     channel.close()
@@ -196,7 +196,7 @@ def test_closing_twice_is_closing_once(worker: WorkerProcess, open_line: Opener)
         channel.submit(random_call(0))
 
 
-def test_an_answer_outlives_its_line(worker: WorkerProcess, open_line: Opener) -> None:
+def test_an_answer_outlives_its_line(worker: PlainWorker, open_line: Opener) -> None:
     channel = open_line(worker.endpoint)
     call = random_call(0)
     channel.submit(call)
@@ -229,4 +229,4 @@ def test_a_hundred_connections_leave_no_descriptor_behind(open_line: Opener) -> 
         with pytest.raises(HandshakeError):
             open_line(busy.endpoint, token="wrong")
         assert num_own_fds() <= ours
-        wait_until(lambda: busy.num_fds() <= theirs, f"the worker has its {theirs} descriptors again")
+        wait_until(lambda: busy.num_fds() <= theirs)
