@@ -30,12 +30,12 @@ class FakeAllocator:
             self.sliding_window = window
         self.window = window
         self.block_table: dict[str, list[int]] = {}
-        # What earlier requests left behind must never be looked at.
+        # What earlier requests left behind must never be looked at. The last page takes what slid out of a window.
         self.keys = torch.full((NUM_PAGES * PAGE, num_kv_heads, HEAD), float("nan"))
         self.values = self.keys.clone()
         self.keys[TRASH] = self.values[TRASH] = 0
         self._kv_token_views = {0: (self.keys, self.values)}
-        self._free = (1 + torch.randperm(NUM_PAGES - 1, generator=torch.Generator().manual_seed(seed))).tolist()
+        self._free = (1 + torch.randperm(NUM_PAGES - 2, generator=torch.Generator().manual_seed(seed))).tolist()
 
     def slot(self, request_id: str, position: int) -> int:
         place = position if self.window is None else position % self.window
