@@ -86,6 +86,9 @@ class WorkerProcess:
         assert channel.kind == transport
         return channel
 
+    def endpoint(self, worker: str) -> WorkerEndpoint:
+        return self._endpoints[worker]
+
     def report(self, worker: str) -> WorkerReport:
         return WorkerReport(*self._ask("report", worker))
 
