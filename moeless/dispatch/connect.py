@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
+from moeless.core.errors import HandshakeError, TransportError
 from moeless.dispatch.channel import Channel, WorkerEndpoint, host_id
 from moeless.dispatch.shared_memory import SharedMemoryChannel
 from moeless.dispatch.tcp import TcpChannel
+
+logger = logging.getLogger(__name__)
 
 
 def connect(
@@ -30,13 +35,24 @@ def connect(
         device: where the engine's hidden states lie.
     Raises: HandshakeError if the worker refuses or does not know the token; TransportError if it cannot be reached.
     """
-    transport = SharedMemoryChannel if endpoint.host_id == host_id() else TcpChannel
-    return transport(
-        endpoint,
-        token=token,
-        engine=engine,
-        hidden_size=hidden_size,
-        top_k=top_k,
-        dtype=dtype,
-        max_rows=max_rows,
-    )
+    transports: list[type[SharedMemoryChannel] | type[TcpChannel]] = [TcpChannel]
+    if endpoint.host_id == host_id():
+        transports.insert(0, SharedMemoryChannel)
+    for transport in transports:
+        try:
+            return transport(
+                endpoint,
+                token=token,
+                engine=engine,
+                hidden_size=hidden_size,
+                top_k=top_k,
+                dtype=dtype,
+                max_rows=max_rows,
+            )
+        except HandshakeError:
+            raise
+        except TransportError as error:
+            if transport is transports[-1]:
+                raise
+            logger.info("next transport worker=%s failed=%s reason=%s", endpoint.worker, transport.kind, error)
+    raise AssertionError("unreachable")

@@ -174,7 +174,7 @@ def write_call(frame: Frame, call: LayerCall, sequence: int) -> int:
 def write_routing(frame: Frame, call: LayerCall, sequence: int) -> int:
     """Write a call without its rows; returns the length, at which the rows belong."""
     num_rows, num_pairs = len(call.tokens_R), len(call.rows_n)
-    dtype_code = _DTYPE_CODE[call.x_TH.dtype]
+    dtype_code = _code_of(call.x_TH.dtype)
     CALL_HEADER.pack_into(
         frame.buffer,
         0,
@@ -265,7 +265,7 @@ def write_answer(frame: Frame, sequence: int, partial_RH: torch.Tensor) -> int:
 def write_answer_head(frame: Frame, sequence: int, partial_RH: torch.Tensor) -> None:
     """Write the header of an answer whose rows may lie elsewhere than in `frame`."""
     num_rows, hidden = partial_RH.shape
-    code = _DTYPE_CODE[partial_RH.dtype]
+    code = _code_of(partial_RH.dtype)
     ANSWER_HEADER.pack_into(frame.buffer, 0, _MAGIC, PROTOCOL_VERSION, STATUS_OK, sequence, num_rows, hidden, 0, code)
 
 
@@ -311,6 +311,13 @@ def answer_length(buffer: memoryview) -> int:
     if magic != _MAGIC or version != PROTOCOL_VERSION or code >= len(_DTYPES):
         raise TransportError(f"not an answer of protocol {PROTOCOL_VERSION}: magic {magic:#x}, version {version}")
     return answer_bytes(rows, hidden, _DTYPES[code]) + int(message_bytes)
+
+
+def _code_of(dtype: torch.dtype) -> int:
+    code = _DTYPE_CODE.get(dtype)
+    if code is None:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype}")
+    return code
 
 
 def _words(tensor: torch.Tensor) -> _Words:

@@ -1,0 +1,168 @@
+"""Which worker gets which pairs: every pair once, by share, in worker order, never on a dead worker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moeless.core.expert import FunctionId
+from moeless.core.routing_table import LOCAL_WORKER, InstanceShare, RoutingTable
+from moeless.dispatch.grouping import WorkerGroup, compile_layer, group_by_worker, regroup_elsewhere
+
+WORKERS = ("engine", "worker-0", "worker-1", "worker-2", "worker-3")
+LAYER = 3
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Case:
+    table: RoutingTable
+    num_experts: int
+    experts_Tk: npt.NDArray[np.int64]
+    step: int
+
+    def holders(self, expert: int, known: frozenset[str] = frozenset(WORKERS)) -> set[str]:
+        """Workers that may get pairs of `expert`."""
+        shares = self.table.instances.get(FunctionId(LAYER, expert), ())
+        return {share.worker for share in shares if share.worker in known} or {LOCAL_WORKER}
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    num_experts = draw(st.integers(1, 9))
+    instances = {}
+    for expert in range(num_experts):
+        holders = draw(st.lists(st.sampled_from(WORKERS), unique=True, max_size=4))
+        weights = np.array(draw(st.lists(st.integers(1, 9), min_size=len(holders), max_size=len(holders))))
+        if holders:
+            shares = [InstanceShare(w, float(s)) for w, s in zip(holders, weights / weights.sum(), strict=True)]
+            instances[FunctionId(LAYER, expert)] = tuple(shares)
+    num_tokens, top_k = draw(st.integers(1, 12)), draw(st.integers(1, num_experts))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    experts_Tk = np.stack([rng.permutation(num_experts)[:top_k] for _ in range(num_tokens)])
+    return Case(RoutingTable(version=1, instances=instances), num_experts, experts_Tk, draw(st.integers(0, 10**6)))
+
+
+def assert_consistent(group: WorkerGroup, experts_Tk: npt.NDArray[np.int64]) -> None:
+    """What a worker gets describes the pairs that it names."""
+    top_k = experts_Tk.shape[1]
+    assert group.experts_n.tolist() == experts_Tk.reshape(-1)[group.pairs_n].tolist()
+    assert (np.diff(group.experts_n) >= 0).all()
+    assert (np.diff(group.tokens_R) > 0).all()
+    assert group.tokens_R[group.rows_n].tolist() == (group.pairs_n // top_k).tolist()
+    assert set(group.rows_n.tolist()) == set(range(len(group.tokens_R)))
+
+
+def weighted_sums(group: WorkerGroup, x_T: FloatArray, weights_Tk: FloatArray) -> FloatArray:
+    """A worker's answer, where expert e turns x into (e + 1) x."""
+    out_R = np.zeros(len(group.tokens_R))
+    y_n = (group.experts_n + 1) * x_T[group.tokens_R][group.rows_n]
+    np.add.at(out_R, group.rows_n, weights_Tk.reshape(-1)[group.pairs_n] * y_n)
+    return out_R
+
+
+@given(case=cases())
+def test_every_pair_goes_to_exactly_one_instance_of_its_function(case: Case) -> None:
+    compiled = compile_layer(case.table, LAYER, case.num_experts)
+    groups = group_by_worker(compiled, case.experts_Tk, step=case.step)
+    pairs = [pair for group in groups for pair in group.pairs_n.tolist()]
+    assert sorted(pairs) == list(range(case.experts_Tk.size))
+    for group in groups:
+        assert_consistent(group, case.experts_Tk)
+        for expert in group.experts_n.tolist():
+            assert compiled.workers[group.worker] in case.holders(expert)
+
+
+@given(case=cases())
+def test_groups_come_in_the_order_of_worker_names(case: Case) -> None:
+    compiled = compile_layer(case.table, LAYER, case.num_experts)
+    names = [compiled.workers[group.worker] for group in group_by_worker(compiled, case.experts_Tk, step=case.step)]
+    assert names == sorted(set(names))
+
+
+@given(case=cases())
+def test_the_workers_sums_add_up_to_the_layers_output(case: Case) -> None:
+    num_tokens = len(case.experts_Tk)
+    x_T, weights_Tk = (
+        np.random.default_rng(0).random(num_tokens),
+        np.random.default_rng(1).random(case.experts_Tk.shape),
+    )
+    out_T = np.zeros(num_tokens)
+    for group in group_by_worker(compile_layer(case.table, LAYER, case.num_experts), case.experts_Tk, step=case.step):
+        out_T[group.tokens_R] += weighted_sums(group, x_T, weights_Tk)
+    dense_T = (weights_Tk * (case.experts_Tk + 1) * x_T[:, None]).sum(1)
+    np.testing.assert_allclose(out_T, dense_T, rtol=1e-12)
+
+
+@given(case=cases(), known=st.frozensets(st.sampled_from(WORKERS)))
+def test_a_worker_that_cannot_be_reached_gets_nothing(case: Case, known: frozenset[str]) -> None:
+    known |= {LOCAL_WORKER}
+    compiled = compile_layer(case.table, LAYER, case.num_experts, known=known)
+    assert set(compiled.workers) <= known
+    for group in group_by_worker(compiled, case.experts_Tk, step=case.step):
+        for expert in group.experts_n.tolist():
+            assert compiled.workers[group.worker] in case.holders(expert, known)
+
+
+@given(case=cases())
+def test_the_same_call_is_grouped_the_same_way(case: Case) -> None:
+    compiled = compile_layer(case.table, LAYER, case.num_experts)
+    first, second = (group_by_worker(compiled, case.experts_Tk, step=case.step) for _ in range(2))
+    assert [(g.worker, g.pairs_n.tolist()) for g in first] == [(g.worker, g.pairs_n.tolist()) for g in second]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 7, 64])
+@pytest.mark.parametrize("shares", [(0.5, 0.5), (0.9, 0.1), (0.6, 0.3, 0.1)])
+def test_replicas_get_their_shares_in_the_long_run(num_tokens: int, shares: tuple[float, ...]) -> None:
+    replicas = tuple(InstanceShare(f"worker-{number}", share) for number, share in enumerate(shares))
+    table = RoutingTable(version=1, instances={FunctionId(LAYER, 0): replicas})
+    compiled = compile_layer(table, LAYER, 1)
+    experts_Tk = np.zeros((num_tokens, 1), dtype=np.int64)
+    served = np.zeros(len(shares))
+    num_steps = 500
+    for step in range(num_steps):
+        for group in group_by_worker(compiled, experts_Tk, step=step):
+            served[group.worker] += len(group.pairs_n)
+    np.testing.assert_allclose(served / (num_steps * num_tokens), shares, atol=0.01)
+
+
+@given(case=cases(), data=st.data())
+def test_a_failed_workers_pairs_go_to_living_replicas_or_are_left_over(case: Case, data: st.DataObject) -> None:
+    compiled = compile_layer(case.table, LAYER, case.num_experts)
+    groups = group_by_worker(compiled, case.experts_Tk, step=case.step)
+    failed = data.draw(st.sampled_from(groups))
+    dead = {failed.worker} | data.draw(st.sets(st.sampled_from(range(len(compiled.workers)))))
+    others, left = regroup_elsewhere(compiled, failed, case.experts_Tk, dead=dead)
+    for group in others:
+        assert group.worker not in dead
+        assert_consistent(group, case.experts_Tk)
+        for expert in group.experts_n.tolist():
+            assert compiled.workers[group.worker] in case.holders(expert)
+    if left is not None:
+        assert_consistent(left, case.experts_Tk)
+        alive = {name for number, name in enumerate(compiled.workers) if number not in dead}
+        assert not any(case.holders(expert) & alive for expert in left.experts_n.tolist())
+    pairs = [pair for group in [*others, *([left] if left else [])] for pair in group.pairs_n.tolist()]
+    assert sorted(pairs) == sorted(failed.pairs_n.tolist())
+
+
+@given(case=cases(), data=st.data())
+def test_sums_after_a_failure_add_up_to_the_layers_output(case: Case, data: st.DataObject) -> None:
+    compiled = compile_layer(case.table, LAYER, case.num_experts)
+    groups = group_by_worker(compiled, case.experts_Tk, step=case.step)
+    failed = data.draw(st.sampled_from(groups))
+    others, left = regroup_elsewhere(compiled, failed, case.experts_Tk, dead={failed.worker})
+    num_tokens = len(case.experts_Tk)
+    x_T, weights_Tk = (
+        np.random.default_rng(0).random(num_tokens),
+        np.random.default_rng(1).random(case.experts_Tk.shape),
+    )
+    out_T = np.zeros(num_tokens)
+    for group in [*(g for g in groups if g is not failed), *others, *([left] if left else [])]:
+        out_T[group.tokens_R] += weighted_sums(group, x_T, weights_Tk)
+    np.testing.assert_allclose(out_T, (weights_Tk * (case.experts_Tk + 1) * x_T[:, None]).sum(1), rtol=1e-12)
