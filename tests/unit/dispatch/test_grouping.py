@@ -31,6 +31,12 @@ class Case:
         shares = self.table.instances.get(FunctionId(LAYER, expert), ())
         return {share.worker for share in shares if share.worker in known} or {LOCAL_WORKER}
 
+    def inputs_and_output(self) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Hidden states of size 1, gate weights, and the layer's output where expert e turns x into (e + 1) x."""
+        rng = np.random.default_rng(0)
+        x_T, weights_Tk = rng.random(len(self.experts_Tk)), rng.random(self.experts_Tk.shape)
+        return x_T, weights_Tk, (weights_Tk * (self.experts_Tk + 1) * x_T[:, None]).sum(1)
+
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
@@ -59,7 +65,7 @@ def assert_consistent(group: WorkerGroup, experts_Tk: npt.NDArray[np.int64]) -> 
 
 
 def weighted_sums(group: WorkerGroup, x_T: FloatArray, weights_Tk: FloatArray) -> FloatArray:
-    """A worker's answer, where expert e turns x into (e + 1) x."""
+    """A worker's answer."""
     out_R = np.zeros(len(group.tokens_R))
     y_n = (group.experts_n + 1) * x_T[group.tokens_R][group.rows_n]
     np.add.at(out_R, group.rows_n, weights_Tk.reshape(-1)[group.pairs_n] * y_n)
@@ -87,15 +93,10 @@ def test_groups_come_in_the_order_of_worker_names(case: Case) -> None:
 
 @given(case=cases())
 def test_the_workers_sums_add_up_to_the_layers_output(case: Case) -> None:
-    num_tokens = len(case.experts_Tk)
-    x_T, weights_Tk = (
-        np.random.default_rng(0).random(num_tokens),
-        np.random.default_rng(1).random(case.experts_Tk.shape),
-    )
-    out_T = np.zeros(num_tokens)
+    x_T, weights_Tk, dense_T = case.inputs_and_output()
+    out_T = np.zeros_like(dense_T)
     for group in group_by_worker(compile_layer(case.table, LAYER, case.num_experts), case.experts_Tk, step=case.step):
         out_T[group.tokens_R] += weighted_sums(group, x_T, weights_Tk)
-    dense_T = (weights_Tk * (case.experts_Tk + 1) * x_T[:, None]).sum(1)
     np.testing.assert_allclose(out_T, dense_T, rtol=1e-12)
 
 
@@ -157,12 +158,8 @@ def test_sums_after_a_failure_add_up_to_the_layers_output(case: Case, data: st.D
     groups = group_by_worker(compiled, case.experts_Tk, step=case.step)
     failed = data.draw(st.sampled_from(groups))
     others, left = regroup_elsewhere(compiled, failed, case.experts_Tk, dead={failed.worker})
-    num_tokens = len(case.experts_Tk)
-    x_T, weights_Tk = (
-        np.random.default_rng(0).random(num_tokens),
-        np.random.default_rng(1).random(case.experts_Tk.shape),
-    )
-    out_T = np.zeros(num_tokens)
+    x_T, weights_Tk, dense_T = case.inputs_and_output()
+    out_T = np.zeros_like(dense_T)
     for group in [*(g for g in groups if g is not failed), *others, *([left] if left else [])]:
         out_T[group.tokens_R] += weighted_sums(group, x_T, weights_Tk)
-    np.testing.assert_allclose(out_T, (weights_Tk * (case.experts_Tk + 1) * x_T[:, None]).sum(1), rtol=1e-12)
+    np.testing.assert_allclose(out_T, dense_T, rtol=1e-12)
