@@ -7,13 +7,14 @@ import secrets
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import httpx
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from moeless import __version__
@@ -186,7 +187,7 @@ def main() -> None:
 class _PackingProgress:
     """A progress bar that a packing callback moves; nothing is shown while nothing is packed."""
 
-    def __enter__(self) -> tuple[Progress, object]:
+    def __enter__(self) -> tuple[Progress, Callable[[int, int, str], None]]:
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -195,13 +196,13 @@ class _PackingProgress:
             console=_stderr,
             transient=True,
         )
-        self._task: object = None
+        self._task: TaskID | None = None
 
         def on_progress(done: int, total: int, label: str) -> None:
             if self._task is None:
                 self._bar.start()
                 self._task = self._bar.add_task(label, total=total)
-            self._bar.update(self._task, completed=done, total=total, description=label)  # type: ignore[arg-type]
+            self._bar.update(self._task, completed=done, total=total, description=label)
 
         return self._bar, on_progress
 

@@ -37,15 +37,19 @@ def build_application(manifest: Manifest, settings: ServeSettings) -> Any:
         workers = _function_deployments(manifest, settings)
     else:
         workers = _worker_deployments(manifest, settings)
-    engine = EngineDeployment.options(
-        name=ENGINE,
-        num_replicas=1,
-        max_ongoing_requests=_MANY_CALLS,
-        graceful_shutdown_timeout_s=5,
-        logging_config=_LOGGING,
-        health_check_period_s=2,
-        ray_actor_options=_resources(settings, holds_model=True),
-    ).bind(settings, workers)
+    engine = (
+        serve.deployment(EngineDeployment)
+        .options(
+            name=ENGINE,
+            num_replicas=1,
+            max_ongoing_requests=_MANY_CALLS,
+            graceful_shutdown_timeout_s=5,
+            logging_config=_LOGGING,
+            health_check_period_s=2,
+            ray_actor_options=_resources(settings, holds_model=True),
+        )
+        .bind(settings, workers)
+    )
     gateway = gateway_deployment(settings)
     return gateway.options(
         name=GATEWAY,
@@ -61,14 +65,16 @@ def _worker_deployments(manifest: Manifest, settings: ServeSettings) -> dict[str
     """One deployment with one replica for each worker: then the plan, not Serve, says which worker leaves."""
     table = plan_table(manifest, settings)
     return {
-        name: WorkerDeployment.options(
+        name: serve.deployment(WorkerDeployment)
+        .options(
             name=name,
             num_replicas=1,
             graceful_shutdown_timeout_s=5,
             logging_config=_LOGGING,
             health_check_period_s=2,
             ray_actor_options=_resources(settings, holds_model=True),
-        ).bind(
+        )
+        .bind(
             settings,
             name,
             [str(f) for f, shares in table.instances.items() if any(i.worker == name for i in shares)],
@@ -84,7 +90,8 @@ def _function_deployments(manifest: Manifest, settings: ServeSettings) -> dict[s
             f"{len(manifest.functions)}; use isolation shared"
         )
     return {
-        entry.name: FunctionDeployment.options(
+        entry.name: serve.deployment(FunctionDeployment)
+        .options(
             name=entry.name,
             max_ongoing_requests=2,
             graceful_shutdown_timeout_s=5,
@@ -100,9 +107,15 @@ def _function_deployments(manifest: Manifest, settings: ServeSettings) -> dict[s
                 look_back_period_s=2.0,
             ),
             ray_actor_options=_resources(settings, holds_model=False),
-        ).bind(settings, entry.name)
+        )
+        .bind(settings, entry.name)
         for entry in manifest.functions
     }
+
+
+def _deployment(class_: type) -> Any:
+    # serve.deployment is annotated as a decorator factory only
+    return serve.deployment(class_)
 
 
 def _resources(settings: ServeSettings, *, holds_model: bool) -> dict[str, float]:

@@ -48,7 +48,7 @@ class ExpertLayout:
     """Key into transformers' ACT2FN, used when `gate` is "default"."""
     gate: str = "default"
     """ "default": act(gate) * up. Otherwise "module:Class" of the family's experts class in transformers, whose
-    own `_apply_gate` (or, without a gate, `act_fn`) is used, such as gpt-oss's clamped activation."""
+    own `_apply_gate` is used, such as gpt-oss's clamped activation."""
     gate_attributes: tuple[tuple[str, float], ...] = ()
     """Numbers that the class's own `_apply_gate` reads from `self` besides `act_fn` (ACT2FN[activation], where
     `activation` is not empty), sorted by name: gpt-oss's ("alpha", 1.702), ("limit", 7.0)."""

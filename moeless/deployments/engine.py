@@ -18,7 +18,8 @@ import torch
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
-from ray.serve.handle import DeploymentHandle, DeploymentResponse
+from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
+from ray.serve.schema import DeploymentStatusOverview
 from transformers import AutoTokenizer
 
 from moeless.core.errors import EngineStoppedError, MoelessError, TransportError, WorkerTimeoutError
@@ -60,6 +61,8 @@ _GATEWAY_SILENCE_S = 30.0
 _FUNCTION_CALL_TIMEOUT_S = 60.0
 """`isolation: function` waits for a function that starts from zero: about 3 s on a warm node."""
 
+_Response = DeploymentResponse[Any] | DeploymentResponseGenerator[Any]
+
 
 def plan_table(manifest: Manifest, settings: ServeSettings) -> RoutingTable:
     """The plan at start: every function once, spread evenly over the workers."""
@@ -75,7 +78,6 @@ def plan_table(manifest: Manifest, settings: ServeSettings) -> RoutingTable:
     )
 
 
-@serve.deployment
 class EngineDeployment:
     """Args:
     settings: of the run.
@@ -106,7 +108,7 @@ class EngineDeployment:
         if by_call:
             self._dispatcher.set_channels(
                 {
-                    name: CallChannel(partial(_FunctionCall, handle), max_rows=MAX_ROWS)
+                    name: CallChannel(partial(_call_function, handle), max_rows=MAX_ROWS)
                     for name, handle in workers.items()
                 }
             )
@@ -137,8 +139,9 @@ class EngineDeployment:
 
     def _connectors(self, dtype: torch.dtype) -> dict[str, Callable[[], Channel]]:
         def open_line(handle: DeploymentHandle[Any]) -> Channel:
-            call = _FunctionCall.of(handle.endpoint.remote())
-            endpoint = msgspec.json.decode(call.result(_ENDPOINT_TIMEOUT_S), type=WorkerEndpoint)
+            endpoint = msgspec.json.decode(
+                _ServeCall(handle.endpoint.remote()).result(_ENDPOINT_TIMEOUT_S), type=WorkerEndpoint
+            )
             return connect(
                 endpoint,
                 token=self._settings.token,
@@ -318,13 +321,13 @@ class EngineDeployment:
         for entry in self._manifest.functions:
             found = states.get(entry.name, [])
             kinds = {state for _, state in found}
-            state = next((s for s in ("warm", "draining", "loading") if s in kinds), "cold")
+            shown = next((s for s in ("warm", "draining", "loading") if s in kinds), "cold")
             rows.append(
                 FunctionStatus(
                     name=entry.name,
                     layer=entry.layer,
                     expert=entry.expert,
-                    state=state,
+                    state=shown,
                     replicas=len(found),
                     workers=sorted({worker for worker, _ in found}),
                     bytes=num_bytes[entry.name],
@@ -339,7 +342,8 @@ class EngineDeployment:
         itemsize = dtype_of_name(self._settings.dtype or self._manifest.dtype).itemsize
         stored_itemsize = dtype_of_name(self._manifest.dtype).itemsize
         for entry in self._manifest.functions:
-            replicas = deployments[entry.name].replica_states.get("RUNNING", 0) if entry.name in deployments else 0
+            deployment = deployments.get(entry.name)
+            replicas = 0 if deployment is None else _num_running_replicas(deployment)
             states.setdefault(entry.name, []).extend([(entry.name, "warm")] * replicas)
             num_bytes[entry.name] += replicas * entry.bytes * itemsize // stored_itemsize
 
@@ -353,17 +357,11 @@ class EngineDeployment:
         self._sender.close()
 
 
-class _FunctionCall:
+class _ServeCall:
     """A Serve call whose errors are ours."""
 
-    def __init__(self, handle: DeploymentHandle[Any], frame: bytes) -> None:
-        self._response = handle.remote(frame)
-
-    @classmethod
-    def of(cls, response: DeploymentResponse[Any]) -> _FunctionCall:
-        call = cls.__new__(cls)
-        call._response = response
-        return call
+    def __init__(self, response: _Response) -> None:
+        self._response: Any = response
 
     def result(self, timeout_s: float) -> bytes:
         try:
@@ -375,5 +373,14 @@ class _FunctionCall:
             raise TransportError(f"call failed: {type(error).__name__}: {error}") from error
 
 
-async def _response(response: DeploymentResponse[Any]) -> bytes:
-    return bytes(await response)
+def _num_running_replicas(deployment: DeploymentStatusOverview) -> int:
+    return sum(count for state, count in deployment.replica_states.items() if state.value == "RUNNING")
+
+
+def _call_function(handle: DeploymentHandle[Any], frame: bytes) -> _ServeCall:
+    return _ServeCall(handle.remote(frame))
+
+
+async def _response(response: _Response) -> bytes:
+    answer: Any = response
+    return bytes(await answer)

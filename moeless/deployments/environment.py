@@ -1,4 +1,4 @@
-"""Ray's settings that must stand in the environment before ray is imported."""
+"""Where a process stands: Ray's settings, which must be set before ray is imported, and the node's address."""
 
 from __future__ import annotations
 
@@ -15,3 +15,10 @@ def prepare_environment() -> None:
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if os.environ["RAY_AUTH_MODE"] == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def node_address() -> str:
+    """Address of the node that this Ray process runs on."""
+    import ray.util
+
+    return str(ray.util.get_node_ip_address())

@@ -18,9 +18,9 @@ from ray.serve.handle import DeploymentHandle
 from moeless.core.errors import EngineStoppedError
 from moeless.core.generation import EngineStats, FunctionStatus, GenerationDelta, GenerationRequest, ModelInfo
 from moeless.core.token_channel import TokenReceiver
+from moeless.deployments.environment import node_address
 from moeless.deployments.messages import Pulse, SubmitReply
 from moeless.deployments.settings import ServeSettings
-from moeless.deployments.worker import node_address
 from moeless.gateway.app import create_app
 from moeless.gateway.config import GatewayConfig
 from moeless.gateway.service import EngineSource

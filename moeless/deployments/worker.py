@@ -12,12 +12,11 @@ import threading
 import time
 
 import msgspec
-import ray
 import torch
-from ray import serve
 
 from moeless.core.errors import MoelessError
 from moeless.core.expert import FunctionId
+from moeless.deployments.environment import node_address
 from moeless.deployments.settings import ServeSettings
 from moeless.dispatch.call import answer_call
 from moeless.dispatch.server import DataPlaneServer
@@ -107,7 +106,6 @@ class ExpertHost:
         )
 
 
-@serve.deployment
 class WorkerDeployment:
     """One worker: a process bound to one GPU or one share of the CPU. Its deployment has one replica."""
 
@@ -151,7 +149,6 @@ class WorkerDeployment:
             server.stop()
 
 
-@serve.deployment
 class FunctionDeployment:
     """One expert function as a Serve deployment of its own, scaled by Serve from zero and back."""
 
@@ -163,8 +160,3 @@ class FunctionDeployment:
         """A call's frame in, an answer's frame out (dispatch.wire)."""
         with self._lock, torch.inference_mode():
             return answer_call(frame, self._host.compute, max_rows=MAX_ROWS, num_experts=self._host.pool.num_experts)
-
-
-def node_address() -> str:
-    """Address of the node that this process runs on."""
-    return str(ray.util.get_node_ip_address())

@@ -42,7 +42,7 @@ class FeedForward:
         for layout in self._layouts:
             key = (layout.gate, layout.gate_attributes, layout.activation, layout.has_gate)
             if key not in gates:
-                gates[key] = resolve_gate(layout, pool.packed.load_config)
+                gates[key] = resolve_gate(layout)
             self._gates.append(gates[key])
         self._grouped = [
             min(layout.hidden_size, layout.intermediate_size) % (_GROUPED_MM_ALIGNMENT_BYTES // pool.dtype.itemsize)

@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,22 +18,17 @@ import torch.nn.functional as F
 from moeless.core.errors import UnsupportedFamilyError
 from moeless.core.expert import ExpertLayout
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
 Gate = Callable[[torch.Tensor], torch.Tensor]
 """Maps the up projection's output (n, 2I) or, without a gate, (n, I) to the down projection's input (n, I)."""
 
 
-def resolve_gate(layout: ExpertLayout, load_config: Callable[[], PretrainedConfig]) -> Gate:
+def resolve_gate(layout: ExpertLayout) -> Gate:
     """The function between the projections for a layer of `layout`.
-
-    `load_config` is called only for an activation that transformers has no name for.
 
     Raises: UnsupportedFamilyError if the layout names a class outside transformers or one that is not there.
     """
     if layout.gate != "default":
-        return _family_gate(layout, load_config)
+        return _family_gate(layout)
     act = _activation(layout.activation)
     if not layout.has_gate:
         return act
@@ -71,15 +66,11 @@ def _silu_gate(up_n2I: torch.Tensor) -> torch.Tensor:
     return F.silu(gate_nI).mul_(up_nI)
 
 
-def _family_gate(layout: ExpertLayout, load_config: Callable[[], PretrainedConfig]) -> Gate:
+def _family_gate(layout: ExpertLayout) -> Gate:
+    """The family's own method, on the layer's own numbers: a family may give each layer others."""
     experts_class = _experts_class(layout.gate)
-    if layout.has_gate:  # on the layer's own numbers: a family may give each layer others
-        act_fn = _activation(layout.activation) if layout.activation else None
-        return partial(experts_class._apply_gate, SimpleNamespace(act_fn=act_fn, **dict(layout.gate_attributes)))
-    with torch.device("meta"):
-        experts = experts_class(load_config().get_text_config())
-    act: Gate = experts.act_fn
-    return act
+    act_fn = _activation(layout.activation) if layout.activation else None
+    return partial(experts_class._apply_gate, SimpleNamespace(act_fn=act_fn, **dict(layout.gate_attributes)))
 
 
 def _experts_class(name: str) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from moeless.core.errors import PackageError
 from moeless.packages.files import dtype_of_name
@@ -55,7 +55,9 @@ def load_backbone(
 
 
 def _build(packed: PackedModel, dtype: torch.dtype) -> PreTrainedModel:
-    model_class, config = causal_lm_class(packed.load_config())
+    model_class, config = causal_lm_class(
+        AutoConfig.from_pretrained(packed.backbone_path, local_files_only=True, trust_remote_code=False)
+    )
     if model_class.__name__ != packed.manifest.architecture:
         raise PackageError(
             f"{packed.path}: architecture must be {packed.manifest.architecture}, got {model_class.__name__}; "

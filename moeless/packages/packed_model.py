@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,9 +13,6 @@ from moeless.core.expert import ExpertLayout, FunctionId
 from moeless.packages.files import sha256_of
 from moeless.packages.manifest import BACKBONE_DIR, FileEntry, FunctionEntry, Manifest, read_manifest
 from moeless.packages.weights import FunctionWeights
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 
 class PackedModel:
@@ -48,12 +44,6 @@ class PackedModel:
     def backbone_path(self) -> Path:
         """A model folder of transformers: config, tokenizer, chat template, and the backbone's weights."""
         return self.path / BACKBONE_DIR
-
-    def load_config(self) -> PretrainedConfig:
-        """The model's configuration. Imports transformers, which takes seconds: only where it is needed."""
-        from transformers import AutoConfig
-
-        return AutoConfig.from_pretrained(self.backbone_path, local_files_only=True, trust_remote_code=False)
 
     @property
     def functions(self) -> list[FunctionId]:
