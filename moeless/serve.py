@@ -38,7 +38,7 @@ def build_application(manifest: Manifest, settings: ServeSettings) -> Any:
     else:
         workers = _worker_deployments(manifest, settings)
     engine = (
-        serve.deployment(EngineDeployment)
+        _deployment(EngineDeployment)
         .options(
             name=ENGINE,
             num_replicas=1,
@@ -65,7 +65,7 @@ def _worker_deployments(manifest: Manifest, settings: ServeSettings) -> dict[str
     """One deployment with one replica for each worker: then the plan, not Serve, says which worker leaves."""
     table = plan_table(manifest, settings)
     return {
-        name: serve.deployment(WorkerDeployment)
+        name: _deployment(WorkerDeployment)
         .options(
             name=name,
             num_replicas=1,
@@ -90,7 +90,7 @@ def _function_deployments(manifest: Manifest, settings: ServeSettings) -> dict[s
             f"{len(manifest.functions)}; use isolation shared"
         )
     return {
-        entry.name: serve.deployment(FunctionDeployment)
+        entry.name: _deployment(FunctionDeployment)
         .options(
             name=entry.name,
             max_ongoing_requests=2,
