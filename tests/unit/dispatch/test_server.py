@@ -90,12 +90,11 @@ def test_strangers_beyond_a_limit_are_hung_up_on(server: DataPlaneServer, monkey
 
 @pytest.mark.parametrize("data", [os.urandom(4000), b"GET / HTTP/1.1\r\n\r\n", b"\x05\x00\x00\x00hello", b""])
 def test_strangers_that_speak_something_else_are_hung_up_on(server: DataPlaneServer, data: bytes) -> None:
-    with stranger(server) as sock:
-        with suppress(OSError):  # it may reset the connection before all of it is sent
-            sock.sendall(data)
-            sock.shutdown(socket.SHUT_WR)
-            while sock.recv(4096):
-                pass
+    with stranger(server) as sock, suppress(OSError):  # it may reset the connection before all of it is sent
+        sock.sendall(data)
+        sock.shutdown(socket.SHUT_WR)
+        while sock.recv(4096):
+            pass
     assert_serves(server)
 
 
