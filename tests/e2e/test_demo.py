@@ -1,0 +1,36 @@
+"""`make demo` as a new user runs it, from start to nothing left running."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
+
+
+def test_the_demo_streams_answers_shows_the_functions_and_leaves_nothing_running() -> None:
+    before = {process.pid for process in psutil.process_iter()}
+    result = subprocess.run(
+        [sys.executable, "-m", "moeless.demo"],
+        capture_output=True,
+        text=True,
+        timeout=380,
+        env={**os.environ, "COLUMNS": "200"},
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert "What is 12 + 7?" in result.stdout
+    rows = [line for line in result.stdout.splitlines() if "L00.E000" in line or "L05.E015" in line]
+    assert len(rows) == 2
+    assert all("warm" in row and "worker-" in row for row in rows)
+    assert "2 workers" not in result.stderr
+    left = [
+        process.info["cmdline"]
+        for process in psutil.process_iter(["pid", "cmdline"])
+        if process.info["pid"] not in before and any("ray" in part for part in process.info["cmdline"] or [])
+    ]
+    assert left == []

@@ -1,0 +1,71 @@
+"""What `moeless serve` refuses, and how it shares the cores out."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from moeless.core.errors import ConfigError, ContextLengthError, EngineStoppedError, QueueFullError, RequestError
+from moeless.deployments.messages import SubmitReply
+from moeless.deployments.settings import ServeSettings
+
+
+def settings(**changes: object) -> ServeSettings:
+    return ServeSettings(packed_path="/p", model_id="m", token="secret", **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("isolation", "process", "isolation"),
+        ("dtype", "int8", "dtype"),
+        ("num_workers", -1, "workers"),
+        ("port", 70000, "port"),
+        ("max_running", 0, "max_running"),
+        ("call_timeout_s", 0.0, "call_timeout_s"),
+        ("function_idle_s", -1.0, "function_idle_s"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_field_and_value(field: str, value: object, named: str) -> None:
+    with pytest.raises(ConfigError, match=named) as caught:
+        settings(**{field: value})
+    assert str(value) in str(caught.value)
+
+
+def test_keys_and_token_are_not_shown() -> None:
+    shown = repr(settings(api_keys=("sk-very-private",)))
+    assert "secret" not in shown
+    assert "sk-very-private" not in shown
+
+
+def test_threads_times_processes_stay_within_the_cores() -> None:
+    cores = len(os.sched_getaffinity(0))
+    for num_workers in range(1, 2 * cores):
+        asked = settings(num_workers=num_workers)
+        assert asked.engine_threads == 1
+        assert asked.worker_threads * num_workers <= max(cores, num_workers)
+    assert 1 <= settings().engine_threads <= cores
+    assert settings(num_threads=3, num_workers=2).worker_threads == 3
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ContextLengthError("1 and 2", param="max_tokens", code="context_length_exceeded"),
+        RequestError("bad", param="prompt"),
+        QueueFullError("full", retry_after_s=7.0),
+        EngineStoppedError("gone"),
+    ],
+)
+def test_an_engines_refusal_is_the_same_error_at_the_gateway(error: Exception) -> None:
+    reply = SubmitReply.of_error(error, "life")  # type: ignore[arg-type]
+    with pytest.raises(type(error)) as caught:
+        reply.raise_error()
+    assert type(caught.value) is type(error)
+    assert str(caught.value) == str(error)
+    assert vars(caught.value) == vars(error)
+
+
+def test_an_accepted_request_raises_nothing() -> None:
+    SubmitReply(incarnation="life").raise_error()
