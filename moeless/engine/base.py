@@ -170,7 +170,7 @@ class ThreadedEngine(ABC):
         with self._lock:
             self._stopping = True
         self._wake.set()
-        if self._thread.is_alive():
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join()
 
     def _check(self, request: GenerationRequest) -> None:
@@ -208,6 +208,8 @@ class ThreadedEngine(ABC):
         try:
             if self._config.num_threads is not None:
                 torch.set_num_threads(self._config.num_threads)
+            if self._model.device.type == "cuda":
+                torch.cuda.set_device(self._model.device)
             with torch.inference_mode():
                 self._open()
                 self._ready.set()

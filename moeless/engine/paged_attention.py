@@ -26,6 +26,10 @@ _MIN_GROUP_KEYS = 64
 """Sequences shorter than this share a group: the padding costs less than another call."""
 
 
+_CHANGES_SCORES = ("softcap", "position_bias")
+"""Arguments of transformers' attention interface that would change the result, were they given."""
+
+
 @dataclass(frozen=True, slots=True)
 class SpanPlan:
     """A sequence of the step, as the scheduler made it."""
@@ -179,6 +183,9 @@ def paged_attention_forward(
     cache, layer = kwargs.get("cache"), module.layer_idx
     if cache is None:
         raise ValueError(f"attention {NAME!r} must be given a paged cache: the model belongs to a running engine")
+    changed = [name for name in _CHANGES_SCORES if kwargs.get(name) is not None]
+    if attention_mask is not None or changed:
+        raise NotImplementedError(f"attention {NAME!r} knows causal and sliding attention, not {changed or 'a mask'}")
     allocator = cache.layer_to_allocator[layer]
     plan: AttentionPlan = kwargs["moeless_plan"][allocator.index]
     write_index = kwargs["write_index"][allocator.index]

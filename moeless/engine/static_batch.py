@@ -61,6 +61,7 @@ class StaticBatchEngine(ThreadedEngine):
         self._stepping: list[Sequence] = []
         self._capacity_tokens = 1
         self._joins_at_any_step = False
+        self._takes_padding = False
         takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._forward_options: dict[str, Any] = {"logits_to_keep": 1} if takes_logits_to_keep else {}
 
@@ -137,6 +138,8 @@ class StaticBatchEngine(ThreadedEngine):
         widest = 0
         while self._waiting and len(running) + len(joining) < self._config.max_running:
             sequence = self._waiting[0]
+            if joining and not self._takes_padding and sequence.num_prompt_tokens != widest:
+                break
             longest = max(longest, sequence.num_prompt_tokens + sequence.max_tokens)
             widest = max(widest, sequence.num_prompt_tokens)
             count = len(joining) + 1
@@ -228,6 +231,8 @@ class StaticBatchEngine(ThreadedEngine):
             with without_experts(self._model):
                 self._forward(batch, torch.zeros_like(positions), positions)
             self._joins_at_any_step = _can_be_padded(batch.cache)
+            # A cache class of a model's own (MiniMax's) may count padding as tokens: there, prompts of one length only.
+            self._takes_padding = type(batch.cache) is DynamicCache
             layers: list[Any] = batch.cache.layers
             held = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
             sizes.append(sum(tensor.nbytes for tensor in held if tensor is not None))

@@ -94,6 +94,25 @@ def test_a_cache_that_cannot_be_padded_takes_new_requests_when_it_is_empty(famil
         assert_equal_tokens(model, prompt_of(length), answer.token_ids)
 
 
+def test_a_cache_class_of_the_models_own_gets_no_padding() -> None:
+    model = eager_model("minimax")
+    recorder = Recorder()
+    lengths = {"a": 4, "b": 4, "c": 25}
+    with running(model, recorder) as engine:
+        recorder.hold()
+        engine.submit(request("first", prompt_of(9)))
+        recorder.wait_for_tokens("first")
+        for seed, (request_id, length) in enumerate(lengths.items()):
+            engine.submit(request(request_id, prompt_of(length, seed=seed), max_tokens=6))
+        recorder.release()
+        answers = recorder.wait_for(*lengths)
+    assert ["a", "b"] in recorder.steps
+    assert not any("c" in step and len(step) > 1 for step in recorder.steps)
+    for seed, (length, answer) in enumerate(zip(lengths.values(), answers, strict=True)):
+        # Its forward pass without a cache is another computation: generate is the reference here.
+        assert answer.token_ids == generated_by_transformers(model, prompt_of(length, seed=seed), 6)
+
+
 def test_a_seed_gives_the_same_tokens_alone_and_in_company() -> None:
     alone, company = Recorder(), Recorder()
     seeded = request("seeded", prompt_of(12), temperature=1.0, seed=11, max_tokens=30)
