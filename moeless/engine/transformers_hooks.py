@@ -35,6 +35,7 @@ from transformers.generation.continuous_batching.requests import RequestState, R
 from transformers.generation.continuous_batching.utils import find_head_dim, find_num_key_value_heads
 
 from moeless.core.generation import GenerationDelta
+from moeless.engine.base import describe
 from moeless.engine.paged_attention import NAME as ATTENTION
 from moeless.engine.paged_attention import SpanPlan, plan_attention, register_attention
 from moeless.engine.sampling import RawLogprobs, sample
@@ -69,7 +70,7 @@ class SequenceState(RequestState):  # type: ignore[misc]
         try:
             ended = self.sequence.advance(token_id, self.raw_logprobs)
         except Exception as error:  # one sequence's text must not fail the whole batch
-            self.sequence.finish("error", f"{type(error).__name__}: {error}")
+            self.sequence.finish("error", describe(error))
             ended = True
         self.raw_logprobs = None
         if ended:

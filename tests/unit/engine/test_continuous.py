@@ -320,6 +320,29 @@ def test_an_error_in_a_step_fails_that_batch_and_no_other() -> None:
         assert_equal_tokens(model, prompt_of(9), answer.token_ids)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_a_sequence_whose_text_cannot_be_made_fails_alone(family: str) -> None:
+    class BrokenDecoder:
+        def feed(self, token_id: int) -> str:
+            raise ValueError(f"no text for {token_id}")
+
+        def flush(self) -> str:
+            return ""
+
+    recorder = Recorder()
+    with running(eager_model(family), recorder) as engine:
+        recorder.hold()
+        engine.submit(request("bad", prompt_of(5), max_tokens=50))
+        engine.submit(request("good", prompt_of(6), max_tokens=50))
+        engine._live["bad"]._decoder = BrokenDecoder()
+        recorder.release()
+        bad, good = recorder.wait_for("bad", "good")
+        assert engine.counters().kv_cache_usage == 0
+    assert bad.finish_reason == "error"
+    assert str(bad.last.error).startswith("ValueError: no text for ")
+    assert good.num_tokens == 50
+
+
 def test_a_failed_prefill_leaves_nothing_for_prompts_that_begin_alike() -> None:
     model, experts = dispatched_model()
     recorder = Recorder()
