@@ -23,7 +23,7 @@ from moeless.core.routing_table import LOCAL_WORKER, RoutingTable
 from moeless.dispatch.channel import Channel
 from moeless.dispatch.grouping import CompiledLayer, WorkerGroup, compile_layer, group_by_worker, regroup_elsewhere
 from moeless.dispatch.metrics import DispatchMetrics
-from moeless.dispatch.wire import LayerCall
+from moeless.dispatch.wire import FloatArray, LayerCall
 from moeless.functions.feed_forward import FeedForward
 from moeless.functions.pool import IntArray
 
@@ -50,8 +50,8 @@ class _Routing:
     layer: int
     x_TH: torch.Tensor
     experts_Tk: IntArray
-    weights_n: torch.Tensor
-    """float32, on the CPU, flattened (T, k)."""
+    weights_n: FloatArray
+    """Flattened (T, k)."""
     dead: set[int] = field(default_factory=set)
     """Workers that failed during this call."""
 
@@ -144,7 +144,7 @@ class Dispatcher:
                 layer=layer,
                 x_TH=hidden_TH,
                 experts_Tk=top_k_index_Tk.cpu().numpy(),
-                weights_n=top_k_weights_Tk.reshape(-1).float().cpu(),
+                weights_n=top_k_weights_Tk.reshape(-1).float().cpu().numpy(),
             )
             groups = group_by_worker(compiled, routing.experts_Tk, step=self._step)
             out_TH = self._exchange(compiled, routing, groups).to(hidden_TH.dtype)
@@ -211,7 +211,7 @@ class Dispatcher:
                     tokens_R=group.tokens_R,
                     rows_n=group.rows_n,
                     experts_n=group.experts_n,
-                    weights_n=routing.weights_n[torch.from_numpy(group.pairs_n)],
+                    weights_n=routing.weights_n[group.pairs_n],
                 )
             )
         except TransportError as error:
@@ -264,7 +264,7 @@ class Dispatcher:
         try:
             device = self._local.pool.device
             x_RH = routing.x_TH.index_select(0, torch.from_numpy(group.tokens_R).to(routing.x_TH.device))
-            weights_n = routing.weights_n[torch.from_numpy(group.pairs_n)].to(device)
+            weights_n = torch.from_numpy(routing.weights_n[group.pairs_n]).to(device)
             partial_RH = self._local.partial_sums(
                 routing.layer, x_RH.to(device), group.rows_n, group.experts_n, weights_n
             )

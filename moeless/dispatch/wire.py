@@ -41,6 +41,7 @@ _DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPE_CODE: Final = {dtype: code for code, dtype in enumerate(_DTYPES)}
 
 IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
 _Words = npt.NDArray[Any]
 _Views = tuple[torch.Tensor, _Words]
 
@@ -58,8 +59,7 @@ class LayerCall(NamedTuple):
     rows_n: IntArray
     experts_n: IntArray
     """Sorted."""
-    weights_n: torch.Tensor
-    """float32, on the CPU."""
+    weights_n: FloatArray
 
 
 class ReceivedCall(NamedTuple):
@@ -191,7 +191,7 @@ def write_routing(frame: Frame, call: LayerCall, sequence: int) -> int:
     middle, end = begin + num_pairs, begin + 2 * num_pairs
     frame.uint32[begin:middle] = call.rows_n
     frame.uint32[middle:end] = call.experts_n
-    frame.float32[end : end + num_pairs] = call.weights_n.numpy()
+    frame.float32[end : end + num_pairs] = call.weights_n
     return routing_bytes(num_pairs)
 
 

@@ -75,7 +75,7 @@ def random_call(
         tokens_R=np.sort(rng.choice(num_tokens, num_rows, replace=False)),
         rows_n=rows_n,
         experts_n=experts_n,
-        weights_n=torch.from_numpy(rng.random(num_rows * TOP_K, dtype=np.float32)),
+        weights_n=rng.random(num_rows * TOP_K, dtype=np.float32),
     )
 
 
