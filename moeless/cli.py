@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -116,9 +117,12 @@ def serve(
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    with running(packed.manifest, settings, ray_address=ray_address):
+    with _stderr.status("") as status, ExitStack() as stack:
+        stack.enter_context(running(packed.manifest, settings, ray_address=ray_address, on_phase=status.update))
         url = f"http://{host}:{port}"
+        status.update("connecting engine and workers")
         _wait_until_ready(url, stop)
+        status.stop()
         key = " -H 'Authorization: Bearer $MOELESS_API_KEY'" if settings.api_keys else ""
         body = f'{{"model": "{settings.model_id}", "messages": [{{"role": "user", "content": "What is 12 + 7?"}}]}}'
         _stdout.print(f"serving {settings.model_id} on {url} (Ctrl-C stops)", highlight=False)

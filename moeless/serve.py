@@ -6,7 +6,7 @@ gateway (ingress) → engine → worker-0, worker-1, ... (or one deployment for 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,12 +17,15 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from moeless.core.errors import ConfigError, MoelessError
-from moeless.deployments.engine import EngineDeployment, plan_table
+from moeless.deployments.deferred import DeferredReplica
 from moeless.deployments.gateway import ENGINE, GATEWAY, gateway_deployment
+from moeless.deployments.plan import initial_table
 from moeless.deployments.settings import MAX_ISOLATED_FUNCTIONS, ServeSettings
-from moeless.deployments.worker import FunctionDeployment, WorkerDeployment
 from moeless.packages.manifest import Manifest
 
+_ENGINE_CLASS = "moeless.deployments.engine:EngineDeployment"
+_WORKER_CLASS = "moeless.deployments.worker:WorkerDeployment"
+_FUNCTION_CLASS = "moeless.deployments.worker:FunctionDeployment"
 _MANY_CALLS = 100_000
 """Calls that an engine or gateway may have under way: admission is the engine's own queue, not Serve's."""
 _LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
@@ -38,7 +41,7 @@ def build_application(manifest: Manifest, settings: ServeSettings) -> Any:
     else:
         workers = _worker_deployments(manifest, settings)
     engine = (
-        _deployment(EngineDeployment)
+        _deployment()
         .options(
             name=ENGINE,
             num_replicas=1,
@@ -48,7 +51,7 @@ def build_application(manifest: Manifest, settings: ServeSettings) -> Any:
             health_check_period_s=2,
             ray_actor_options=_resources(settings, holds_model=True),
         )
-        .bind(settings, workers)
+        .bind(_ENGINE_CLASS, settings, workers)
     )
     gateway = gateway_deployment(settings)
     return gateway.options(
@@ -63,9 +66,9 @@ def build_application(manifest: Manifest, settings: ServeSettings) -> Any:
 
 def _worker_deployments(manifest: Manifest, settings: ServeSettings) -> dict[str, Any]:
     """One deployment with one replica for each worker: then the plan, not Serve, says which worker leaves."""
-    table = plan_table(manifest, settings)
+    table = initial_table(manifest, settings)
     return {
-        name: _deployment(WorkerDeployment)
+        name: _deployment()
         .options(
             name=name,
             num_replicas=1,
@@ -75,6 +78,7 @@ def _worker_deployments(manifest: Manifest, settings: ServeSettings) -> dict[str
             ray_actor_options=_resources(settings, holds_model=True),
         )
         .bind(
+            _WORKER_CLASS,
             settings,
             name,
             [str(f) for f, shares in table.instances.items() if any(i.worker == name for i in shares)],
@@ -90,7 +94,7 @@ def _function_deployments(manifest: Manifest, settings: ServeSettings) -> dict[s
             f"{len(manifest.functions)}; use isolation shared"
         )
     return {
-        entry.name: _deployment(FunctionDeployment)
+        entry.name: _deployment()
         .options(
             name=entry.name,
             max_ongoing_requests=2,
@@ -108,14 +112,14 @@ def _function_deployments(manifest: Manifest, settings: ServeSettings) -> dict[s
             ),
             ray_actor_options=_resources(settings, holds_model=False),
         )
-        .bind(settings, entry.name)
+        .bind(_FUNCTION_CLASS, settings, entry.name)
         for entry in manifest.functions
     }
 
 
-def _deployment(class_: type) -> Any:
+def _deployment() -> Any:
     # serve.deployment is annotated as a decorator factory only
-    return serve.deployment(class_)
+    return serve.deployment(DeferredReplica)
 
 
 def _resources(settings: ServeSettings, *, holds_model: bool) -> dict[str, float]:
@@ -127,22 +131,30 @@ def _resources(settings: ServeSettings, *, holds_model: bool) -> dict[str, float
 
 @contextmanager
 def running(
-    manifest: Manifest, settings: ServeSettings, *, ray_address: str | None = None
+    manifest: Manifest,
+    settings: ServeSettings,
+    *,
+    ray_address: str | None = None,
+    on_phase: Callable[[str], None] = lambda phase: None,
 ) -> Iterator[DeploymentHandle[Any]]:
     """Run the application until the block is left; nothing is left running then.
 
     Args:
         ray_address: a cluster to join; None starts Ray on this machine.
+        on_phase: told what begins now, in a few words.
     Yields: the engine's handle, once every deployment runs.
     Raises: MoelessError if a deployment does not start, with the reason.
     """
+    on_phase("starting Ray")
     _start_ray(ray_address)
     try:
+        on_phase("starting Ray Serve")
         serve.start(
             proxy_location=ProxyLocation.HeadOnly,
             http_options=HTTPOptions(host=settings.host, port=settings.port),
             logging_config=_LOGGING,
         )
+        on_phase("starting engine, workers and gateway")
         try:
             serve.run(build_application(manifest, settings), name=settings.app_name, route_prefix="/")
         except RuntimeError as error:

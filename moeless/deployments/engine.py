@@ -32,10 +32,11 @@ from moeless.core.generation import (
     ModelInfo,
     WorkerStatus,
 )
-from moeless.core.routing_table import LOCAL_WORKER, InstanceShare, RoutingTable, spread_evenly
+from moeless.core.routing_table import LOCAL_WORKER
 from moeless.core.token_channel import TokenSender
 from moeless.deployments.links import WorkerLinks
 from moeless.deployments.messages import Pulse, SubmitReply
+from moeless.deployments.plan import initial_table
 from moeless.deployments.settings import ServeSettings
 from moeless.deployments.worker import MAX_ROWS, WorkerReport
 from moeless.dispatch.call import CallChannel
@@ -49,7 +50,6 @@ from moeless.functions.feed_forward import FeedForward
 from moeless.functions.pool import InstancePool
 from moeless.packages.backbone import load_backbone
 from moeless.packages.files import dtype_of_name
-from moeless.packages.manifest import Manifest
 from moeless.packages.packed_model import PackedModel
 
 logger = logging.getLogger(__name__)
@@ -62,20 +62,6 @@ _FUNCTION_CALL_TIMEOUT_S = 60.0
 """`isolation: function` waits for a function that starts from zero: about 3 s on a warm node."""
 
 _Response = DeploymentResponse[Any] | DeploymentResponseGenerator[Any]
-
-
-def plan_table(manifest: Manifest, settings: ServeSettings) -> RoutingTable:
-    """The plan at start: every function once, spread evenly over the workers."""
-    if settings.isolation == "function":
-        instances = {
-            FunctionId(entry.layer, entry.expert): (InstanceShare(entry.name),) for entry in manifest.functions
-        }
-        return RoutingTable(version=1, instances=instances)
-    return spread_evenly(
-        num_layers=manifest.num_moe_layers,
-        num_experts=manifest.num_experts,
-        workers=settings.worker_names or (LOCAL_WORKER,),
-    )
 
 
 class EngineDeployment:
@@ -100,7 +86,7 @@ class EngineDeployment:
         by_call = settings.isolation == "function"
         timeout_s = _FUNCTION_CALL_TIMEOUT_S if by_call else settings.call_timeout_s
         self._dispatcher = Dispatcher(
-            FeedForward(pool), plan_table(packed.manifest, settings), DispatchConfig(call_timeout_s=timeout_s)
+            FeedForward(pool), initial_table(packed.manifest, settings), DispatchConfig(call_timeout_s=timeout_s)
         )
         attach_dispatcher(model, self._dispatcher)
         if not workers:
