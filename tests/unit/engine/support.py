@@ -88,6 +88,10 @@ class Recorder:
     def wait_for_tokens(self, request_id: str, count: int = 1) -> None:
         self._wait(lambda: request_id in self.answers and self.answers[request_id].num_tokens >= count)
 
+    def wait_for_step(self, number: int) -> None:
+        """Until so many steps have been."""
+        self._wait(lambda: len(self.steps) >= number)
+
     def _ended(self, request_id: str) -> bool:
         return request_id in self.answers and self.answers[request_id].finish_reason is not None
 
