@@ -35,12 +35,20 @@ class DispatchConfig:
     """How patient the dispatcher is."""
 
     call_timeout_s: float = 5.0
-    """A worker that has not answered a layer after this long counts as failed; hundreds of times a slow layer's
-    compute, so that only a stuck process is hit."""
+    """A worker that has not answered a decoding step's layer after this long counts as failed; hundreds of times a
+    slow layer's compute, so that only a stuck process is hit."""
+    call_timeout_per_row_s: float = 0.005
+    """What a row of a long call (a prefill) adds to that."""
 
     def __post_init__(self) -> None:
         if self.call_timeout_s <= 0:
             raise ValueError(f"dispatch.call_timeout_s must be > 0, got {self.call_timeout_s}")
+        if self.call_timeout_per_row_s < 0:
+            raise ValueError(f"dispatch.call_timeout_per_row_s must be >= 0, got {self.call_timeout_per_row_s}")
+
+    def timeout_s(self, num_rows: int) -> float:
+        """Seconds that a call of `num_rows` rows may take."""
+        return self.call_timeout_s + self.call_timeout_per_row_s * num_rows
 
 
 @dataclass(slots=True)
@@ -230,7 +238,7 @@ class Dispatcher:
     ) -> None:
         worker = compiled.workers[group.worker]
         try:
-            partial_RH = channel.collect(self._config.call_timeout_s)
+            partial_RH = channel.collect(self._config.timeout_s(len(group.tokens_R)))
         except TransportError as error:
             logger.warning("call failed worker=%s layer=%d reason=%s", worker, routing.layer, error)
             routing.dead.add(group.worker)

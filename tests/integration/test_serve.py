@@ -112,6 +112,25 @@ def test_metrics_count_the_workers_tokens(two_workers: Served) -> None:
     assert 'moeless_worker_tokens_total{model_name="tiny",worker="worker-1"}' in text
 
 
+def test_a_client_that_leaves_frees_its_sequence(two_workers: Served) -> None:
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 450, "stream": True, "ignore_eos": True}
+    with httpx.stream("POST", f"{two_workers.url}/v1/completions", json=body, timeout=30) as response:
+        lines = response.iter_lines()
+        while not next(lines).startswith("data:"):
+            pass
+        assert _gauge(two_workers, "moeless_num_requests_running") == 1
+    wait_until(
+        lambda: _gauge(two_workers, "moeless_num_requests_running") == 0, timeout_s=10, what="the sequence is cancelled"
+    )
+    assert _gauge(two_workers, "moeless_kv_cache_usage_perc") == 0
+
+
+def _gauge(served: Served, name: str) -> float:
+    lines = httpx.get(f"{served.url}/metrics", timeout=30).text.splitlines()
+    (line,) = [line for line in lines if line.startswith(name + "{")]
+    return float(line.split()[-1])
+
+
 def test_a_killed_worker_under_load_fails_no_request_and_comes_back(
     two_workers: Served, reference: tuple[MixtralForCausalLM, AutoTokenizer]
 ) -> None:
