@@ -147,10 +147,19 @@ def _open_lines() -> Iterator[dict[str, list[Any]]]:
     """Worker processes, and a line to each over each transport."""
     import torch
 
+    from moeless.dispatch.channel import LineConfig
     from moeless.dispatch.shared_memory import SharedMemoryChannel
     from moeless.dispatch.tcp import TcpChannel
 
     token = secrets.token_hex(16)
+    config = LineConfig(
+        token=token,
+        engine="benchmark",
+        hidden_size=HIDDEN_SIZE,
+        top_k=TOP_K,
+        dtype=torch.float32,
+        max_rows=MAX_ROWS,
+    )
     context = mp.get_context("spawn")
     pipes: list[Connection] = []
     children = []
@@ -166,15 +175,7 @@ def _open_lines() -> Iterator[dict[str, list[Any]]]:
         for pipe in pipes:
             endpoint = pipe.recv()
             for transport in (SharedMemoryChannel, TcpChannel):
-                channel = transport(
-                    endpoint,
-                    token=token,
-                    engine="benchmark",
-                    hidden_size=HIDDEN_SIZE,
-                    top_k=TOP_K,
-                    dtype=torch.float32,
-                    max_rows=MAX_ROWS,
-                )
+                channel = transport(endpoint, config)
                 lines[channel.kind].append(channel)
         yield lines
     finally:

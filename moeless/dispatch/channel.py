@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import select
 import socket
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
@@ -43,6 +44,33 @@ class Channel(Protocol):
     def close(self) -> None:
         """Hang up and release memory. May be called from any thread, and twice."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LineConfig:
+    """What an engine opens a line with."""
+
+    token: str = field(repr=False)
+    """The run's token."""
+    engine: str
+    """Who calls, for the worker's log."""
+    hidden_size: int
+    top_k: int
+    """Most pairs of a row."""
+    dtype: torch.dtype
+    """Of the rows."""
+    max_rows: int
+    """Most rows of one call; the worker may allow fewer."""
+
+    @property
+    def max_pairs(self) -> int:
+        """Most pairs of one call."""
+        return self.max_rows * self.top_k
+
+    @property
+    def rows_bytes(self) -> int:
+        """Size of the rows of the largest call, which are as large as its answer."""
+        return self.max_rows * self.hidden_size * self.dtype.itemsize
 
 
 class WorkerEndpoint(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,7 +7,7 @@ import logging
 import torch
 
 from moeless.core.errors import HandshakeError, TransportError
-from moeless.dispatch.channel import Channel, WorkerEndpoint, host_id
+from moeless.dispatch.channel import Channel, LineConfig, WorkerEndpoint, host_id
 from moeless.dispatch.shared_memory import SharedMemoryChannel
 from moeless.dispatch.tcp import TcpChannel
 
@@ -35,24 +35,14 @@ def connect(
         device: where the engine's hidden states lie.
     Raises: HandshakeError if the worker refuses or does not know the token; TransportError if it cannot be reached.
     """
-    transports: list[type[SharedMemoryChannel] | type[TcpChannel]] = [TcpChannel]
+    config = LineConfig(
+        token=token, engine=engine, hidden_size=hidden_size, top_k=top_k, dtype=dtype, max_rows=max_rows
+    )
     if endpoint.host_id == host_id():
-        transports.insert(0, SharedMemoryChannel)
-    for transport in transports:
         try:
-            return transport(
-                endpoint,
-                token=token,
-                engine=engine,
-                hidden_size=hidden_size,
-                top_k=top_k,
-                dtype=dtype,
-                max_rows=max_rows,
-            )
+            return SharedMemoryChannel(endpoint, config)
         except HandshakeError:
             raise
-        except TransportError as error:
-            if transport is transports[-1]:
-                raise
-            logger.info("next transport worker=%s failed=%s reason=%s", endpoint.worker, transport.kind, error)
-    raise AssertionError("unreachable")
+        except TransportError as error:  # another container of this machine
+            logger.info("taking tcp instead of shm worker=%s reason=%s", endpoint.worker, error)
+    return TcpChannel(endpoint, config)

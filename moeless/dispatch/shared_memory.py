@@ -13,11 +13,12 @@ import os
 import select
 import socket
 import threading
+import time
 
 import torch
 
 from moeless.core.errors import HandshakeError, TransportError, WorkerTimeoutError
-from moeless.dispatch.channel import WorkerEndpoint, has_hung_up
+from moeless.dispatch.channel import LineConfig, WorkerEndpoint, has_hung_up
 from moeless.dispatch.handshake import Accept, Ask, TransportKind, ask_for, check_sizes, close_all, prove, send_message
 from moeless.dispatch.wire import (
     FailedCallError,
@@ -41,17 +42,7 @@ class SharedMemoryChannel:
 
     kind: TransportKind = "shm"
 
-    def __init__(
-        self,
-        endpoint: WorkerEndpoint,
-        *,
-        token: str,
-        engine: str,
-        hidden_size: int,
-        top_k: int,
-        dtype: torch.dtype,
-        max_rows: int,
-    ) -> None:
+    def __init__(self, endpoint: WorkerEndpoint, config: LineConfig) -> None:
         """Connect and map. Raises HandshakeError or TransportError."""
         self._worker = endpoint.worker
         self._sequence = 0
@@ -62,13 +53,15 @@ class SharedMemoryChannel:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._socket.connect("\0" + endpoint.unix_address)
+            num_call_bytes, num_answer_bytes = self._frame_bytes(config)
             accept, fds = ask_for(
                 self._socket,
-                token,
+                config.token,
                 kind=self.kind,
-                engine=engine,
-                call_bytes=call_bytes(max_rows, max_rows * top_k, hidden_size, dtype),
-                answer_bytes=max_answer_bytes(max_rows, hidden_size, dtype),
+                engine=config.engine,
+                call_bytes=num_call_bytes,
+                answer_bytes=num_answer_bytes,
+                detail=self._offer(config),
                 max_fds=_NUM_FDS,
             )
         except OSError as error:
@@ -77,13 +70,18 @@ class SharedMemoryChannel:
         except HandshakeError:
             self._socket.close()
             raise
-        self.max_rows = min(max_rows, accept.max_rows)
+        self.max_rows = min(config.max_rows, accept.max_rows)
         self._call_bell, self._answer_bell, call_fd, answer_fd = fds
         self._call = _map(call_fd)
         self._answer = _map(answer_fd)
         self._poll = select.poll()
         self._poll.register(self._answer_bell, select.POLLIN)
         self._poll.register(self._socket, select.POLLIN)
+        try:
+            self._take_offer(accept.detail)
+        except TransportError:
+            self.close()
+            raise
 
     @property
     def is_broken(self) -> bool:
@@ -103,6 +101,7 @@ class SharedMemoryChannel:
             os.eventfd_write(self._call_bell, 1)
 
     def collect(self, timeout_s: float) -> torch.Tensor:
+        deadline_s = time.monotonic() + timeout_s
         with self._lock:
             self._check_usable()
             ready = self._poll.poll(timeout_s * 1e3)
@@ -110,7 +109,7 @@ class SharedMemoryChannel:
                 if fd == self._answer_bell:
                     os.eventfd_read(fd)
                     try:
-                        return self._take()
+                        return self._take(deadline_s)
                     except FailedCallError:
                         raise
                     except TransportError:
@@ -121,11 +120,28 @@ class SharedMemoryChannel:
             raise TransportError(f"worker {self._worker} hung up")
         raise WorkerTimeoutError(f"worker {self._worker} did not answer within {timeout_s:g} s")
 
+    # What a transport overrides whose rows lie elsewhere than in the frames.
+
+    def _frame_bytes(self, config: LineConfig) -> tuple[int, int]:
+        """Sizes of the areas for calls and answers."""
+        calls = call_bytes(config.max_rows, config.max_pairs, config.hidden_size, config.dtype)
+        return calls, max_answer_bytes(config.max_rows, config.hidden_size, config.dtype)
+
+    def _offer(self, config: LineConfig) -> dict[str, str]:
+        """What the worker must know beyond the sizes."""
+        return {}
+
+    def _take_offer(self, detail: dict[str, str]) -> None:
+        """Use what the worker told. Raises TransportError if that is impossible."""
+
     def _put(self, call: LayerCall) -> None:
         write_call(self._call, call, self._sequence)
 
-    def _take(self) -> torch.Tensor:
+    def _take(self, deadline_s: float) -> torch.Tensor:
         return read_answer(self._answer, self._sequence, self._shape)
+
+    def _release(self) -> None:
+        """Give back what `_offer` and `_take_offer` took."""
 
     def _check_usable(self) -> None:
         if self._broken:
@@ -144,6 +160,7 @@ class SharedMemoryChannel:
             self._socket.close()
             close_all([self._call_bell, self._answer_bell])
             del self._call, self._answer  # unmaps them, unless an answer is still in use
+            self._release()
 
 
 class SharedMemoryPeer:
@@ -163,10 +180,12 @@ class SharedMemoryPeer:
             fds += [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(2)]
             for name, size in (("moeless-call", ask.call_bytes), ("moeless-answer", ask.answer_bytes)):
                 fds.append(_memfd(name, size))
-            accept = Accept(proof=prove(token, "server", ask.nonce), max_rows=max_rows)
+            detail = self._offer(ask)
+            accept = Accept(proof=prove(token, "server", ask.nonce), max_rows=max_rows, detail=detail)
             send_message(sock, accept, fds)
-        except OSError:
+        except (OSError, TransportError):
             close_all(fds)
+            self._release()
             raise
         self.bell, self._answer_bell, call_fd, answer_fd = fds
         self._call = _map(call_fd)
@@ -195,15 +214,23 @@ class SharedMemoryPeer:
         write_error(self._answer, sequence, status, message)
         os.eventfd_write(self._answer_bell, 1)
 
-    def _take(self) -> ReceivedCall:
+    def _offer(self, ask: Ask) -> dict[str, str]:
+        """What the engine must know beyond the descriptors. Raises TransportError if its wish cannot be granted."""
+        return {}
+
+    def _take(self) -> ReceivedCall | None:
         return read_call(self._call, max_rows=self._max_rows, num_experts=self._num_experts)
 
     def _put(self, sequence: int, partial_RH: torch.Tensor) -> None:
         write_answer(self._answer, sequence, partial_RH)
 
+    def _release(self) -> None:
+        """Give back what `_offer` took."""
+
     def close(self) -> None:
         self.socket.close()
         close_all([self.bell, self._answer_bell])
+        self._release()
 
 
 def _memfd(name: str, size: int) -> int:

@@ -12,7 +12,7 @@ import time
 import torch
 
 from moeless.core.errors import HandshakeError, TransportError, WorkerTimeoutError
-from moeless.dispatch.channel import WorkerEndpoint, has_hung_up
+from moeless.dispatch.channel import LineConfig, WorkerEndpoint, has_hung_up
 from moeless.dispatch.handshake import (
     HANDSHAKE_TIMEOUT_S,
     Accept,
@@ -50,17 +50,7 @@ class TcpChannel:
 
     kind: TransportKind = "tcp"
 
-    def __init__(
-        self,
-        endpoint: WorkerEndpoint,
-        *,
-        token: str,
-        engine: str,
-        hidden_size: int,
-        top_k: int,
-        dtype: torch.dtype,
-        max_rows: int,
-    ) -> None:
+    def __init__(self, endpoint: WorkerEndpoint, config: LineConfig) -> None:
         """Connect. Raises HandshakeError or TransportError."""
         self._worker = endpoint.worker
         self._sequence = 0
@@ -69,8 +59,7 @@ class TcpChannel:
         self._closed = False
         self._lock = threading.Lock()
         self._unsent = memoryview(b"")
-        num_call_bytes = call_bytes(max_rows, max_rows * top_k, hidden_size, dtype)
-        num_answer_bytes = max_answer_bytes(max_rows, hidden_size, dtype)
+        num_call_bytes, num_answer_bytes = self._frame_bytes(config)
         try:
             self._socket = socket.create_connection((endpoint.tcp_host, endpoint.tcp_port), timeout=HANDSHAKE_TIMEOUT_S)
         except OSError as error:
@@ -79,17 +68,20 @@ class TcpChannel:
             _tune(self._socket)
             accept, _ = ask_for(
                 self._socket,
-                token,
+                config.token,
                 kind=self.kind,
-                engine=engine,
+                engine=config.engine,
                 call_bytes=num_call_bytes,
                 answer_bytes=num_answer_bytes,
             )
-        except (OSError, HandshakeError):
+        except OSError as error:
+            self._socket.close()
+            raise TransportError(f"worker {endpoint.worker} cannot be reached: {error}") from error
+        except HandshakeError:
             self._socket.close()
             raise
         self._socket.setblocking(False)
-        self.max_rows = min(max_rows, accept.max_rows)
+        self.max_rows = min(config.max_rows, accept.max_rows)
         self._call = _lazy_frame(num_call_bytes)
         self._answer = _lazy_frame(num_answer_bytes)
         self._readable = select.poll()
@@ -132,6 +124,13 @@ class TcpChannel:
             except OSError as error:
                 self._broken = True
                 raise TransportError(f"worker {self._worker} hung up: {error}") from error
+
+    # What a transport overrides whose rows do not travel in the frames.
+
+    def _frame_bytes(self, config: LineConfig) -> tuple[int, int]:
+        """Sizes of the largest call and answer."""
+        calls = call_bytes(config.max_rows, config.max_pairs, config.hidden_size, config.dtype)
+        return calls, max_answer_bytes(config.max_rows, config.hidden_size, config.dtype)
 
     def _put(self, call: LayerCall) -> int:
         return write_call(self._call, call, self._sequence)

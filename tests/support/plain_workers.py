@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 
 from moeless.core.errors import FunctionUnavailableError
 from moeless.core.expert import FunctionId
-from moeless.dispatch.channel import WorkerEndpoint
+from moeless.dispatch.channel import LineConfig, WorkerEndpoint
 from moeless.dispatch.server import DataPlaneServer
 from moeless.dispatch.wire import LayerCall, ReceivedCall
 
@@ -77,6 +78,19 @@ def random_call(
         experts_n=experts_n,
         weights_n=rng.random(num_rows * TOP_K, dtype=np.float32),
     )
+
+
+def line_config(**changes: Any) -> LineConfig:
+    """What an engine opens a line to a plain worker with."""
+    settings = {
+        "token": TOKEN,
+        "engine": "engine-0",
+        "hidden_size": HIDDEN_SIZE,
+        "top_k": TOP_K,
+        "dtype": torch.float32,
+        "max_rows": MAX_ROWS,
+    }
+    return LineConfig(**settings | changes)
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,11 @@ from moeless.dispatch.tcp import TcpChannel
 from tests.support.plain_workers import (
     FAILING_LAYER,
     HANGING_LAYER,
-    HIDDEN_SIZE,
     MAX_ROWS,
-    TOKEN,
-    TOP_K,
     UNAVAILABLE_LAYER,
     PlainWorker,
     expected,
+    line_config,
     random_call,
     running_worker,
 )
@@ -45,15 +43,7 @@ def open_line(request: pytest.FixtureRequest) -> Iterator[Opener]:
     opened: list[Channel] = []
 
     def open_one(endpoint: WorkerEndpoint, **changes: Any) -> Channel:
-        settings = {
-            "token": TOKEN,
-            "engine": "engine-0",
-            "hidden_size": HIDDEN_SIZE,
-            "top_k": TOP_K,
-            "dtype": torch.float32,
-            "max_rows": MAX_ROWS,
-        }
-        opened.append(request.param(endpoint, **settings | changes))
+        opened.append(request.param(endpoint, line_config(**changes)))
         return opened[-1]
 
     yield open_one

@@ -20,13 +20,12 @@ from moeless.dispatch.shared_memory import SharedMemoryChannel
 from moeless.dispatch.tcp import TcpChannel
 from moeless.dispatch.wire import ReceivedCall
 from tests.support.plain_workers import (
-    HIDDEN_SIZE,
     MAX_ROWS,
     NUM_EXPERTS,
     TOKEN,
-    TOP_K,
     compute,
     expected,
+    line_config,
     random_call,
 )
 from tests.support.waiting import wait_until
@@ -48,15 +47,7 @@ def server() -> Iterator[DataPlaneServer]:
 
 
 def open_line(server: DataPlaneServer, transport: type[SharedMemoryChannel] | type[TcpChannel]) -> Channel:
-    return transport(
-        server.endpoint,
-        token=TOKEN,
-        engine="engine-0",
-        hidden_size=HIDDEN_SIZE,
-        top_k=TOP_K,
-        dtype=torch.float32,
-        max_rows=MAX_ROWS,
-    )
+    return transport(server.endpoint, line_config())
 
 
 def assert_serves(server: DataPlaneServer) -> None:

@@ -15,12 +15,10 @@ from moeless.core.errors import HandshakeError
 from moeless.dispatch.handshake import ask_for, close_all
 from moeless.dispatch.shared_memory import SharedMemoryChannel
 from tests.support.plain_workers import (
-    HIDDEN_SIZE,
-    MAX_ROWS,
     TOKEN,
-    TOP_K,
     PlainWorker,
     expected,
+    line_config,
     random_call,
     running_worker,
 )
@@ -33,15 +31,7 @@ def worker() -> Iterator[PlainWorker]:
 
 
 def open_line(worker: PlainWorker) -> SharedMemoryChannel:
-    return SharedMemoryChannel(
-        worker.endpoint,
-        token=TOKEN,
-        engine="engine-0",
-        hidden_size=HIDDEN_SIZE,
-        top_k=TOP_K,
-        dtype=torch.float32,
-        max_rows=MAX_ROWS,
-    )
+    return SharedMemoryChannel(worker.endpoint, line_config())
 
 
 def ask_for_areas(sock: socket.socket, worker: PlainWorker, *, num_bytes: int) -> list[int]:

@@ -18,9 +18,9 @@ from tests.support.plain_workers import (
     HIDDEN_SIZE,
     MAX_ROWS,
     TOKEN,
-    TOP_K,
     PlainWorker,
     expected,
+    line_config,
     random_call,
     running_worker,
 )
@@ -35,15 +35,7 @@ def worker() -> Iterator[PlainWorker]:
 
 
 def open_line(worker: PlainWorker, *, hidden_size: int = HIDDEN_SIZE, max_rows: int = MAX_ROWS) -> TcpChannel:
-    return TcpChannel(
-        worker.endpoint,
-        token=TOKEN,
-        engine="engine-0",
-        hidden_size=hidden_size,
-        top_k=TOP_K,
-        dtype=torch.float32,
-        max_rows=max_rows,
-    )
+    return TcpChannel(worker.endpoint, line_config(hidden_size=hidden_size, max_rows=max_rows))
 
 
 @contextmanager
