@@ -11,6 +11,7 @@ never waits for the device: for a layer whose instances are all on it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,11 @@ _GROUPED_MM_ALIGNMENT_BYTES = 16
 """torch's grouped_mm wants rows that begin at multiples of this."""
 _FEW_PAIRS = 4
 """Up to so many (row, expert) pairs, separate matrix-vector products beat the set-up of a grouped one."""
+
+_LARGE_EXPERT = 100_000
+"""Hidden times intermediate size from which an expert's product outweighs a few calls into torch."""
+_MAX_PAIRS_PER_EXPERT = 64
+"""From so many pairs for each expert on, bringing its weights into order costs little beside the product."""
 
 _Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 _EndsArray = npt.NDArray[np.int32]
@@ -47,6 +53,12 @@ class FeedForward:
         self._grouped = [
             min(layout.hidden_size, layout.intermediate_size) % (_GROUPED_MM_ALIGNMENT_BYTES // pool.dtype.itemsize)
             == 0
+            for layout in self._layouts
+        ]
+        self._by_expert_pays = [
+            pool.dtype == torch.bfloat16
+            and not layout.is_transposed
+            and layout.hidden_size * layout.intermediate_size >= _LARGE_EXPERT
             for layout in self._layouts
         ]
         self._slots_on_device: dict[int, tuple[bytes, torch.Tensor]] = {}
@@ -83,8 +95,11 @@ class FeedForward:
             return first.add_(self._sum_pairs(layer, x_RH, rows_n[middle:], experts_n[middle:], weights_n[middle:]))
         try:
             slots_n = self.pool.slots_LE[layer][experts_n]
-            if self.pool.device.type == "cpu" and (len(x_RH) == 1 or len(rows_n) <= _FEW_PAIRS):
+            on_cpu = self.pool.device.type == "cpu"
+            if on_cpu and (len(x_RH) == 1 or len(rows_n) <= _FEW_PAIRS):
                 out_RH = self._one_by_one(layer, arena, x_RH, rows_n, slots_n, weights_n)
+            elif on_cpu and self._by_expert_pays[layer] and len(rows_n) <= _MAX_PAIRS_PER_EXPERT * len(hit):
+                out_RH = self._by_expert(layer, arena, x_RH, rows_n, slots_n, weights_n)
             else:
                 out_RH = self._by_group(layer, arena, x_RH, rows_n, slots_n, weights_n)
         finally:
@@ -120,6 +135,39 @@ class FeedForward:
                 down_H += arena.down_bias_SH[slot]
             out_rows[row].add_(down_H, alpha=weight)
         return out_RH
+
+    def _by_expert(
+        self,
+        layer: int,
+        arena: LayerArena,
+        x_RH: torch.Tensor,
+        rows_n: IntArray,
+        slots_n: IntArray,
+        weights_n: torch.Tensor,
+    ) -> torch.Tensor:
+        """Each expert's weights times its rows as columns.
+
+        A matrix product in bfloat16 first brings its right-hand side into the order that the processor multiplies in.
+        With the weights on the left that is the few rows, not the whole expert at every call.
+        """
+        gate = self._gates[layer]
+        rows = torch.from_numpy(rows_n)
+        x_nH = x_RH.index_select(0, rows)
+        y_nH = torch.empty(len(rows_n), x_RH.shape[1], dtype=torch.float32)
+        bounds = [0, *(np.flatnonzero(np.diff(slots_n)) + 1).tolist(), len(rows_n)]
+        for start, end in pairwise(bounds):
+            slot = int(slots_n[start])
+            x_mH = x_nH[start:end]
+            multiply = _times_vector if end - start == 1 else _times_columns
+            up_mI = multiply(arena.up_SHI[slot].t(), x_mH)
+            if arena.up_bias_SI is not None:
+                up_mI += arena.up_bias_SI[slot]
+            y_mH = multiply(arena.down_SIH[slot].t(), gate(up_mI))
+            if arena.down_bias_SH is not None:
+                y_mH += arena.down_bias_SH[slot]
+            y_nH[start:end] = y_mH
+        out_RH = torch.zeros(x_RH.shape, dtype=torch.float32)
+        return out_RH.index_add_(0, rows, y_nH.mul_(weights_n.unsqueeze(-1)))
 
     def _by_group(
         self,
@@ -209,3 +257,11 @@ class FeedForward:
             cached = (key, torch.from_numpy(slots_E.copy()).to(self.pool.device))
             self._slots_on_device[layer] = cached
         return cached[1]
+
+
+def _times_vector(weight_AB: torch.Tensor, x_1B: torch.Tensor) -> torch.Tensor:
+    return torch.mv(weight_AB, x_1B[0]).unsqueeze(0)
+
+
+def _times_columns(weight_AB: torch.Tensor, x_mB: torch.Tensor) -> torch.Tensor:
+    return torch.mm(weight_AB, x_mB.t()).t()

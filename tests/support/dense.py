@@ -1,4 +1,4 @@
-"""The plainest form of a MoE layer: token by token, expert by expert, in float64, each family's formula written out."""
+"""The plainest form of a MoE layer: expert by expert in float64, each family's formula written out."""
 
 from __future__ import annotations
 
@@ -32,31 +32,32 @@ def dense_layer(
     out_TH = torch.zeros(hidden_TH.shape, dtype=torch.float64)
     for expert in experts_Tk.unique().tolist():
         weights = packed.load_function(FunctionId(layer, expert), dtype=dtype)
-        for token, choice in (experts_Tk == expert).nonzero().tolist():
-            out_TH[token] += weights_Tk[token, choice].double() * _expert(found, weights, hidden_TH[token].double())
+        tokens, choices = torch.where(experts_Tk == expert)
+        y_nH = _expert(found, weights, hidden_TH[tokens].double())
+        out_TH.index_add_(0, tokens, y_nH * weights_Tk[tokens, choices, None].double())
     return out_TH
 
 
-def _expert(found: ExpertLayout, weights: FunctionWeights, x_H: torch.Tensor) -> torch.Tensor:
+def _expert(found: ExpertLayout, weights: FunctionWeights, x_nH: torch.Tensor) -> torch.Tensor:
     up, down = weights.up.double(), weights.down.double()
-    if found.is_transposed:
+    if not found.is_transposed:
         up, down = up.T, down.T
-    up_I = up @ x_H
+    up_nI = x_nH @ up
     if weights.up_bias is not None:
-        up_I = up_I + weights.up_bias.double()
-    out_H = down @ _between(found, up_I)
-    return out_H if weights.down_bias is None else out_H + weights.down_bias.double()
+        up_nI = up_nI + weights.up_bias.double()
+    out_nH = _between(found, up_nI) @ down
+    return out_nH if weights.down_bias is None else out_nH + weights.down_bias.double()
 
 
-def _between(found: ExpertLayout, up_I: torch.Tensor) -> torch.Tensor:
+def _between(found: ExpertLayout, up_nI: torch.Tensor) -> torch.Tensor:
     if found.gate.endswith(":GptOssExperts"):
         limit, alpha = dict(found.gate_attributes)["limit"], dict(found.gate_attributes)["alpha"]
-        gate, linear = up_I[0::2].clamp(max=limit), up_I[1::2].clamp(min=-limit, max=limit)
+        gate, linear = up_nI[:, 0::2].clamp(max=limit), up_nI[:, 1::2].clamp(min=-limit, max=limit)
         return (linear + 1) * gate * torch.sigmoid(gate * alpha)
     assert found.gate == "default"
     assert found.is_concatenated
     act = _ACTIVATIONS[found.activation]
     if not found.has_gate:
-        return act(up_I)
-    gate, linear = up_I.chunk(2)
+        return act(up_nI)
+    gate, linear = up_nI.chunk(2, dim=-1)
     return act(gate) * linear

@@ -42,6 +42,11 @@ LAYOUTS: dict[str, ExpertLayout] = {
     "ungated-biased": layout(has_gate=False, activation="gelu", has_bias=True),
     "ungated-transposed": layout(has_gate=False, activation="silu", is_transposed=True),
     "interleaved-clamped": layout(**GPT_OSS),
+    "large": layout(hidden_size=256, intermediate_size=400),
+    "large-biased-ungated": layout(
+        hidden_size=256, intermediate_size=400, has_bias=True, has_gate=False, activation="relu"
+    ),
+    "large-transposed": layout(hidden_size=256, intermediate_size=400, is_transposed=True),
     "odd-sizes": layout(hidden_size=30, intermediate_size=7),
     "odd-sizes-transposed-biased": layout(hidden_size=30, intermediate_size=9, is_transposed=True, has_bias=True),
 }
@@ -78,7 +83,7 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype
     assert float((found.double() - expected).abs().max()) <= TOLERANCES[dtype] * float(expected.abs().max())
 
 
-@pytest.mark.parametrize("num_tokens", [1, 2, 7, 150])
+@pytest.mark.parametrize("num_tokens", [1, 2, 7, 150, 400])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_computes_what_its_formula_says(name: str, num_tokens: int, feed_forward: FeedForward) -> None:
     layer, dtype, packed = LAYER_OF[name], feed_forward.pool.dtype, feed_forward.pool.packed
