@@ -7,6 +7,7 @@ number are the same. On a GPU the arena has as many slots as its budget buys.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 
@@ -15,8 +16,7 @@ import torch
 from moeless.core.expert import ExpertLayout
 from moeless.packages.weights import FunctionWeights
 
-_HUGE_PAGE_FROM_BYTES = 4 << 20
-"""Slots at least this large use huge pages; for smaller ones a page of 2 MiB would drag neighbours into memory."""
+_HUGE_PAGE_BYTES = 2 << 20
 
 
 class LayerArena:
@@ -52,6 +52,7 @@ class LayerArena:
             if tensor is None or tensor.shape != block.tensor.shape[1:]:
                 got = None if tensor is None else tuple(tensor.shape)
                 raise ValueError(f"{name} must have shape {tuple(block.tensor.shape[1:])}, got {got}")
+            block.use_huge_pages(slot)
             block.tensor[slot].copy_(tensor, non_blocking=True)
 
     def release(self, slot: int) -> None:
@@ -71,18 +72,27 @@ class _Block:
         if lazy:
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
             self._mapping = mmap.mmap(-1, max(1, num_slots * self._slot_bytes), flags=flags)
-            if self._slot_bytes >= _HUGE_PAGE_FROM_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
-                self._mapping.madvise(mmap.MADV_HUGEPAGE)
             flat = torch.frombuffer(self._mapping, dtype=dtype, count=num_slots * math.prod(shape))
             self.tensor = flat.view(num_slots, *shape)
         else:
             self.tensor = torch.empty((num_slots, *shape), dtype=dtype, device=device)
 
+    def use_huge_pages(self, slot: int) -> None:
+        """For what lies wholly inside the slot: a huge page across its border would take the neighbour's memory."""
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a kernel without them
+                self._advise(slot, mmap.MADV_HUGEPAGE, _HUGE_PAGE_BYTES)
+
     def release(self, slot: int) -> None:
+        """Give the slot's pages back; those that it shares with a neighbour stay."""
+        self._advise(slot, mmap.MADV_DONTNEED, mmap.PAGESIZE)
+
+    def _advise(self, slot: int, advice: int, grain: int) -> None:
+        """Tell the system about the whole pages of size `grain` inside the slot."""
         if self._mapping is None:
             return
-        page = mmap.PAGESIZE
-        start = -(-slot * self._slot_bytes // page) * page
-        end = (slot + 1) * self._slot_bytes // page * page
+        address = self.tensor.data_ptr()
+        start = -(-(address + slot * self._slot_bytes) // grain) * grain - address
+        end = (address + (slot + 1) * self._slot_bytes) // grain * grain - address
         if end > start:
-            self._mapping.madvise(mmap.MADV_DONTNEED, start, end - start)
+            self._mapping.madvise(advice, start, end - start)

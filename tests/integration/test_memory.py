@@ -24,7 +24,7 @@ from tests.support import backbone_process
 from tests.support.workers import WorkerProcess
 
 MIB = 1 << 20
-MARGIN = 40 * MIB
+MARGIN = 24 * MIB
 """What a process may hold beyond weights: activations, caches of the allocator, lines to workers."""
 WORKERS = ("w0", "w1")
 

@@ -1,0 +1,1 @@
+"""Measurements: what docs/benchmarks.md reports, with the commands that print it."""
