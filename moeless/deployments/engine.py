@@ -19,7 +19,6 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
-from ray.serve.schema import DeploymentStatusOverview
 from transformers import AutoTokenizer
 
 from moeless.core.errors import EngineStoppedError, MoelessError, TransportError, WorkerTimeoutError
@@ -217,7 +216,10 @@ class EngineDeployment:
         )
 
     async def functions(self) -> bytes:
-        return msgspec.msgpack.encode(self._function_statuses(await self._worker_reports()))
+        replicas: Mapping[str, int] = {}
+        if self._settings.isolation == "function":
+            replicas = await asyncio.to_thread(_running_replicas, self._settings.app_name)
+        return msgspec.msgpack.encode(self._function_statuses(await self._worker_reports(), replicas))
 
     def check_health(self) -> None:
         """Asked by Serve; an engine whose generation thread died is replaced."""
@@ -286,7 +288,10 @@ class EngineDeployment:
             )
         return statuses
 
-    def _function_statuses(self, reports: Mapping[str, WorkerReport]) -> list[FunctionStatus]:
+    def _function_statuses(
+        self, reports: Mapping[str, WorkerReport], replicas: Mapping[str, int]
+    ) -> list[FunctionStatus]:
+        """`replicas`: of functions that are deployments of their own, as Serve counts them."""
         tokens: Counter[str] = Counter()
         for layer, tokens_E in enumerate(self._dispatcher.metrics.remote_tokens_LE):
             local_E = self._pool.tokens_served(layer)
@@ -301,11 +306,12 @@ class EngineDeployment:
             for function_name, remote_state in report.states.items():
                 states.setdefault(function_name, []).append((name, remote_state))
                 num_bytes[function_name] += report.instance_bytes[function_name]
-        if self._settings.isolation == "function":
-            self._add_serve_states(states, num_bytes)
+        growth = self._pool.dtype.itemsize / dtype_of_name(self._manifest.dtype).itemsize
         rows = []
         for entry in self._manifest.functions:
-            found = states.get(entry.name, [])
+            own = replicas.get(entry.name, 0)
+            found = [*states.get(entry.name, []), *[(entry.name, "warm")] * own]
+            num_bytes[entry.name] += int(own * entry.bytes * growth)
             kinds = {state for _, state in found}
             shown = next((s for s in ("warm", "draining", "loading") if s in kinds), "cold")
             rows.append(
@@ -321,17 +327,6 @@ class EngineDeployment:
                 )
             )
         return rows
-
-    def _add_serve_states(self, states: dict[str, list[tuple[str, str]]], num_bytes: Counter[str]) -> None:
-        """`isolation: function`: Serve knows how many replicas each function has."""
-        deployments = serve.status().applications[self._settings.app_name].deployments
-        itemsize = dtype_of_name(self._settings.dtype or self._manifest.dtype).itemsize
-        stored_itemsize = dtype_of_name(self._manifest.dtype).itemsize
-        for entry in self._manifest.functions:
-            deployment = deployments.get(entry.name)
-            replicas = 0 if deployment is None else _num_running_replicas(deployment)
-            states.setdefault(entry.name, []).extend([(entry.name, "warm")] * replicas)
-            num_bytes[entry.name] += replicas * entry.bytes * itemsize // stored_itemsize
 
     def __del__(self) -> None:
         engine = getattr(self, "_engine", None)
@@ -359,8 +354,13 @@ class _ServeCall:
             raise TransportError(f"call failed: {type(error).__name__}: {error}") from error
 
 
-def _num_running_replicas(deployment: DeploymentStatusOverview) -> int:
-    return sum(count for state, count in deployment.replica_states.items() if state.value == "RUNNING")
+def _running_replicas(app_name: str) -> dict[str, int]:
+    """Deployment → running replicas. Asks Serve's controller and waits."""
+    deployments = serve.status().applications[app_name].deployments
+    return {
+        name: sum(count for state, count in deployment.replica_states.items() if state == "RUNNING")
+        for name, deployment in deployments.items()
+    }
 
 
 def _call_function(handle: DeploymentHandle[Any], frame: bytes) -> _ServeCall:
