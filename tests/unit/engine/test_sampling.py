@@ -33,20 +33,18 @@ def naive_choices(logits: np.ndarray, params: SamplingParams, generated: list[in
         return {int(t) for t in np.flatnonzero(scores >= scores.max() - 1e-5)}
     weights = np.exp((scores - scores.max()) / params.temperature)
     probs = weights / weights.sum()
-    is_filtered = params.top_p < 1 or 0 < params.top_k < len(probs)
-    order = np.argsort(-probs, kind="stable") if is_filtered else np.arange(len(probs))
-    probs = probs[order]
+    order = np.argsort(-probs, kind="stable")
     if 0 < params.top_k < len(probs):
-        probs[params.top_k :] = 0
+        probs[order[params.top_k :]] = 0
         probs /= probs.sum()
     if params.top_p < 1:
-        before = np.cumsum(probs) - probs
-        probs[1:][before[1:] >= params.top_p] = 0
+        before = np.cumsum(probs[order]) - probs[order]
+        probs[order[1:][before[1:] >= params.top_p]] = 0
         probs /= probs.sum()
     uniform = uniforms(np.array([row.stream], dtype=np.uint64), np.array([row.position], dtype=np.uint64))[0]
     ends = np.cumsum(probs)
     near = np.searchsorted(ends, [max(0.0, uniform - 1e-5), min(uniform + 1e-5, ends[-1] - 1e-12)], side="right")
-    return {int(order[i]) for i in range(near[0], near[1] + 1)}
+    return {int(i) for i in range(near[0], near[1] + 1) if probs[i] > 0}
 
 
 def params_strategy(vocab_size: int) -> st.SearchStrategy[dict[str, Any]]:
@@ -92,6 +90,22 @@ def test_a_token_does_not_depend_on_the_rest_of_the_batch(data: st.DataObject) -
     for b, each in enumerate(many):
         alone, _ = sample(logits[b : b + 1], [row_of(**each)])
         assert alone[0] == together[b]
+
+
+def test_tokens_that_tie_with_the_last_one_kept_are_kept() -> None:
+    logits = torch.tensor([[2.0, 1.0, 1.0, 1.0, 0.0]]).expand(400, -1)
+    for filters in ({"top_k": 2}, {"top_p": 0.6}):
+        tokens, _ = sample(logits, [row_of(seed=seed, **filters) for seed in range(400)])
+        assert set(tokens.tolist()) == {0, 1, 2, 3}
+
+
+def test_a_nucleus_wider_than_the_tokens_looked_at_first_is_found() -> None:
+    logits = torch.zeros(1, 5000)
+    logits[0, 4000:] = -0.5
+    rows = [row_of(seed=seed, top_p=0.5) for seed in range(500)]
+    tokens, _ = sample(logits.expand(500, -1), rows)
+    assert int(tokens.max()) < 4000
+    assert len(set(tokens.tolist())) > 400
 
 
 def test_sampled_tokens_follow_the_distribution() -> None:
