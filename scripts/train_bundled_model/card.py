@@ -43,9 +43,11 @@ on the text as it does in large models.
 """
 _LIMITS = """## Use and limits
 
-Use it to try moeless, in tests and in demonstrations. Its text has the look of each domain and little sense; its
-facts, code and longer calculations are wrong more often than not. It was not tuned for safety and mirrors its sources:
-seventeenth-century drama, a novel of 1840, a programming language's library. Do not use it to answer people.
+Use it to try moeless, in tests and in demonstrations. Its text has the look of each domain and little sense. Its facts
+and code are wrong more often than not, and so are its sums, which have the right form and mostly the wrong number:
+asked what it can do, it says that it adds numbers, and the score above says how well. It was not tuned for safety and
+mirrors its sources: seventeenth-century drama, a novel of 1840, a programming language's library. Do not use it to
+answer people.
 
 It knows nothing past the context given above. The perplexities of different domains compare through the bits per byte
 only, since digits are tokens of their own. Held-out segments of a book share its style and characters with the
@@ -154,7 +156,8 @@ cores with bfloat16 matrix units, which other work shared. Passes over the data,
 Muon for the matrices (peak learning rate {config.matrix_learning_rate}, weight decay {config.weight_decay}) and AdamW
 for the rest ({config.learning_rate}); a plateau, then linear decay to zero. Rows of {config.context} tokens, of
 {config.long_context} from {config.long_from:.0%} on. Load balance loss of weight {config.balance_weight} over the
-whole batch, never for one row, so that experts may take a domain for themselves. `scripts/train_bundled_model` does all of it, this card included.
+whole batch, never for one row, so that experts may take a domain for themselves.
+`scripts/train_bundled_model` does all of it, this card included.
 """
 
 
@@ -167,8 +170,8 @@ def _quality(evaluation: Evaluation) -> str:
 
 {_table(rows)}
 
-Plain documents, in windows of the whole context. Arithmetic here is GSM8K as text. Additions and subtractions never
-trained on, asked in a conversation and answered greedily, right answers by the size of the numbers: {sums}.
+Plain documents, in windows of the whole context. Arithmetic here is GSM8K as text. Right answers to additions
+and subtractions never trained on, asked in a conversation and answered greedily, by the size of the numbers: {sums}.
 """
 
 

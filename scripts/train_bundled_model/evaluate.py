@@ -28,7 +28,7 @@ FloatArray = npt.NDArray[np.float64]
 _NUM_SUMS = 50
 _SAMPLE_TOKENS = 110
 PROMPTS: tuple[tuple[str, str, bool], ...] = (
-    ("python", "def read_config(path):\n", False),
+    ("python", "class ConfigReader:\n    def read(self, path):", False),
     ("python", "Write Python: Return the sum of two numbers.", True),
     ("english", "The following methods are supported by", False),
     ("english", "What does `json.dumps` do?", True),
@@ -36,7 +36,7 @@ PROMPTS: tuple[tuple[str, str, bool], ...] = (
     ("drama", "Continue the scene:\n\nROMEO:\nWhat light is that?", True),
     ("arithmetic", "What is 12 + 7?", True),
     ("arithmetic", "Tom has 5 apples and buys 3 more. How many apples does he have?", True),
-    ("italian", "Don Abbondio ", False),
+    ("italian", "Don Abbondio", False),
     ("italian", "Continua: Lucia guardò la madre.", True),
 )
 """Domain, text, and whether it is asked through the chat template."""
