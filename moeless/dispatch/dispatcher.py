@@ -252,11 +252,11 @@ class Dispatcher:
         others, left = regroup_elsewhere(compiled, group, routing.experts_Tk, dead=routing.dead)
         failed: list[WorkerGroup] = [] if left is None else [left]
         for other in others:
-            self.metrics.retries += 1
             name = compiled.workers[other.worker]
             if name == LOCAL_WORKER:
                 failed.append(other)
                 continue
+            self.metrics.retries += 1
             for part in _split_rows(other, self._channels.get(name)):
                 channel = self._submit(name, routing, part)
                 if channel is None:

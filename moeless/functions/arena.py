@@ -19,6 +19,22 @@ from moeless.packages.weights import FunctionWeights
 _HUGE_PAGE_BYTES = 2 << 20
 
 
+def slot_bytes(layout: ExpertLayout, dtype: torch.dtype) -> int:
+    """Bytes that an instance of this layout holds in `dtype`."""
+    return sum(math.prod(shape) for shape in _slot_shapes(layout).values()) * dtype.itemsize
+
+
+def _slot_shapes(layout: ExpertLayout) -> dict[str, tuple[int, ...]]:
+    hidden, inner = layout.hidden_size, layout.intermediate_size
+    up_out = 2 * inner if layout.has_gate else inner
+    shapes: dict[str, tuple[int, ...]] = {"up": (up_out, hidden), "down": (hidden, inner)}
+    if layout.is_transposed:
+        shapes = {"up": (hidden, up_out), "down": (inner, hidden)}
+    if layout.has_bias:
+        shapes |= {"up_bias": (up_out,), "down_bias": (hidden,)}
+    return shapes
+
+
 class LayerArena:
     """Stacked weights of one layer: up (S, ...), down (S, ...) and biases, S slots.
 
@@ -26,18 +42,11 @@ class LayerArena:
     """
 
     def __init__(self, layout: ExpertLayout, *, num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
-        hidden, inner = layout.hidden_size, layout.intermediate_size
-        up_out = 2 * inner if layout.has_gate else inner
-        up_shape, down_shape = (up_out, hidden), (hidden, inner)
-        if layout.is_transposed:
-            up_shape, down_shape = (hidden, up_out), (inner, hidden)
-        shapes: dict[str, tuple[int, ...]] = {"up": up_shape, "down": down_shape}
-        if layout.has_bias:
-            shapes |= {"up_bias": (up_out,), "down_bias": (hidden,)}
         self.num_slots = num_slots
-        self.slot_bytes = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
+        self.slot_bytes = slot_bytes(layout, dtype)
         self._blocks = {
-            name: _Block(num_slots, shape, dtype, device, lazy=device.type == "cpu") for name, shape in shapes.items()
+            name: _Block(num_slots, shape, dtype, device, lazy=device.type == "cpu")
+            for name, shape in _slot_shapes(layout).items()
         }
         up_S, down_S = self._blocks["up"].tensor, self._blocks["down"].tensor
         self.up_SHI = up_S if layout.is_transposed else up_S.transpose(1, 2)

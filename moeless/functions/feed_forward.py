@@ -61,6 +61,7 @@ class FeedForward:
             and layout.hidden_size * layout.intermediate_size >= _LARGE_EXPERT
             for layout in self._layouts
         ]
+        self._every_expert = [np.arange(num) for num in pool.num_experts]
         self._slots_on_device: dict[int, tuple[bytes, torch.Tensor]] = {}
 
     def partial_sums(
@@ -230,14 +231,27 @@ class FeedForward:
     def forward_resident(
         self, layer: int, hidden_TH: torch.Tensor, top_k_index_Tk: torch.Tensor, top_k_weights_Tk: torch.Tensor
     ) -> torch.Tensor:
-        """The whole layer on the pool's device, without waiting for the device: every expert must be warm there.
+        """The whole layer on the pool's device, without waiting for the device; for a layer that is warm as a whole.
 
-        Pairs whose expert has no slot contribute nothing; the caller has made sure that there are none.
         Tokens served are counted on the device and fetched by `InstancePool.tokens_served`.
         """
-        arena = self.pool.arena(layer)
+        # Held until the work is queued: a slot that is loaded anew is written behind it, on the same stream.
+        arena = self.pool.acquire(layer, self._every_expert[layer], is_call=False)
+        try:
+            self.pool.count_on_device(layer, top_k_index_Tk)
+            return self._queue_resident(layer, arena, hidden_TH, top_k_index_Tk, top_k_weights_Tk)
+        finally:
+            self.pool.release(layer, self._every_expert[layer])
+
+    def _queue_resident(
+        self,
+        layer: int,
+        arena: LayerArena,
+        hidden_TH: torch.Tensor,
+        top_k_index_Tk: torch.Tensor,
+        top_k_weights_Tk: torch.Tensor,
+    ) -> torch.Tensor:
         num_tokens, top_k = top_k_index_Tk.shape
-        self.pool.count_on_device(layer, top_k_index_Tk)
         slots_n = self._device_slots(layer)[top_k_index_Tk.reshape(-1)]
         slots_n, order_n = torch.sort(slots_n, stable=True)
         every_slot_S = torch.arange(arena.num_slots, device=slots_n.device)

@@ -19,7 +19,7 @@ import torch
 
 from moeless.core.errors import FunctionUnavailableError, MoelessError
 from moeless.core.expert import FunctionId
-from moeless.functions.arena import LayerArena
+from moeless.functions.arena import LayerArena, slot_bytes
 from moeless.packages.packed_model import PackedModel
 
 IntArray = npt.NDArray[np.int64]
@@ -157,8 +157,11 @@ class InstancePool:
         layout = self.packed.layout(layer)
         num_slots = self.num_experts[layer]
         if self.device.type != "cpu" and self._capacity_bytes is not None:
-            total = sum(self.packed.function_bytes(f) for f in self.packed.functions)
-            num_slots = max(1, min(num_slots, num_slots * self._capacity_bytes // total))
+            layouts = (self.packed.layout(each) for each in range(self.num_layers))
+            whole_model = sum(
+                num * slot_bytes(each, self.dtype) for num, each in zip(self.num_experts, layouts, strict=True)
+            )
+            num_slots = max(1, min(num_slots, num_slots * self._capacity_bytes // whole_model))
         arena = LayerArena(layout, num_slots=num_slots, dtype=self.dtype, device=self.device)
         self._arenas[layer] = arena
         self._free_slots[layer] = list(range(num_slots))[::-1]
@@ -240,21 +243,23 @@ class InstancePool:
 
     # ---- serving --------------------------------------------------------------------------------------------
 
-    def acquire(self, layer: int, experts: IntArray) -> LayerArena:
+    def acquire(self, layer: int, experts: IntArray, *, is_call: bool = True) -> LayerArena:
         """Hold the instances of `experts` (distinct expert numbers), starting those that are cold.
 
-        Each acquire needs a release. Raises: what `start` raises; nothing is held then.
+        Each acquire needs a release. `is_call` tells whether each of them is really called, and counted.
+
+        Raises: what `start` raises; nothing is held then.
         """
         in_flight_E, warm_E = self._in_flight_LE[layer], self._warm_LE[layer]
         with self._changed:
             warm = warm_E[experts]
             if warm.all():
                 in_flight_E[experts] += 1
-                self._warm_starts += len(experts)
+                self._warm_starts += len(experts) * is_call
                 return self._arenas[layer]
             held = experts[warm]
             in_flight_E[held] += 1
-            self._warm_starts += len(held)
+            self._warm_starts += len(held) * is_call
         try:
             for expert in experts[~warm].tolist():
                 self._start_and_hold(FunctionId(layer, expert))

@@ -312,6 +312,18 @@ def test_a_killed_worker_is_replaced_by_our_own_copies_where_no_other_has_them(
     assert dispatcher.metrics.fallbacks == 2
 
 
+def test_a_replica_in_our_own_process_takes_over_too(
+    packed: PackedModel, workers: dict[str, WorkerProcess], make_dispatcher: Callable[..., Dispatcher]
+) -> None:
+    dispatcher = make_dispatcher(replicated(InstanceShare("a", 0.5), InstanceShare(LOCAL_WORKER, 0.5)), workers)
+    workers["a"].kill()
+    call = routing(12)
+
+    assert_right(packed, dispatcher.forward(0, *call), call)
+    assert (dispatcher.metrics.retries, dispatcher.metrics.fallbacks) == (0, 1)
+    assert dispatcher.metrics.tokens_per_worker == {LOCAL_WORKER: 12 * TOP_K}
+
+
 @pytest.mark.parametrize("transports", [("shm", "shm"), ("tcp", "tcp")], ids="-".join)
 @pytest.mark.parametrize(
     ("table", "counted"), [(ON_BOTH, (1, 0)), (evenly("a", "b"), (0, 1))], ids=["second instance", "own copy"]
