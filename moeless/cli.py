@@ -90,6 +90,7 @@ def serve(
     with _PackingProgress() as (progress, on_progress):
         packed = resolve_model(model, on_progress=on_progress)
         progress.stop()
+    on_device = _device(device)
     settings = ServeSettings(
         packed_path=str(packed.path),
         model_id=served_model_name or packed.manifest.model_id,
@@ -97,7 +98,7 @@ def serve(
         num_workers=0 if isolation == "function" else workers,
         isolation=isolation,  # type: ignore[arg-type]  # checked by ServeSettings
         dtype=dtype,
-        device=_device(device),
+        device=on_device,
         host=host,
         port=port,
         api_keys=tuple(api_key or ()),
@@ -107,6 +108,7 @@ def serve(
         kv_cache_bytes=_bytes("kv-cache-gb", kv_cache_gb),
         worker_memory_bytes=_bytes("worker-memory-gb", worker_memory_gb),
         num_threads=threads,
+        bind_cores=ray_address is None and on_device == "cpu",
         call_timeout_s=call_timeout,
         function_max_replicas=function_max_replicas,
         function_idle_s=function_idle,

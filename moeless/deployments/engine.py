@@ -33,6 +33,7 @@ from moeless.core.generation import (
 )
 from moeless.core.routing_table import LOCAL_WORKER
 from moeless.core.token_channel import TokenSender
+from moeless.deployments.environment import bind_to
 from moeless.deployments.links import WorkerLinks
 from moeless.deployments.messages import Pulse, SubmitReply
 from moeless.deployments.plan import initial_table
@@ -70,6 +71,7 @@ class EngineDeployment:
     """
 
     def __init__(self, settings: ServeSettings, workers: dict[str, DeploymentHandle[Any]]) -> None:
+        bind_to(settings.engine_cores)
         torch.set_num_threads(1)  # the generation thread alone computes, with its own number
         self._settings = settings
         self._workers = workers

@@ -22,3 +22,10 @@ def node_address() -> str:
     import ray.util
 
     return str(ray.util.get_node_ip_address())
+
+
+def bind_to(cores: frozenset[int] | None) -> None:
+    """Bind this process, threads it has already started included, to `cores`; None leaves it as it is."""
+    if cores is not None:
+        for thread in os.listdir("/proc/self/task"):
+            os.sched_setaffinity(int(thread), cores)

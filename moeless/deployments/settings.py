@@ -41,6 +41,8 @@ class ServeSettings:
     """Most bytes of instances on one worker (or in the engine's process when there is none). None: no limit."""
     num_threads: int | None = None
     """torch threads of the engine and of each worker; None shares the machine's cores out."""
+    bind_cores: bool = False
+    """Give the engine and each worker cores of their own: for workers that all run on this machine's CPU."""
     call_timeout_s: float = 5.0
     keep_alive_s: float = 30.0
     """How long the engine keeps a function that it loaded because no worker could compute it."""
@@ -72,20 +74,40 @@ class ServeSettings:
 
     @property
     def engine_threads(self) -> int:
-        """Cores for the engine's compute thread.
+        """torch threads of the engine's compute thread.
 
-        With remote experts, engine and workers compute in turns, and a spinning OpenMP pool would take the
-        workers' cores from them: one thread.
+        Without cores of its own beside remote experts it takes one: engine and workers compute in turns, and a
+        spinning OpenMP pool would take the workers' cores from them. With its experts in process it leaves one
+        core to the gateway.
         """
         if self.num_threads is not None:
             return self.num_threads
-        return 1 if self.num_workers or self.isolation == "function" else max(1, _cores() - 1)
+        if self.num_workers == 0 and self.isolation == "shared":
+            return max(1, len(_cores()) - 1)
+        return max(1, len(self.engine_cores or ()))
 
     @property
     def worker_threads(self) -> int:
-        """Cores for one worker."""
-        return self.num_threads or max(1, _cores() // max(1, self.num_workers))
+        """torch threads of one worker."""
+        return self.num_threads or max(1, len(_cores()) // max(1, self.num_workers + 1))
+
+    @property
+    def engine_cores(self) -> frozenset[int] | None:
+        """The cores that the engine is bound to; None leaves it all of them."""
+        return self._share(0)
+
+    def worker_cores(self, name: str) -> frozenset[int] | None:
+        """The cores that the worker `name` is bound to; None where there are not enough to give each its own."""
+        return self._share(self.worker_names.index(name) + 1)
+
+    def _share(self, index: int) -> frozenset[int] | None:
+        """Equal parts of this machine's cores for the engine (0) and each worker."""
+        cores = _cores()
+        size = len(cores) // (self.num_workers + 1)
+        if not self.bind_cores or self.num_workers == 0 or size == 0:
+            return None
+        return frozenset(cores[index * size : (index + 1) * size])
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
+def _cores() -> list[int]:
+    return sorted(os.sched_getaffinity(0))

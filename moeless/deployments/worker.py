@@ -16,7 +16,7 @@ import torch
 
 from moeless.core.errors import MoelessError
 from moeless.core.expert import FunctionId
-from moeless.deployments.environment import node_address
+from moeless.deployments.environment import bind_to, node_address
 from moeless.deployments.settings import ServeSettings
 from moeless.dispatch.call import answer_call
 from moeless.dispatch.server import DataPlaneServer
@@ -110,6 +110,7 @@ class WorkerDeployment:
     """One worker: a process bound to one GPU or one share of the CPU. Its deployment has one replica."""
 
     def __init__(self, settings: ServeSettings, name: str, functions: list[str]) -> None:
+        bind_to(settings.worker_cores(name))
         self._host = ExpertHost(settings, name, functions, threads=settings.worker_threads)
         self._server = DataPlaneServer(
             self._host.compute,

@@ -73,6 +73,18 @@ class LineConfig:
         return self.max_rows * self.hidden_size * self.dtype.itemsize
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PeerConfig:
+    """What a worker takes lines with."""
+
+    token: str = field(repr=False)
+    """The run's token."""
+    max_rows: int
+    """Most rows of one call."""
+    num_experts: tuple[int, ...]
+    """Experts of each layer, to check calls by."""
+
+
 class WorkerEndpoint(msgspec.Struct, frozen=True, kw_only=True):
     """How to reach a worker's data plane."""
 

@@ -8,6 +8,9 @@ import torch
 
 from moeless.core.errors import HandshakeError, TransportError
 from moeless.dispatch.channel import Channel, LineConfig, WorkerEndpoint, host_id
+from moeless.dispatch.collective import CollectiveChannel
+from moeless.dispatch.cuda_ipc import CudaIpcChannel
+from moeless.dispatch.cuda_memory import CudaMemory
 from moeless.dispatch.shared_memory import SharedMemoryChannel
 from moeless.dispatch.tcp import TcpChannel
 
@@ -38,7 +41,16 @@ def connect(
     config = LineConfig(
         token=token, engine=engine, hidden_size=hidden_size, top_k=top_k, dtype=dtype, max_rows=max_rows
     )
-    if endpoint.host_id == host_id():
+    here = endpoint.host_id == host_id()
+    ours = torch.device(device)
+    if ours.type == "cuda" and endpoint.device.startswith("cuda"):
+        try:
+            if here:
+                return CudaIpcChannel(endpoint, config, CudaMemory(ours))
+            return CollectiveChannel(endpoint, config, ours)
+        except TransportError as error:
+            logger.warning("rows go through host memory worker=%s reason=%s", endpoint.worker, error)
+    if here:
         try:
             return SharedMemoryChannel(endpoint, config)
         except HandshakeError:

@@ -23,7 +23,7 @@ from moeless.dispatch.wire import ANSWER_HEADER, CALL_HEADER, PROTOCOL_VERSION
 _LENGTH = struct.Struct("<I")
 _MAX_MESSAGE_BYTES = 4096
 HANDSHAKE_TIMEOUT_S = 5.0
-_MAX_AREA_BYTES = 4 << 30
+MAX_AREA_BYTES = 4 << 30
 
 TransportKind = Literal["shm", "tcp", "cuda-ipc", "nccl"]
 _Message = TypeVar("_Message", bound=msgspec.Struct)
@@ -145,10 +145,18 @@ def check_sizes(sock: socket.socket, ask: Ask) -> None:
     """Refuse sizes that no honest engine asks for. Raises HandshakeError, after telling the client why."""
     for name, least in (("call_bytes", CALL_HEADER.size), ("answer_bytes", ANSWER_HEADER.size)):
         size = getattr(ask, name)
-        if not least <= size <= _MAX_AREA_BYTES:
-            reason = f"{name} must be from {least} to {_MAX_AREA_BYTES}, got {size}"
+        if not least <= size <= MAX_AREA_BYTES:
+            reason = f"{name} must be from {least} to {MAX_AREA_BYTES}, got {size}"
             send_message(sock, Accept(error=reason))
             raise HandshakeError(reason)
+
+
+def rows_bytes_of(ask: Ask) -> int:
+    """Size of the rows of the largest call, for transports that move rows apart. Raises HandshakeError."""
+    text = ask.detail.get("rows_bytes", "")
+    if not text.isascii() or not text.isdigit() or not 0 < int(text) <= MAX_AREA_BYTES:
+        raise HandshakeError(f"rows_bytes must be from 1 to {MAX_AREA_BYTES}, got {text!r}")
+    return int(text)
 
 
 def ask_for(

@@ -21,7 +21,10 @@ from typing import Protocol
 import torch
 
 from moeless.core.errors import FunctionUnavailableError, HandshakeError, TransportError
-from moeless.dispatch.channel import WorkerEndpoint, host_id
+from moeless.dispatch.channel import PeerConfig, WorkerEndpoint, host_id
+from moeless.dispatch.collective import CollectivePeer
+from moeless.dispatch.cuda_ipc import CudaIpcPeer, DeviceMemory
+from moeless.dispatch.cuda_memory import CudaMemory
 from moeless.dispatch.handshake import Accept, Ask, TransportKind, greet, send_message
 from moeless.dispatch.shared_memory import SharedMemoryPeer
 from moeless.dispatch.tcp import TcpPeer
@@ -77,6 +80,8 @@ class DataPlaneServer:
         tcp_host: address to listen on; the port is free choice of the system.
         max_rows: most rows of one call.
         num_experts: experts of each layer, to check calls by.
+        device: where `compute` wants its rows, if the transport has the choice.
+        memory: to share with engines that have their rows on a GPU of this machine; None: that of a CUDA `device`.
     """
 
     def __init__(
@@ -89,11 +94,12 @@ class DataPlaneServer:
         num_experts: list[int],
         tcp_host: str = "127.0.0.1",
         device: str = "cpu",
+        memory: DeviceMemory | None = None,
     ) -> None:
         self._compute = compute
-        self._token = token
-        self._max_rows = max_rows
-        self._num_experts = num_experts
+        self._config = PeerConfig(token=token, max_rows=max_rows, num_experts=tuple(num_experts))
+        self._device = torch.device(device)
+        self._memory = memory or _memory_of(self._device)
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[], None]] = {}
         self._peers: set[Peer] = set()
@@ -168,7 +174,7 @@ class DataPlaneServer:
 
     def _shake_hands(self, connection: socket.socket) -> None:
         try:
-            peer = self._make_peer(connection, greet(connection, self._token))
+            peer = self._make_peer(connection, greet(connection, self._config.token))
         except (TransportError, OSError) as error:
             logger.warning("refused a connection reason=%s", error)
             connection.close()
@@ -183,15 +189,18 @@ class DataPlaneServer:
             os.eventfd_write(self._wake, 1)
 
     def _make_peer(self, connection: socket.socket, ask: Ask) -> Peer:
-        over_unix = connection.family == socket.AF_UNIX
-        if ask.kind == "shm" and over_unix:
-            return SharedMemoryPeer(
-                connection, ask, token=self._token, max_rows=self._max_rows, num_experts=self._num_experts
-            )
-        if ask.kind == "tcp" and not over_unix:
-            return TcpPeer(connection, ask, token=self._token, max_rows=self._max_rows, num_experts=self._num_experts)
+        if connection.family == socket.AF_UNIX:
+            if ask.kind == "shm":
+                return SharedMemoryPeer(connection, ask, self._config)
+            if ask.kind == "cuda-ipc" and self._memory is not None:
+                return CudaIpcPeer(connection, ask, self._config, self._memory)
+        else:
+            if ask.kind == "tcp":
+                return TcpPeer(connection, ask, self._config)
+            if ask.kind == "nccl":
+                return CollectivePeer(connection, ask, self._config, self._device)
         send_message(connection, Accept(error=f"transport {ask.kind} is not served on this socket"))
-        raise HandshakeError(f"engine {ask.engine!r} asked for transport {ask.kind} on the wrong socket")
+        raise HandshakeError(f"engine {ask.engine!r} asked for transport {ask.kind}, not served on this socket")
 
     # ---- calls, in the data plane's thread --------------------------------------------------------------------
 
@@ -272,6 +281,16 @@ class DataPlaneServer:
             del self._handlers[fd]
             self._epoll.unregister(fd)
         peer.close()
+
+
+def _memory_of(device: torch.device) -> DeviceMemory | None:
+    if device.type != "cuda":
+        return None
+    try:
+        return CudaMemory(device)
+    except TransportError as error:
+        logger.warning("cuda-ipc is not served reason=%s", error)
+        return None
 
 
 def _listen_unix(name: str) -> socket.socket:

@@ -18,7 +18,7 @@ import time
 import torch
 
 from moeless.core.errors import HandshakeError, TransportError, WorkerTimeoutError
-from moeless.dispatch.channel import LineConfig, WorkerEndpoint, has_hung_up
+from moeless.dispatch.channel import LineConfig, PeerConfig, WorkerEndpoint, has_hung_up
 from moeless.dispatch.handshake import Accept, Ask, TransportKind, ask_for, check_sizes, close_all, prove, send_message
 from moeless.dispatch.wire import (
     FailedCallError,
@@ -50,10 +50,11 @@ class SharedMemoryChannel:
         self._broken = False
         self._closed = False
         self._lock = threading.Lock()
+        num_call_bytes, num_answer_bytes = self._frame_bytes(config)
+        detail = self._offer(config)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._socket.connect("\0" + endpoint.unix_address)
-            num_call_bytes, num_answer_bytes = self._frame_bytes(config)
             accept, fds = ask_for(
                 self._socket,
                 config.token,
@@ -61,7 +62,7 @@ class SharedMemoryChannel:
                 engine=config.engine,
                 call_bytes=num_call_bytes,
                 answer_bytes=num_answer_bytes,
-                detail=self._offer(config),
+                detail=detail,
                 max_fds=_NUM_FDS,
             )
         except OSError as error:
@@ -152,15 +153,17 @@ class SharedMemoryChannel:
         if self._closed:
             return
         self._closed = True
-        with contextlib.suppress(OSError):  # the worker hung up before
-            self._socket.shutdown(socket.SHUT_RDWR)  # wakes a collect in another thread, which still holds the lock
-        with self._lock:
-            self._poll.unregister(self._answer_bell)
-            self._poll.unregister(self._socket)
+        if not self._lock.acquire(blocking=False):
+            with contextlib.suppress(OSError):  # the worker hung up before
+                self._socket.shutdown(socket.SHUT_RDWR)  # wakes the collect in another thread that holds the lock
+            self._lock.acquire()
+        try:
+            self._release()  # before the worker hears of it and frees what is shared
+        finally:
+            del self._call, self._answer  # unmaps them, unless an answer is still in use
             self._socket.close()
             close_all([self._call_bell, self._answer_bell])
-            del self._call, self._answer  # unmaps them, unless an answer is still in use
-            self._release()
+            self._lock.release()
 
 
 class SharedMemoryPeer:
@@ -168,12 +171,11 @@ class SharedMemoryPeer:
 
     kind: TransportKind = "shm"
 
-    def __init__(self, sock: socket.socket, ask: Ask, *, token: str, max_rows: int, num_experts: list[int]) -> None:
+    def __init__(self, sock: socket.socket, ask: Ask, config: PeerConfig) -> None:
         """Make the areas and the bells and pass them over. Raises HandshakeError for a bad size, or OSError."""
         self.engine = ask.engine
         self.socket = sock
-        self._max_rows = max_rows
-        self._num_experts = num_experts
+        self._config = config
         check_sizes(sock, ask)
         fds: list[int] = []
         try:
@@ -181,11 +183,13 @@ class SharedMemoryPeer:
             for name, size in (("moeless-call", ask.call_bytes), ("moeless-answer", ask.answer_bytes)):
                 fds.append(_memfd(name, size))
             detail = self._offer(ask)
-            accept = Accept(proof=prove(token, "server", ask.nonce), max_rows=max_rows, detail=detail)
+            accept = Accept(proof=prove(config.token, "server", ask.nonce), max_rows=config.max_rows, detail=detail)
             send_message(sock, accept, fds)
-        except (OSError, TransportError):
+        except (OSError, TransportError) as error:
             close_all(fds)
             self._release()
+            if isinstance(error, TransportError):
+                send_message(sock, Accept(error=str(error)))
             raise
         self.bell, self._answer_bell, call_fd, answer_fd = fds
         self._call = _map(call_fd)
@@ -219,7 +223,7 @@ class SharedMemoryPeer:
         return {}
 
     def _take(self) -> ReceivedCall | None:
-        return read_call(self._call, max_rows=self._max_rows, num_experts=self._num_experts)
+        return read_call(self._call, max_rows=self._config.max_rows, num_experts=self._config.num_experts)
 
     def _put(self, sequence: int, partial_RH: torch.Tensor) -> None:
         write_answer(self._answer, sequence, partial_RH)

@@ -12,7 +12,7 @@ import time
 import torch
 
 from moeless.core.errors import HandshakeError, TransportError, WorkerTimeoutError
-from moeless.dispatch.channel import LineConfig, WorkerEndpoint, has_hung_up
+from moeless.dispatch.channel import LineConfig, PeerConfig, WorkerEndpoint, has_hung_up
 from moeless.dispatch.handshake import (
     HANDSHAKE_TIMEOUT_S,
     Accept,
@@ -60,6 +60,7 @@ class TcpChannel:
         self._lock = threading.Lock()
         self._unsent = memoryview(b"")
         num_call_bytes, num_answer_bytes = self._frame_bytes(config)
+        detail = self._offer(config)
         try:
             self._socket = socket.create_connection((endpoint.tcp_host, endpoint.tcp_port), timeout=HANDSHAKE_TIMEOUT_S)
         except OSError as error:
@@ -73,6 +74,7 @@ class TcpChannel:
                 engine=config.engine,
                 call_bytes=num_call_bytes,
                 answer_bytes=num_answer_bytes,
+                detail=detail,
             )
         except OSError as error:
             self._socket.close()
@@ -88,6 +90,11 @@ class TcpChannel:
         self._readable.register(self._socket, select.POLLIN)
         self._writable = select.poll()
         self._writable.register(self._socket, select.POLLOUT)
+        try:
+            self._take_offer(accept.detail)
+        except TransportError:
+            self.close()
+            raise
 
     @property
     def is_broken(self) -> bool:
@@ -106,16 +113,21 @@ class TcpChannel:
             self._unsent = self._call.buffer[: self._put(call)]
             try:
                 self._push(_SUBMIT_PATIENCE_MS)
+                self._send_rows(call)
             except OSError as error:
                 self._broken = True
                 raise TransportError(f"worker {self._worker} hung up: {error}") from error
+            except TransportError:
+                self._broken = True
+                raise
 
     def collect(self, timeout_s: float) -> torch.Tensor:
         with self._lock:
             self._check_usable()
+            deadline_s = time.monotonic() + timeout_s
             try:
-                self._receive(time.monotonic() + timeout_s, timeout_s)
-                return self._take()
+                self._receive(deadline_s, timeout_s)
+                return self._take(deadline_s)
             except FailedCallError:
                 raise
             except TransportError:
@@ -132,11 +144,27 @@ class TcpChannel:
         calls = call_bytes(config.max_rows, config.max_pairs, config.hidden_size, config.dtype)
         return calls, max_answer_bytes(config.max_rows, config.hidden_size, config.dtype)
 
+    def _offer(self, config: LineConfig) -> dict[str, str]:
+        """What the worker must know beyond the sizes."""
+        return {}
+
+    def _take_offer(self, detail: dict[str, str]) -> None:
+        """Use what the worker told. Raises TransportError if that is impossible."""
+
     def _put(self, call: LayerCall) -> int:
         return write_call(self._call, call, self._sequence)
 
-    def _take(self) -> torch.Tensor:
+    def _wanted_bytes(self) -> int:
+        return answer_length(self._answer.buffer)
+
+    def _send_rows(self, call: LayerCall) -> None:
+        """Send what `_put` left out."""
+
+    def _take(self, deadline_s: float) -> torch.Tensor:
         return read_answer(self._answer, self._sequence, self._shape)
+
+    def _release(self) -> None:
+        """Give back what the transport holds beyond the socket and the frames."""
 
     def _push(self, patience_ms: int) -> None:
         """Send what is unsent, until the line takes nothing for `patience_ms`."""
@@ -168,7 +196,7 @@ class TcpChannel:
                 raise TransportError(f"worker {self._worker} hung up")
             received += count
             if received >= ANSWER_HEADER.size:
-                wanted = answer_length(frame)
+                wanted = self._wanted_bytes()
                 if wanted > len(frame):
                     raise TransportError(f"an answer of worker {self._worker} needs {wanted} bytes, got {len(frame)}")
         if received > wanted:
@@ -186,6 +214,7 @@ class TcpChannel:
         with contextlib.suppress(OSError):  # the worker hung up before
             self._socket.shutdown(socket.SHUT_RDWR)  # wakes a collect in another thread, which still holds the lock
         with self._lock:
+            self._release()
             self._socket.close()
             del self._call, self._answer, self._unsent
 
@@ -197,20 +226,31 @@ class TcpPeer:
 
     kind: TransportKind = "tcp"
 
-    def __init__(self, sock: socket.socket, ask: Ask, *, token: str, max_rows: int, num_experts: list[int]) -> None:
+    def __init__(self, sock: socket.socket, ask: Ask, config: PeerConfig) -> None:
         """Accept. Raises HandshakeError for a bad size, or OSError."""
         check_sizes(sock, ask)
         self.engine = ask.engine
         self.socket = sock
         self.bell = sock.fileno()
-        self._max_rows = max_rows
-        self._num_experts = num_experts
+        self._config = config
         self._call = _lazy_frame(ask.call_bytes)
         self._received = 0
         self._answer = _lazy_frame(ask.answer_bytes)
         self._unsent = memoryview(b"")
         _tune(sock)
-        send_message(sock, Accept(proof=prove(token, "server", ask.nonce), max_rows=max_rows))
+        try:
+            detail = self._offer(ask)
+        except TransportError as error:
+            send_message(sock, Accept(error=str(error)))
+            raise
+        try:
+            send_message(
+                sock, Accept(proof=prove(config.token, "server", ask.nonce), max_rows=config.max_rows, detail=detail)
+            )
+            self._meet()
+        except (OSError, TransportError):
+            self._release()
+            raise
         sock.setblocking(False)
 
     @property
@@ -244,18 +284,34 @@ class TcpPeer:
 
     def answer(self, sequence: int, partial_RH: torch.Tensor) -> None:
         self._send(self._put(sequence, partial_RH))
+        self._send_rows(partial_RH)
 
     def fail(self, sequence: int, status: int, message: str) -> None:
         self._send(write_error(self._answer, sequence, status, message))
+
+    # What a transport overrides whose rows do not travel in the frames.
+
+    def _offer(self, ask: Ask) -> dict[str, str]:
+        """What the engine must know. Raises TransportError if its wish cannot be granted."""
+        return {}
+
+    def _meet(self) -> None:
+        """What is left to do once the engine knows. Raises TransportError."""
 
     def _wanted_bytes(self) -> int:
         return read_call_head(self._call.buffer).num_bytes
 
     def _take(self) -> ReceivedCall:
-        return read_call(self._call, max_rows=self._max_rows, num_experts=self._num_experts)
+        return read_call(self._call, max_rows=self._config.max_rows, num_experts=self._config.num_experts)
 
     def _put(self, sequence: int, partial_RH: torch.Tensor) -> int:
         return write_answer(self._answer, sequence, partial_RH)
+
+    def _send_rows(self, partial_RH: torch.Tensor) -> None:
+        """Send what `_put` left out."""
+
+    def _release(self) -> None:
+        """Give back what the transport holds beyond the socket and the frames."""
 
     def _send(self, length: int) -> None:
         if self._unsent:
@@ -274,6 +330,7 @@ class TcpPeer:
             raise TransportError(f"engine {self.engine} hung up: {error}") from error
 
     def close(self) -> None:
+        self._release()
         self.socket.close()
 
 

@@ -12,6 +12,7 @@ Answer:  ANSWER_HEADER | partial sums (R, H)   or   ANSWER_HEADER | UTF-8 messag
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -172,8 +173,15 @@ def write_call(frame: Frame, call: LayerCall, sequence: int) -> int:
 
 
 def write_routing(frame: Frame, call: LayerCall, sequence: int) -> int:
-    """Write a call without its rows; returns the length, at which the rows belong."""
+    """Write a call without its rows; returns the length, at which the rows belong.
+
+    Raises: TransportError if the pairs do not fit; ValueError for a dtype that cannot be sent.
+    """
     num_rows, num_pairs = len(call.tokens_R), len(call.rows_n)
+    begin = CALL_HEADER.size // 4
+    middle, end = begin + num_pairs, begin + 2 * num_pairs
+    if end + num_pairs > len(frame.uint32):
+        raise TransportError(f"{num_pairs} pairs need {4 * (end + num_pairs)} bytes, got {len(frame)}")
     dtype_code = _code_of(call.x_TH.dtype)
     CALL_HEADER.pack_into(
         frame.buffer,
@@ -187,8 +195,6 @@ def write_routing(frame: Frame, call: LayerCall, sequence: int) -> int:
         num_pairs,
         call.x_TH.shape[1],
     )
-    begin = CALL_HEADER.size // 4
-    middle, end = begin + num_pairs, begin + 2 * num_pairs
     frame.uint32[begin:middle] = call.rows_n
     frame.uint32[middle:end] = call.experts_n
     frame.float32[end : end + num_pairs] = call.weights_n
@@ -202,7 +208,7 @@ def gather_rows(call: LayerCall) -> torch.Tensor:
     return call.x_TH.index_select(0, torch.from_numpy(call.tokens_R).to(call.x_TH.device, non_blocking=True))
 
 
-def read_call(frame: Frame, *, max_rows: int, num_experts: list[int]) -> ReceivedCall:
+def read_call(frame: Frame, *, max_rows: int, num_experts: Sequence[int]) -> ReceivedCall:
     """Check a call and view its rows in place.
 
     Args:
@@ -227,7 +233,7 @@ def read_call_head(buffer: memoryview) -> CallHead:
     return CallHead(sequence, layer, rows, pairs, hidden, _DTYPES[code])
 
 
-def receive_call(frame: Frame, head: CallHead, x_RH: torch.Tensor, *, num_experts: list[int]) -> ReceivedCall:
+def receive_call(frame: Frame, head: CallHead, x_RH: torch.Tensor, *, num_experts: Sequence[int]) -> ReceivedCall:
     """Check and copy a call's pairs; its rows may lie elsewhere than in `frame`.
 
     Raises: TransportError naming what is wrong.
@@ -262,11 +268,12 @@ def write_answer(frame: Frame, sequence: int, partial_RH: torch.Tensor) -> int:
     return ANSWER_HEADER.size + words.nbytes
 
 
-def write_answer_head(frame: Frame, sequence: int, partial_RH: torch.Tensor) -> None:
-    """Write the header of an answer whose rows may lie elsewhere than in `frame`."""
+def write_answer_head(frame: Frame, sequence: int, partial_RH: torch.Tensor) -> int:
+    """Write the header of an answer whose rows may lie elsewhere than in `frame`; returns its length."""
     num_rows, hidden = partial_RH.shape
     code = _code_of(partial_RH.dtype)
     ANSWER_HEADER.pack_into(frame.buffer, 0, _MAGIC, PROTOCOL_VERSION, STATUS_OK, sequence, num_rows, hidden, 0, code)
+    return ANSWER_HEADER.size
 
 
 def write_error(frame: Frame, sequence: int, status: int, message: str) -> int:
@@ -305,12 +312,13 @@ def read_answer_head(frame: Frame, sequence: int, shape: tuple[int, int]) -> tor
     return _DTYPES[code]
 
 
-def answer_length(buffer: memoryview) -> int:
+def answer_length(buffer: memoryview, *, rows_inside: bool = True) -> int:
     """Length of the whole answer that begins in `buffer`. Raises TransportError if it is none."""
     magic, version, _, _, rows, hidden, message_bytes, code = ANSWER_HEADER.unpack_from(buffer)
     if magic != _MAGIC or version != PROTOCOL_VERSION or code >= len(_DTYPES):
         raise TransportError(f"not an answer of protocol {PROTOCOL_VERSION}: magic {magic:#x}, version {version}")
-    return answer_bytes(rows, hidden, _DTYPES[code]) + int(message_bytes)
+    length = answer_bytes(rows, hidden, _DTYPES[code]) if rows_inside else ANSWER_HEADER.size
+    return length + int(message_bytes)
 
 
 def _code_of(dtype: torch.dtype) -> int:

@@ -106,6 +106,9 @@ class _SamplingRunner(ModelRunner):  # type: ignore[misc]
             plan_attention(spans, allocator, dtype=ios.model_dtype, device=ios.device)
             for allocator in self.cache.cache_allocators.values()
         ]
+        if ios.compute_stream is not None:
+            # The inputs, and our plan, were made on the current stream; the model runs on its own.
+            ios.compute_stream.wait_stream(torch.cuda.current_stream(ios.device))
         super().compute_batch(model, batch_data)
 
     def _sample(self, scores: Tensor, output_ids: Tensor) -> None:

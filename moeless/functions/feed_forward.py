@@ -25,8 +25,10 @@ from moeless.functions.pool import InstancePool, IntArray
 
 _GROUPED_MM_ALIGNMENT_BYTES = 16
 """torch's grouped_mm wants rows that begin at multiples of this."""
-_FEW_PAIRS = 4
-"""Up to so many (row, expert) pairs, separate matrix-vector products beat the set-up of a grouped one."""
+_FEW_PAIRS = 16
+"""Up to so many (row, expert) pairs, separate matrix-vector products beat the set-up of a grouped one, ..."""
+_FEW_SHARED = 2
+"""... if no more pairs than this find their expert's weights already read by another pair."""
 
 _LARGE_EXPERT = 100_000
 """Hidden times intermediate size from which an expert's product outweighs a few calls into torch."""
@@ -97,7 +99,8 @@ class FeedForward:
         try:
             slots_n = self.pool.slots_LE[layer][experts_n]
             on_cpu = self.pool.device.type == "cpu"
-            if on_cpu and (len(x_RH) == 1 or len(rows_n) <= _FEW_PAIRS):
+            few = len(rows_n) <= _FEW_PAIRS and len(rows_n) - len(hit) <= _FEW_SHARED
+            if on_cpu and (few or len(x_RH) == 1):
                 out_RH = self._one_by_one(layer, arena, x_RH, rows_n, slots_n, weights_n)
             elif on_cpu and self._by_expert_pays[layer] and len(rows_n) <= _MAX_PAIRS_PER_EXPERT * len(hit):
                 out_RH = self._by_expert(layer, arena, x_RH, rows_n, slots_n, weights_n)

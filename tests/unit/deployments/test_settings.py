@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
 from moeless.core.errors import ConfigError, ContextLengthError, EngineStoppedError, QueueFullError, RequestError
@@ -39,14 +37,35 @@ def test_keys_and_token_are_not_shown() -> None:
     assert "sk-very-private" not in shown
 
 
-def test_threads_times_processes_stay_within_the_cores() -> None:
-    cores = len(os.sched_getaffinity(0))
-    for num_workers in range(1, 2 * cores):
-        asked = settings(num_workers=num_workers)
-        assert asked.engine_threads == 1
-        assert asked.worker_threads * num_workers <= max(cores, num_workers)
-    assert 1 <= settings().engine_threads <= cores
-    assert settings(num_threads=3, num_workers=2).worker_threads == 3
+@pytest.mark.parametrize("cores", [1, 2, 3, 8, 16])
+@pytest.mark.parametrize("num_workers", [0, 1, 2, 7])
+def test_threads_times_processes_stay_within_the_cores(
+    cores: int, num_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(10, 10 + cores)))
+    asked = settings(num_workers=num_workers, bind_cores=True)
+    assert asked.engine_threads >= 1
+    assert asked.worker_threads >= 1
+    if cores > num_workers:
+        assert asked.engine_threads + num_workers * asked.worker_threads <= cores
+    shares = [asked.engine_cores, *(asked.worker_cores(name) for name in asked.worker_names)]
+    if None in shares:
+        assert set(shares) == {None}
+        assert num_workers == 0 or cores < num_workers + 1
+    else:
+        bound = [core for share in shares if share is not None for core in share]
+        assert len(bound) == len(set(bound)), "no core belongs to two processes"
+        assert asked.engine_threads == len(shares[0] or ())
+
+
+def test_cores_are_not_bound_unless_asked() -> None:
+    assert settings(num_workers=1).engine_cores is None
+    assert settings(num_workers=1).worker_cores("worker-0") is None
+
+
+def test_a_number_of_threads_that_was_asked_for_is_used() -> None:
+    asked = settings(num_threads=3, num_workers=2)
+    assert (asked.engine_threads, asked.worker_threads) == (3, 3)
 
 
 @pytest.mark.parametrize(
