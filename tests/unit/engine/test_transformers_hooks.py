@@ -94,6 +94,16 @@ def test_the_allocators_have_what_the_attention_reads(batcher: PagedBatcher) -> 
     assert allocators["sliding_attention"].sliding_window == 8
 
 
+def test_inputs_have_what_sampling_and_planning_read(batcher: PagedBatcher) -> None:
+    ios = batcher._processor.inputs_and_outputs
+    assert ios.compute_stream is None  # on a CPU
+    assert (ios.model_dtype, ios.device) == (torch.float32, torch.device("cpu"))
+    batcher.add(sequence("r", 20))
+    batcher.step()
+    (future,) = ios.requests_in_batch
+    assert (future.has_new_token, future.query_length, future.state.position_offset) == (False, 16, 16)
+
+
 def test_making_a_batcher_starts_no_thread() -> None:
     before = threading.active_count()
     batcher = PagedBatcher(MODEL, ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=8, use_cuda_graph=False))
