@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -20,6 +20,7 @@ import torch
 from moeless.core.errors import FunctionUnavailableError
 from moeless.core.expert import FunctionId
 from moeless.dispatch.channel import LineConfig, WorkerEndpoint
+from moeless.dispatch.cuda_ipc import DeviceMemory
 from moeless.dispatch.server import DataPlaneServer
 from moeless.dispatch.wire import LayerCall, ReceivedCall
 
@@ -64,19 +65,20 @@ def random_call(
     num_rows: int = 5,
     layer: int = PLAIN_LAYER,
     hidden_size: int = HIDDEN_SIZE,
+    top_k: int = TOP_K,
     dtype: torch.dtype = torch.float32,
 ) -> LayerCall:
-    """A call with some of the tokens and TOP_K pairs for each."""
+    """A call with some of the tokens and `top_k` pairs for each."""
     rng = np.random.default_rng(seed)
-    experts_n = np.sort(rng.integers(0, NUM_EXPERTS, num_rows * TOP_K))
-    rows_n = rng.permutation(np.repeat(np.arange(num_rows), TOP_K))
+    experts_n = np.sort(rng.integers(0, NUM_EXPERTS, num_rows * top_k))
+    rows_n = rng.permutation(np.repeat(np.arange(num_rows), top_k))
     return LayerCall(
         layer=layer,
         x_TH=torch.from_numpy(rng.standard_normal((num_tokens, hidden_size), dtype=np.float32)).to(dtype),
         tokens_R=np.sort(rng.choice(num_tokens, num_rows, replace=False)),
         rows_n=rows_n,
         experts_n=experts_n,
-        weights_n=rng.random(num_rows * TOP_K, dtype=np.float32),
+        weights_n=rng.random(num_rows * top_k, dtype=np.float32),
     )
 
 
@@ -114,13 +116,13 @@ def running_worker(
     *,
     token: str = TOKEN,
     max_rows: int = MAX_ROWS,
-    function: Callable[[ReceivedCall], torch.Tensor] = compute,
+    memory: DeviceMemory | None = None,
 ) -> Iterator[PlainWorker]:
     """A worker in a process of its own, gone at the end whatever happened to it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.support.plain_workers"])
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, name, token, max_rows, function))
+    process = context.Process(target=_serve, args=(theirs, name, token, max_rows, memory))
     process.start()
     theirs.close()
     try:
@@ -132,11 +134,11 @@ def running_worker(
         process.close()
 
 
-def _serve(
-    pipe: Connection, name: str, token: str, max_rows: int, function: Callable[[ReceivedCall], torch.Tensor]
-) -> None:
+def _serve(pipe: Connection, name: str, token: str, max_rows: int, memory: DeviceMemory | None) -> None:
     torch.set_num_threads(1)
-    server = DataPlaneServer(function, worker=name, token=token, max_rows=max_rows, num_experts=[NUM_EXPERTS] * 4)
+    server = DataPlaneServer(
+        compute, worker=name, token=token, max_rows=max_rows, num_experts=[NUM_EXPERTS] * 4, memory=memory
+    )
     server.start()
     pipe.send_bytes(msgspec.json.encode(server.endpoint))
     pipe.poll(None)  # until the test is over or its process is gone

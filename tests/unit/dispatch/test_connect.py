@@ -21,7 +21,7 @@ def endpoint() -> Iterator[WorkerEndpoint]:
         yield worker.endpoint
 
 
-def open_line(endpoint: WorkerEndpoint, *, token: str = TOKEN) -> Channel:
+def open_line(endpoint: WorkerEndpoint, *, token: str = TOKEN, device: str = "cpu") -> Channel:
     return connect(
         endpoint,
         token=token,
@@ -30,6 +30,7 @@ def open_line(endpoint: WorkerEndpoint, *, token: str = TOKEN) -> Channel:
         top_k=TOP_K,
         dtype=torch.float32,
         max_rows=MAX_ROWS,
+        device=device,
     )
 
 
@@ -63,3 +64,35 @@ def test_a_worker_that_cannot_be_reached_at_all_is_a_transport_error(endpoint: W
     gone = msgspec.structs.replace(endpoint, unix_address="moeless-nobody", tcp_port=1)
     with pytest.raises(TransportError, match="worker worker-0 cannot be reached"):
         open_line(gone)
+
+
+@pytest.mark.parametrize(("host_id", "kind"), [(None, "shm"), ("another machine", "tcp")])
+def test_rows_go_through_host_memory_where_the_gpus_cannot_be_used(
+    endpoint: WorkerEndpoint,
+    host_id: str | None,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refuse(device: torch.device) -> None:
+        raise TransportError("no driver")
+
+    monkeypatch.setattr("moeless.dispatch.connect.CudaMemory", refuse)
+    monkeypatch.setattr("moeless.dispatch.pair_group.dist.is_nccl_available", lambda: False)
+    on_gpu = msgspec.structs.replace(endpoint, device="cuda:0", host_id=host_id or endpoint.host_id)
+    with closing(open_line(on_gpu, device="cuda:0")) as channel:
+        assert channel.kind == kind
+    assert "rows go through host memory worker=worker-0" in caplog.text
+
+
+def test_two_gpus_of_a_machine_share_memory_and_of_two_machines_use_nccl(
+    endpoint: WorkerEndpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+    monkeypatch.setattr("moeless.dispatch.connect.CudaMemory", lambda device: "its memory")
+    monkeypatch.setattr("moeless.dispatch.connect.CudaIpcChannel", lambda *arguments: taken.append(arguments[2]))
+    monkeypatch.setattr("moeless.dispatch.connect.CollectiveChannel", lambda *arguments: taken.append(arguments[2]))
+    on_gpu = msgspec.structs.replace(endpoint, device="cuda:1")
+    open_line(on_gpu, device="cuda:0")
+    open_line(msgspec.structs.replace(on_gpu, host_id="another machine"), device="cuda:0")
+    assert taken == ["its memory", torch.device("cuda:0")]
