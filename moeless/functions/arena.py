@@ -14,6 +14,7 @@ import mmap
 import torch
 
 from moeless.core.expert import ExpertLayout
+from moeless.functions.staging import Copy, Staging
 from moeless.packages.weights import FunctionWeights
 
 _HUGE_PAGE_BYTES = 2 << 20
@@ -39,9 +40,21 @@ class LayerArena:
     """Stacked weights of one layer: up (S, ...), down (S, ...) and biases, S slots.
 
     `up_SHI` and `down_SIH` are views oriented (in, out) whatever the family stores, as grouped_mm takes them.
+
+    Args:
+        staging: what copies to a GPU; None on the CPU.
     """
 
-    def __init__(self, layout: ExpertLayout, *, num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        layout: ExpertLayout,
+        *,
+        num_slots: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        staging: Staging | None = None,
+    ) -> None:
+        self._staging = staging
         self.num_slots = num_slots
         self.slot_bytes = slot_bytes(layout, dtype)
         self._blocks = {
@@ -54,15 +67,22 @@ class LayerArena:
         self.up_bias_SI = self._blocks["up_bias"].tensor if layout.has_bias else None
         self.down_bias_SH = self._blocks["down_bias"].tensor if layout.has_bias else None
 
+    @torch.inference_mode()  # the arena may have been made in it, and only there such tensors can be written to
     def write(self, slot: int, weights: FunctionWeights) -> None:
-        """Copy a function's weights into `slot`, converting dtype and device."""
+        """Copy a function's weights into `slot`, converting dtype and device; returns when they are there."""
+        copies = []
         for name, block in self._blocks.items():
             tensor = getattr(weights, name)
             if tensor is None or tensor.shape != block.tensor.shape[1:]:
                 got = None if tensor is None else tuple(tensor.shape)
                 raise ValueError(f"{name} must have shape {tuple(block.tensor.shape[1:])}, got {got}")
             block.use_huge_pages(slot)
-            block.tensor[slot].copy_(tensor, non_blocking=True)
+            copies.append(Copy(block.tensor[slot], tensor))
+        if self._staging is not None:
+            self._staging.copy(copies)
+            return
+        for copy in copies:
+            copy.target.copy_(copy.source)
 
     def release(self, slot: int) -> None:
         """Give the slot's memory back to the system (CPU); on a GPU the slot stays reserved for the next instance."""

@@ -20,6 +20,7 @@ import torch
 from moeless.core.errors import FunctionUnavailableError, MoelessError
 from moeless.core.expert import FunctionId
 from moeless.functions.arena import LayerArena, slot_bytes
+from moeless.functions.staging import Staging
 from moeless.packages.packed_model import PackedModel
 
 IntArray = npt.NDArray[np.int64]
@@ -79,6 +80,9 @@ class InstancePool:
         self.num_experts = [0] * self.num_layers
         for function in packed.functions:
             self.num_experts[function.layer] = max(self.num_experts[function.layer], function.expert + 1)
+        on_gpu = self.device.type == "cuda"
+        self._staging = Staging(self.device) if on_gpu else None
+        self._load_dtype = None if on_gpu else dtype  # a GPU converts what it was given, and faster
         self._capacity_bytes = capacity_bytes
         self._clock = clock
         self._arenas: dict[int, LayerArena] = {}
@@ -112,10 +116,8 @@ class InstancePool:
                 self._changed.wait()
             instance = self._reserve(function)
         try:
-            weights = self.packed.load_function(function, dtype=self.dtype, device="cpu")
+            weights = self.packed.load_function(function, dtype=self._load_dtype, device="cpu")
             self._arenas[function.layer].write(instance.slot, weights)
-            if self.device.type == "cuda":
-                torch.cuda.current_stream(self.device).synchronize()
         except BaseException:
             with self._changed:
                 self._forget(instance)
@@ -162,7 +164,7 @@ class InstancePool:
                 num * slot_bytes(each, self.dtype) for num, each in zip(self.num_experts, layouts, strict=True)
             )
             num_slots = max(1, min(num_slots, num_slots * self._capacity_bytes // whole_model))
-        arena = LayerArena(layout, num_slots=num_slots, dtype=self.dtype, device=self.device)
+        arena = LayerArena(layout, num_slots=num_slots, dtype=self.dtype, device=self.device, staging=self._staging)
         self._arenas[layer] = arena
         self._free_slots[layer] = list(range(num_slots))[::-1]
         return arena
