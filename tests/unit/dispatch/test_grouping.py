@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moeless.core.expert import FunctionId
 from moeless.core.routing_table import LOCAL_WORKER, InstanceShare, RoutingTable
 from moeless.dispatch.grouping import WorkerGroup, compile_layer, group_by_worker, regroup_elsewhere
 
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 WORKERS = ("engine", "worker-0", "worker-1", "worker-2", "worker-3")
 LAYER = 3
 FloatArray = npt.NDArray[np.float64]
@@ -72,6 +73,7 @@ def weighted_sums(group: WorkerGroup, x_T: FloatArray, weights_Tk: FloatArray) -
     return out_R
 
 
+@unhurried
 @given(case=cases())
 def test_every_pair_goes_to_exactly_one_instance_of_its_function(case: Case) -> None:
     compiled = compile_layer(case.table, LAYER, case.num_experts)
@@ -84,6 +86,7 @@ def test_every_pair_goes_to_exactly_one_instance_of_its_function(case: Case) -> 
             assert compiled.workers[group.worker] in case.holders(expert)
 
 
+@unhurried
 @given(case=cases())
 def test_groups_come_in_the_order_of_worker_names(case: Case) -> None:
     compiled = compile_layer(case.table, LAYER, case.num_experts)
@@ -91,6 +94,7 @@ def test_groups_come_in_the_order_of_worker_names(case: Case) -> None:
     assert names == sorted(set(names))
 
 
+@unhurried
 @given(case=cases())
 def test_the_workers_sums_add_up_to_the_layers_output(case: Case) -> None:
     x_T, weights_Tk, dense_T = case.inputs_and_output()
@@ -100,6 +104,7 @@ def test_the_workers_sums_add_up_to_the_layers_output(case: Case) -> None:
     np.testing.assert_allclose(out_T, dense_T, rtol=1e-12)
 
 
+@unhurried
 @given(case=cases(), known=st.frozensets(st.sampled_from(WORKERS)))
 def test_a_worker_that_cannot_be_reached_gets_nothing(case: Case, known: frozenset[str]) -> None:
     known |= {LOCAL_WORKER}
@@ -110,6 +115,7 @@ def test_a_worker_that_cannot_be_reached_gets_nothing(case: Case, known: frozens
             assert compiled.workers[group.worker] in case.holders(expert, known)
 
 
+@unhurried
 @given(case=cases())
 def test_the_same_call_is_grouped_the_same_way(case: Case) -> None:
     compiled = compile_layer(case.table, LAYER, case.num_experts)
@@ -132,6 +138,7 @@ def test_replicas_get_their_shares_in_the_long_run(num_tokens: int, shares: tupl
     np.testing.assert_allclose(served / (num_steps * num_tokens), shares, atol=0.01)
 
 
+@unhurried
 @given(case=cases(), data=st.data())
 def test_a_failed_workers_pairs_go_to_living_replicas_or_are_left_over(case: Case, data: st.DataObject) -> None:
     compiled = compile_layer(case.table, LAYER, case.num_experts)
@@ -152,6 +159,7 @@ def test_a_failed_workers_pairs_go_to_living_replicas_or_are_left_over(case: Cas
     assert sorted(pairs) == sorted(failed.pairs_n.tolist())
 
 
+@unhurried
 @given(case=cases(), data=st.data())
 def test_sums_after_a_failure_add_up_to_the_layers_output(case: Case, data: st.DataObject) -> None:
     compiled = compile_layer(case.table, LAYER, case.num_experts)

@@ -10,13 +10,14 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import psutil
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moeless.core.errors import HandshakeError
 from moeless.dispatch import handshake
 from moeless.dispatch.handshake import Accept, Ask, Hello, ask_for, greet, prove, receive_message, send_message
 
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 TOKEN = "the run's token"
 
 
@@ -158,6 +159,7 @@ def test_areas_of_a_size_that_no_honest_engine_asks_for_are_refused(
     assert "call_bytes must be from 32 to" in accept.error
 
 
+@unhurried
 @given(data=st.binary(max_size=300), as_message=st.booleans())
 def test_no_bytes_raise_anything_but_a_handshake_error(data: bytes, as_message: bool) -> None:
     client, server = socket.socketpair()

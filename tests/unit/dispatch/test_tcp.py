@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 
 import pytest
 import torch
@@ -75,7 +75,7 @@ def assert_answers(worker: PlainWorker, seed: int = 99) -> None:
 def was_hung_up(sock: socket.socket) -> bool:
     try:
         return sock.recv(1) == b""
-    except ConnectionResetError:
+    except ConnectionError:
         return True
 
 
@@ -123,7 +123,8 @@ def test_calls_longer_than_the_line_holds_arrive_whole(worker: PlainWorker) -> N
 )
 def test_nonsense_ends_that_line_only(worker: PlainWorker, data: bytes) -> None:
     with plain_socket(worker) as wrong:
-        wrong.sendall(data)
+        with suppress(ConnectionError):  # the worker need not read all of it to know
+            wrong.sendall(data)
         assert was_hung_up(wrong)
     assert_answers(worker)
 
@@ -137,6 +138,7 @@ def test_an_engine_that_goes_away_halfway_is_forgotten(worker: PlainWorker) -> N
 def test_a_call_before_the_last_answer_was_taken_ends_the_line(worker: PlainWorker) -> None:
     frame = frame_of(random_call(0))
     with plain_socket(worker) as hasty:
-        hasty.sendall(frame + frame)
+        with suppress(ConnectionError):
+            hasty.sendall(frame + frame)
         assert was_hung_up(hasty)
     assert_answers(worker)

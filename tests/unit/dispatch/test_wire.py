@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moeless.core.errors import TransportError
 from moeless.dispatch import wire
 from moeless.dispatch.wire import Frame, LayerCall
 
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 NUM_EXPERTS = [4, 9]
 MAX_ROWS = 16
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -46,6 +47,7 @@ def read(buffer: bytearray) -> wire.ReceivedCall:
     return wire.read_call(Frame(memoryview(buffer)), max_rows=MAX_ROWS, num_experts=NUM_EXPERTS)
 
 
+@unhurried
 @given(call=layer_calls(), sequence=st.integers(0, 2**64 - 1))
 def test_a_call_is_read_as_it_was_written(call: LayerCall, sequence: int) -> None:
     received = read(written(call, sequence))
@@ -57,6 +59,7 @@ def test_a_call_is_read_as_it_was_written(call: LayerCall, sequence: int) -> Non
     assert received.weights_n.tolist() == call.weights_n.tolist()
 
 
+@unhurried
 @given(call=layer_calls())
 def test_a_call_tells_its_length_by_its_header(call: LayerCall) -> None:
     buffer = written(call)
@@ -91,6 +94,7 @@ def test_later_writes_of_the_sender_do_not_change_the_pairs() -> None:
     assert (received.rows_n.tolist(), received.experts_n.tolist(), received.weights_n.tolist()) == ([0], [3], [1.0])
 
 
+@unhurried
 @given(
     shape=st.tuples(st.integers(1, 5), st.integers(1, 9)),
     dtype=st.sampled_from(DTYPES),
@@ -180,6 +184,7 @@ def test_a_call_of_too_many_rows_is_refused() -> None:
         read(written(call))
 
 
+@unhurried
 @given(data=st.binary(max_size=200))
 def test_no_bytes_raise_anything_but_a_transport_error(data: bytes) -> None:
     buffer = bytearray(data)
@@ -188,6 +193,7 @@ def test_no_bytes_raise_anything_but_a_transport_error(data: bytes) -> None:
             reader(buffer)
 
 
+@unhurried
 @given(call=layer_calls(), data=st.data())
 def test_no_damage_to_a_call_raises_anything_but_a_transport_error(call: LayerCall, data: st.DataObject) -> None:
     buffer = written(call)
@@ -203,6 +209,7 @@ def test_no_damage_to_a_call_raises_anything_but_a_transport_error(call: LayerCa
     assert all(0 <= expert < NUM_EXPERTS[received.layer] for expert in received.experts_n)
 
 
+@unhurried
 @given(data=st.data())
 def test_no_damage_to_an_answer_raises_anything_but_a_transport_error(data: st.DataObject) -> None:
     buffer = bytearray(wire.answer_bytes(2, 3, torch.float32))
