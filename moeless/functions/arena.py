@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
+import sys
 
 import torch
 
@@ -18,6 +19,8 @@ from moeless.functions.staging import Copy, Staging
 from moeless.packages.weights import FunctionWeights
 
 _HUGE_PAGE_BYTES = 2 << 20
+_MADV_COLLAPSE = 25
+"""Makes one huge page of what is there now (Linux 6.1); Python has no name for it yet."""
 
 
 def slot_bytes(layout: ExpertLayout, dtype: torch.dtype) -> int:
@@ -76,13 +79,15 @@ class LayerArena:
             if tensor is None or tensor.shape != block.tensor.shape[1:]:
                 got = None if tensor is None else tuple(tensor.shape)
                 raise ValueError(f"{name} must have shape {tuple(block.tensor.shape[1:])}, got {got}")
-            block.use_huge_pages(slot)
+            block.prepare(slot)
             copies.append(Copy(block.tensor[slot], tensor))
         if self._staging is not None:
             self._staging.copy(copies)
             return
         for copy in copies:
             copy.target.copy_(copy.source)
+        for block in self._blocks.values():
+            block.join_neighbours(slot)
 
     def release(self, slot: int) -> None:
         """Give the slot's memory back to the system (CPU); on a GPU the slot stays reserved for the next instance."""
@@ -98,6 +103,7 @@ class _Block:
     ) -> None:
         self._mapping: mmap.mmap | None = None
         self._slot_bytes = math.prod(shape) * dtype.itemsize
+        self._loaded = [False] * num_slots
         if lazy:
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
             self._mapping = mmap.mmap(-1, max(1, num_slots * self._slot_bytes), flags=flags)
@@ -106,14 +112,32 @@ class _Block:
         else:
             self.tensor = torch.empty((num_slots, *shape), dtype=dtype, device=device)
 
-    def use_huge_pages(self, slot: int) -> None:
-        """For what lies wholly inside the slot: a huge page across its border would take the neighbour's memory."""
+    def prepare(self, slot: int) -> None:
+        """Before a slot is written: huge pages for what lies wholly inside it.
+
+        They make grouped products a tenth faster; but one across the border of two slots would hold memory of a
+        neighbour that is not loaded.
+        """
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a kernel without them
                 self._advise(slot, mmap.MADV_HUGEPAGE, _HUGE_PAGE_BYTES)
 
+    def join_neighbours(self, slot: int) -> None:
+        """After a slot was written: huge pages across its borders too, where all of the neighbours are loaded."""
+        self._loaded[slot] = True
+        if self._mapping is None or sys.platform != "linux":
+            return
+        address, size = self.tensor.data_ptr(), self._slot_bytes
+        first = (address + slot * size) // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES - address
+        for start in range(first, (slot + 1) * size, _HUGE_PAGE_BYTES):
+            end = start + _HUGE_PAGE_BYTES
+            if 0 <= start and end <= len(self._mapping) and all(self._loaded[start // size : -(-end // size)]):
+                with contextlib.suppress(OSError):  # a kernel without it, or no free huge page
+                    self._mapping.madvise(_MADV_COLLAPSE, start, _HUGE_PAGE_BYTES)
+
     def release(self, slot: int) -> None:
         """Give the slot's pages back; those that it shares with a neighbour stay."""
+        self._loaded[slot] = False
         self._advise(slot, mmap.MADV_DONTNEED, mmap.PAGESIZE)
 
     def _advise(self, slot: int, advice: int, grain: int) -> None:

@@ -25,11 +25,11 @@ from moeless.functions.pool import InstancePool, IntArray
 
 _GROUPED_MM_ALIGNMENT_BYTES = 16
 """torch's grouped_mm wants rows that begin at multiples of this."""
-_FEW_PAIRS = 16
-"""Up to so many (row, expert) pairs, separate matrix-vector products beat the set-up of a grouped one, ..."""
-_FEW_SHARED = 2
+_FEW_PAIRS_SHARE = 0.25
+"""Up to so many (row, expert) pairs for each expert of the layer, separate matrix-vector products beat a grouped one,
+whose set-up looks at every expert, ..."""
+_FEW_SHARED = 1
 """... if no more pairs than this find their expert's weights already read by another pair."""
-
 _LARGE_EXPERT = 100_000
 """Hidden times intermediate size from which an expert's product outweighs a few calls into torch."""
 _MAX_PAIRS_PER_EXPERT = 64
@@ -93,13 +93,16 @@ class FeedForward:
             if len(hit) == 1:
                 raise
             # The pool has no room for all of them at once: one part after the other.
-            middle = int(np.searchsorted(experts_n, hit[len(hit) // 2]))
-            first = self._sum_pairs(layer, x_RH, rows_n[:middle], experts_n[:middle], weights_n[:middle])
-            return first.add_(self._sum_pairs(layer, x_RH, rows_n[middle:], experts_n[middle:], weights_n[middle:]))
+            is_first_n = experts_n < hit[len(hit) // 2]
+            first_RH, second_RH = (
+                self._sum_pairs(layer, x_RH, rows_n[part], experts_n[part], weights_n[torch.from_numpy(part)])
+                for part in (np.flatnonzero(is_first_n), np.flatnonzero(~is_first_n))
+            )
+            return first_RH.add_(second_RH)
         try:
             slots_n = self.pool.slots_LE[layer][experts_n]
             on_cpu = self.pool.device.type == "cpu"
-            few = len(rows_n) <= _FEW_PAIRS and len(rows_n) - len(hit) <= _FEW_SHARED
+            few = len(rows_n) <= _FEW_PAIRS_SHARE * len(counts_E) and len(rows_n) - len(hit) <= _FEW_SHARED
             if on_cpu and (few or len(x_RH) == 1):
                 out_RH = self._one_by_one(layer, arena, x_RH, rows_n, slots_n, weights_n)
             elif on_cpu and self._by_expert_pays[layer] and len(rows_n) <= _MAX_PAIRS_PER_EXPERT * len(hit):
@@ -155,8 +158,7 @@ class FeedForward:
         With the weights on the left that is the few rows, not the whole expert at every call.
         """
         gate = self._gates[layer]
-        rows = torch.from_numpy(rows_n)
-        x_nH = x_RH.index_select(0, rows)
+        x_nH = x_RH.index_select(0, torch.from_numpy(rows_n))
         y_nH = torch.empty(len(rows_n), x_RH.shape[1], dtype=torch.float32)
         bounds = [0, *(np.flatnonzero(np.diff(slots_n)) + 1).tolist(), len(rows_n)]
         for start, end in pairwise(bounds):
@@ -170,8 +172,7 @@ class FeedForward:
             if arena.down_bias_SH is not None:
                 y_mH += arena.down_bias_SH[slot]
             y_nH[start:end] = y_mH
-        out_RH = torch.zeros(x_RH.shape, dtype=torch.float32)
-        return out_RH.index_add_(0, rows, y_nH.mul_(weights_n.unsqueeze(-1)))
+        return _sum_by_row(y_nH, rows_n, weights_n, num_rows=len(x_RH))
 
     def _by_group(
         self,
@@ -183,7 +184,7 @@ class FeedForward:
         weights_n: torch.Tensor,
     ) -> torch.Tensor:
         """One grouped product for each projection over all pairs."""
-        if (np.diff(slots_n) < 0).any():  # slots differ from expert numbers on a GPU that holds a part of a layer
+        if self.pool.device.type != "cpu":  # there slots differ from expert numbers
             order = np.argsort(slots_n, kind="stable")
             rows_n, slots_n, weights_n = rows_n[order], slots_n[order], weights_n[torch.from_numpy(order)]
         ends_S = np.cumsum(np.bincount(slots_n, minlength=arena.num_slots), dtype=np.int32)
@@ -193,9 +194,7 @@ class FeedForward:
         if arena.up_bias_SI is not None:
             slots = torch.from_numpy(slots_n).to(x_RH.device, non_blocking=True)
         y_nH = self._project(layer, arena, x_RH.index_select(0, rows), offsets_S, slots, ends_S)
-        weighted_nH = y_nH.float().mul_(weights_n.unsqueeze(-1))
-        out_RH = torch.zeros(x_RH.shape, dtype=torch.float32, device=x_RH.device)
-        return out_RH.index_add_(0, rows, weighted_nH)
+        return _sum_by_row(y_nH, rows_n, weights_n, num_rows=len(x_RH))
 
     def _project(
         self,
@@ -282,3 +281,12 @@ def _times_vector(weight_AB: torch.Tensor, x_1B: torch.Tensor) -> torch.Tensor:
 
 def _times_columns(weight_AB: torch.Tensor, x_mB: torch.Tensor) -> torch.Tensor:
     return torch.mm(weight_AB, x_mB.t()).t()
+
+
+def _sum_by_row(y_nH: torch.Tensor, rows_n: IntArray, weights_n: torch.Tensor, *, num_rows: int) -> torch.Tensor:
+    """Each row's weighted sum in float32, in the pairs' order: unlike index_add_, the same on a GPU every time."""
+    order_n = np.argsort(rows_n, kind="stable")
+    starts_R = np.searchsorted(rows_n[order_n], np.arange(num_rows))
+    order, starts = (torch.from_numpy(a).to(y_nH.device, non_blocking=True) for a in (order_n, starts_R))
+    weights = weights_n.float().index_select(0, order)
+    return F.embedding_bag(order, y_nH.float(), starts, mode="sum", per_sample_weights=weights)

@@ -203,6 +203,18 @@ def test_a_layer_larger_than_the_capacity_is_computed_in_parts(instances: int, p
     assert pool.stats().resident_bytes <= instances * INSTANCE_BYTES
 
 
+def test_a_single_token_whose_experts_do_not_fit_together_is_computed_in_parts(packed: PackedModel) -> None:
+    """Its pairs come in the router's order."""
+    pool = make_pool(packed, instances=1)
+    hidden_TH = torch.randn(1, 32, generator=torch.Generator().manual_seed(0))
+    experts_n, weights_n = np.array([3, 0, 2]), torch.tensor([0.5, 0.3, 0.2])
+
+    out_TH = FeedForward(pool).partial_sums(0, hidden_TH, np.zeros(3, dtype=np.int64), experts_n, weights_n)
+
+    expected_TH = dense_layer(packed, 0, hidden_TH, torch.from_numpy(experts_n)[None], weights_n[None])
+    assert torch.allclose(out_TH.double(), expected_TH, atol=1e-5)
+
+
 def test_a_function_larger_than_the_capacity_is_refused(packed: PackedModel) -> None:
     pool = InstancePool(packed, dtype=torch.float32, capacity_bytes=INSTANCE_BYTES - 1)
     with pytest.raises(FunctionUnavailableError, match=rf"L00\.E000 needs {INSTANCE_BYTES} bytes"):
