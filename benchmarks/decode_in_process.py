@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--shapes", nargs="+", choices=("mixtral", "olmoe"), default=["mixtral", "olmoe"])
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32"])
     parser.add_argument("--loops", nargs="+", choices=LOOPS, default=list(LOOPS))
+    parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--tokens", type=int, default=48, help="new tokens of each sequence")
     parser.add_argument("--repeats", type=int, default=9)
@@ -47,7 +48,9 @@ def main(argv: list[str] | None = None) -> None:
         for dtype in arguments.dtypes:
             for loop in arguments.loops:
                 title = f"{shape}, {dtype}, {loop}, {arguments.threads} thread(s)"
-                with ways_of(shape, dtype, loop, arguments.threads, arguments.folder) as (ways, vocab_size):
+                with ways_of(
+                    shape, dtype, loop, arguments.implementations, threads=arguments.threads, folder=arguments.folder
+                ) as (ways, vocab_size):
                     figures[title] = {
                         batch: in_turns(
                             ways,
@@ -64,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
 
 @contextmanager
 def ways_of(
-    shape: str, dtype_name: str, loop: str, threads: int, folder: Path | None
+    shape: str, dtype_name: str, loop: str, implementations: list[str], *, threads: int, folder: Path | None
 ) -> Iterator[tuple[dict[str, Way], int]]:
     """Every candidate around the same engine, and the size of the vocabulary."""
     dtype = dtype_of_name(dtype_name)
@@ -74,11 +77,11 @@ def ways_of(
         ways: dict[str, Way] = {}
         if loop == "static":
             ways["moeless"] = partial(decode_statically, ours)
-            for name in IMPLEMENTATIONS:
+            for name in implementations:
                 ways[name] = partial(_decode_with, theirs, name)
         else:
             engines = {"moeless": Batched(ours, threads=threads)}
-            for name in IMPLEMENTATIONS:
+            for name in implementations:
                 engines[name] = Batched(
                     theirs, threads=threads, before=partial(theirs.set_experts_implementation, name)
                 )
