@@ -9,14 +9,14 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-_CHUNK_BYTES = 2 << 20
-"""Large enough that the bus does not notice the gaps, small enough that a small expert keeps every thread busy."""
+_MIN_CHUNK_BYTES, _MAX_CHUNK_BYTES = 256 << 10, 4 << 20
+"""Large enough that the interpreter's part does not show, small enough that a small expert keeps every thread busy."""
 _MAX_THREADS = 8
 """A core copies some 10 GB/s, PCIe 5 takes 55."""
 
@@ -35,16 +35,17 @@ class Staging:
 
     Args:
         device: a GPU; the CPU, for tests, goes the same way without what only a GPU has.
-        num_threads, chunk_bytes: twice as much memory as their product is pinned, once something is copied.
+        num_threads, chunk_bytes: twice their product is pinned once something is copied.
     """
 
     def __init__(
-        self, device: torch.device, *, num_threads: int | None = None, chunk_bytes: int = _CHUNK_BYTES
+        self, device: torch.device, *, num_threads: int | None = None, chunk_bytes: int = _MAX_CHUNK_BYTES
     ) -> None:
         self._device = device
         self._num_threads = num_threads or min(_MAX_THREADS, len(os.sched_getaffinity(0)))
         self._chunk_bytes = chunk_bytes
         self._lanes: list[_Lane] = []
+        self._threads = ThreadPoolExecutor(self._num_threads, thread_name_prefix="staging")
         self._lock = threading.Lock()
 
     def copy(self, copies: Iterable[Copy]) -> None:
@@ -53,33 +54,35 @@ class Staging:
             if not self._lanes:
                 self._lanes = [_Lane(self._device, self._chunk_bytes) for _ in range(self._num_threads)]
             late: list[Copy] = []
-            chunks: list[Copy] = []
+            whole: list[Copy] = []
             for copy in copies:
                 target = copy.target
                 if copy.source.dtype != target.dtype:  # converted on the device, which is faster at it
                     target = torch.empty(target.shape, dtype=copy.source.dtype, device=self._device)
                     late.append(Copy(copy.target, target))
-                chunks += self._split(Copy(target, copy.source))
-            self._run(chunks)
+                whole.append(Copy(target.view(-1).view(torch.uint8), _bytes_of(copy.source)))
+            self._run(self._split(whole))
             for copy in late:
                 copy.target.copy_(copy.source)
             if late and self._device.type == "cuda":
                 torch.cuda.current_stream(self._device).synchronize()
 
-    def _split(self, copy: Copy) -> list[Copy]:
-        target = copy.target.view(-1).view(torch.uint8)
-        source = copy.source.contiguous().view(-1).view(torch.uint8)
+    def _split(self, copies: list[Copy]) -> list[Copy]:
+        """Into chunks, as many as there are threads where that does not make them too small."""
+        fair = sum(len(copy.source) for copy in copies) // self._num_threads
+        size = min(self._chunk_bytes, max(_MIN_CHUNK_BYTES, fair))
         return [
-            Copy(target[start : start + self._chunk_bytes], source[start : start + self._chunk_bytes])
-            for start in range(0, len(source), self._chunk_bytes)
+            Copy(target[start : start + size], source[start : start + size])
+            for target, source in copies
+            for start in range(0, len(source), size)
         ]
 
     def _run(self, chunks: list[Copy]) -> None:
         lanes = self._lanes[: len(chunks)]
         for lane in lanes:
             lane.follow_device()
-        with ThreadPoolExecutor(max(1, len(lanes))) as threads:
-            running = [threads.submit(lane.copy, chunks[index :: len(lanes)]) for index, lane in enumerate(lanes)]
+        running = [self._threads.submit(lane.copy, chunks[index :: len(lanes)]) for index, lane in enumerate(lanes)]
+        wait(running)
         for done in running:
             done.result()
 
@@ -115,6 +118,10 @@ class _Lane:
                 self._sent[turn].record(self._stream)
         if self._stream is not None:
             self._stream.synchronize()
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
 
 
 def _fill(buffer: torch.Tensor, source: torch.Tensor) -> None:

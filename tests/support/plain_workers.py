@@ -42,17 +42,18 @@ def compute(call: ReceivedCall) -> torch.Tensor:
         raise FunctionUnavailableError(f"function {name} does not fit")
     if call.layer == FAILING_LAYER:
         raise ZeroDivisionError("a bug")
-    out_RH = torch.zeros(call.x_RH.shape, dtype=torch.float32)
-    rows = torch.from_numpy(call.rows_n)
-    experts_n1 = torch.from_numpy(call.experts_n).float().unsqueeze(1)
+    device = call.x_RH.device
+    out_RH = torch.zeros(call.x_RH.shape, dtype=torch.float32, device=device)
+    rows = torch.from_numpy(call.rows_n).to(device)
+    experts_n1 = torch.from_numpy(call.experts_n).to(device).float().unsqueeze(1)
     y_nH = (experts_n1 + 1) * call.x_RH[rows].float() + experts_n1
-    return out_RH.index_add_(0, rows, call.weights_n.unsqueeze(1) * y_nH).to(call.x_RH.dtype)
+    return out_RH.index_add_(0, rows, call.weights_n.to(device).unsqueeze(1) * y_nH).to(call.x_RH.dtype)
 
 
 def expected(call: LayerCall) -> torch.Tensor:
     """What a worker should answer, one pair after the other in float64."""
     out_RH = torch.zeros((len(call.tokens_R), call.x_TH.shape[1]), dtype=torch.float64)
-    x_RH = call.x_TH[torch.from_numpy(call.tokens_R)].double()
+    x_RH = call.x_TH.cpu()[torch.from_numpy(call.tokens_R)].double()
     for row, expert, weight in zip(call.rows_n.tolist(), call.experts_n.tolist(), call.weights_n.tolist(), strict=True):
         out_RH[row] += weight * ((expert + 1) * x_RH[row] + expert)
     return out_RH.to(call.x_TH.dtype)
@@ -117,12 +118,13 @@ def running_worker(
     token: str = TOKEN,
     max_rows: int = MAX_ROWS,
     memory: DeviceMemory | None = None,
+    device: str = "cpu",
 ) -> Iterator[PlainWorker]:
     """A worker in a process of its own, gone at the end whatever happened to it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.support.plain_workers"])
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, name, token, max_rows, memory))
+    process = context.Process(target=_serve, args=(theirs, name, token, max_rows, memory, device))
     process.start()
     theirs.close()
     try:
@@ -134,10 +136,16 @@ def running_worker(
         process.close()
 
 
-def _serve(pipe: Connection, name: str, token: str, max_rows: int, memory: DeviceMemory | None) -> None:
+def _serve(pipe: Connection, name: str, token: str, max_rows: int, memory: DeviceMemory | None, device: str) -> None:
     torch.set_num_threads(1)
     server = DataPlaneServer(
-        compute, worker=name, token=token, max_rows=max_rows, num_experts=[NUM_EXPERTS] * 4, memory=memory
+        compute,
+        worker=name,
+        token=token,
+        max_rows=max_rows,
+        num_experts=[NUM_EXPERTS] * 4,
+        memory=memory,
+        device=device,
     )
     server.start()
     pipe.send_bytes(msgspec.json.encode(server.endpoint))
