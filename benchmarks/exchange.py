@@ -138,8 +138,9 @@ def _weighted_rows(call: Any) -> Any:
     import numpy as np
     import torch
 
-    weights_R = np.bincount(call.rows_n, call.weights_n.numpy(), minlength=len(call.x_RH)).astype(np.float32)
-    return call.x_RH * torch.from_numpy(weights_R).unsqueeze(1)
+    x_RH = call.x_RH.numpy()
+    weights_R = np.bincount(call.rows_n, call.weights_n.numpy(), minlength=len(x_RH))
+    return torch.from_numpy(x_RH * weights_R.astype(np.float32)[:, None])
 
 
 @contextmanager
