@@ -100,7 +100,7 @@ class EngineDeployment:
                 }
             )
         connectors = {} if by_call else self._connectors(dtype)
-        self._links = WorkerLinks(self._dispatcher, connectors, keep_alive_s=settings.keep_alive_s)
+        self._links = WorkerLinks(self._dispatcher, connectors, keep_alive_s=settings.keep_alive_s if workers else None)
         self._sender = TokenSender(settings.token)
         self._gateway_of: dict[str, str] = {}
         self._gateway_seen_s: dict[str, float] = {}

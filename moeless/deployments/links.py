@@ -24,11 +24,12 @@ class WorkerLinks:
     """Args:
     dispatcher: whose channels to set.
     connectors: worker → a function that opens a channel to it; may take seconds; raises DispatchError or OSError.
-    keep_alive_s: how long idle functions that the engine itself loaded stay.
+    keep_alive_s: how long idle functions that the engine itself loaded stay; None keeps them, for an engine whose
+        experts are its own.
     """
 
     def __init__(
-        self, dispatcher: Dispatcher, connectors: Mapping[str, Callable[[], Channel]], *, keep_alive_s: float
+        self, dispatcher: Dispatcher, connectors: Mapping[str, Callable[[], Channel]], *, keep_alive_s: float | None
     ) -> None:
         self._dispatcher = dispatcher
         self._connectors = connectors
@@ -40,7 +41,7 @@ class WorkerLinks:
             self._all_connected.set()
 
     def start(self) -> None:
-        if self._connectors:
+        if self._connectors or self._keep_alive_s is not None:
             self._thread.start()
 
     def stop(self) -> None:
@@ -62,7 +63,8 @@ class WorkerLinks:
             self._reconnect()
             if all(self.is_connected(worker) for worker in self._connectors):
                 self._all_connected.set()
-                self._dispatcher.local.pool.evict_idle(keep_alive_s=self._keep_alive_s)
+                if self._keep_alive_s is not None:
+                    self._dispatcher.local.pool.evict_idle(keep_alive_s=self._keep_alive_s)
             self._stopping.wait(_CHECK_EVERY_S)
 
     def _reconnect(self) -> None:

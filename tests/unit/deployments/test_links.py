@@ -80,8 +80,18 @@ def test_a_broken_line_is_left_out_and_replaced() -> None:
     links.stop()
 
 
-def test_an_engine_without_workers_is_connected_at_once() -> None:
-    links = WorkerLinks(Switchboard(), {}, keep_alive_s=30.0)  # type: ignore[arg-type]
+def test_an_engine_without_workers_is_connected_at_once_and_keeps_its_experts() -> None:
+    board = Switchboard()
+    links = WorkerLinks(board, {}, keep_alive_s=None)  # type: ignore[arg-type]
     links.start()
     assert links.were_all_connected
+    links.stop()
+    assert board.num_sweeps == 0
+
+
+def test_copies_beside_functions_that_are_called_by_handle_are_swept_too() -> None:
+    board = Switchboard()
+    links = WorkerLinks(board, {}, keep_alive_s=30.0)  # type: ignore[arg-type]
+    links.start()
+    wait_until(lambda: board.num_sweeps > 0)
     links.stop()
