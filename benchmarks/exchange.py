@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import multiprocessing as mp
 import os
 import secrets
@@ -233,11 +234,11 @@ def _open_serve() -> Iterator[list[Any]]:
             return answer_call(frame, _weighted_rows, max_rows=MAX_ROWS, num_experts=[NUM_EXPERTS])
 
     def open_line(number: int) -> CallChannel:
-        deployment = serve.deployment(Worker, name=f"worker-{number}", ray_actor_options={"num_cpus": 0})
-        handle = serve.run(deployment.bind(), name=f"worker-{number}", route_prefix=None)
+        deploy = serve.deployment(name=f"worker-{number}", ray_actor_options={"num_cpus": 0})
+        handle = serve.run(deploy(Worker).bind(), name=f"worker-{number}", route_prefix=None)
         return CallChannel(lambda frame: _ServeAnswer(handle.remote(frame)), max_rows=MAX_ROWS)
 
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield [open_line(number) for number in range(NUM_WORKERS)]
     finally:

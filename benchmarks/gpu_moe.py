@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -128,8 +129,8 @@ def _measure_layer(pool: InstancePool, shape: Shape, options: argparse.Namespace
         weights_Tk, experts_Tk = scores_TE.topk(shape.top_k, dim=-1)
         routed = (hidden_TH, experts_Tk, weights_Tk.to(torch.bfloat16))
         ways: dict[str, Callable[[], torch.Tensor]] = {
-            "moeless": lambda routed=routed: feed_forward.forward_resident(0, *routed),
-            "transformers": lambda routed=routed: grouped_mm_experts_forward(theirs, *routed),
+            "moeless": partial(feed_forward.forward_resident, 0, *routed),
+            "transformers": partial(grouped_mm_experts_forward, theirs, *routed),
         }
         torch.testing.assert_close(*(way() for way in ways.values()), rtol=0.05, atol=0.05)
         taken_ms: dict[str, list[float]] = {name: [] for name in ways}

@@ -1,4 +1,4 @@
-"""The same layer on each device: what transformers computes with its grouped product, from weights as they were packed."""
+"""The same layer on each device: what transformers' grouped product gives, from weights as they were packed."""
 
 from __future__ import annotations
 
