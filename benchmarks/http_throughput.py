@@ -2,7 +2,8 @@
 
 `python -m benchmarks http_throughput` serves a model with its experts in the engine's process, streams 16 completions
 at once over HTTP, and compares with transformers' continuous batching called in process (the best of one and two
-threads) and with static `generate`, on the same prompts and lengths, in turns.
+threads and of its two kinds of attention) and with static `generate`, on the same prompts and lengths, in turns. Each
+way has a process of its own, idle while another runs.
 """
 
 from __future__ import annotations
@@ -29,6 +30,16 @@ from rich.table import Table
 
 PROMPT = "The old man looked at the sea and said that the storm would come before the night was over. "
 
+WAYS = {
+    "continuous batching, 1 thread": ("manager", 1, "sdpa"),
+    "continuous batching, 2 threads": ("manager", 2, "sdpa"),
+    "continuous batching, 1 thread, paged|eager": ("manager", 1, "paged|eager"),
+    "continuous batching, 2 threads, paged|eager": ("manager", 2, "paged|eager"),
+    "generate, 1 thread": ("generate", 1, ""),
+    "generate, 2 threads": ("generate", 2, ""),
+}
+"""Name → (kind, threads, attention implementation)."""
+
 
 def main(argv: list[str] | None = None) -> None:
     """Print the table; with --json, write the figures too."""
@@ -53,16 +64,11 @@ def measure(model: str, streams: int, tokens: int, repeats: int, workers: int) -
     """Tokens per second of each way, `repeats` times in turns."""
     checkpoint = _checkpoint(model)
     context = mp.get_context("spawn")
-    ours, theirs = context.Pipe()
-    child = context.Process(target=_in_process, args=(theirs, str(checkpoint), streams, tokens), daemon=True)
-    child.start()
-    ways = [
-        "continuous batching, 1 thread",
-        "continuous batching, 2 threads",
-        "generate, 1 thread",
-        "generate, 2 threads",
-    ]
-    rates: dict[str, list[float]] = {way: [] for way in [*ways, "http"]}
+    lines: dict[str, Connection] = {}
+    for way in WAYS:
+        lines[way], theirs = context.Pipe()
+        context.Process(target=_in_process, args=(theirs, way, str(checkpoint), streams, tokens), daemon=True).start()
+    rates: dict[str, list[float]] = {way: [] for way in [*WAYS, "http"]}
     port = _free_port()
     command = [sys.executable, "-m", "moeless.cli", "serve", model, "--port", str(port), "--workers", str(workers)]
     server = subprocess.Popen([*command, "--served-model-name", "bench"], stdout=subprocess.DEVNULL)
@@ -70,16 +76,20 @@ def measure(model: str, streams: int, tokens: int, repeats: int, workers: int) -
         started_s = time.perf_counter()
         _wait_ready(port, server)
         ready_s = time.perf_counter() - started_s
-        asyncio.run(_stream_all(port, streams, tokens))
-        for _ in range(repeats):
-            for way in ways:
-                ours.send(way)
-                rates[way].append(ours.recv())
-            rates["http"].append(asyncio.run(_stream_all(port, streams, tokens)))
+        for repeat in range(repeats + 1):
+            for way, line in [*lines.items(), ("http", None)]:
+                if line is None:
+                    rate = asyncio.run(_stream_all(port, streams, tokens))
+                else:
+                    line.send(None)
+                    rate = line.recv()
+                if repeat:  # the first one warms up
+                    rates[way].append(rate)
     finally:
         server.send_signal(signal.SIGINT)
         server.wait(timeout=60)
-        child.kill()
+        for child in mp.active_children():
+            child.kill()
     return {"streams": streams, "tokens": tokens, "ready_s": ready_s, "tokens_per_s": rates}
 
 
@@ -95,33 +105,47 @@ def _print(result: dict[str, Any]) -> None:
     Console().print(f"ready after {result['ready_s']:.1f} s")
 
 
-def _in_process(pipe: Connection, checkpoint: str, streams: int, tokens: int) -> None:
-    """Child: runs transformers' own ways on request and answers with tokens per second."""
+def _in_process(pipe: Connection, way: str, checkpoint: str, streams: int, tokens: int) -> None:
+    """Child: runs one of transformers' own ways on request and answers with tokens per second."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig, GenerationConfig
 
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, experts_implementation="grouped_mm").eval()
-    prompt = AutoTokenizer.from_pretrained(checkpoint)(PROMPT)["input_ids"]
-    generation = GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=-1)
-    batching = ContinuousBatchingConfig(use_async_batching=False, use_cuda_graph=False, num_blocks=512, page_size=32)
-    while True:
-        way = pipe.recv()
-        torch.set_num_threads(int(way.split(", ")[1].split()[0]))
-        started_s = time.perf_counter()
-        if way.startswith("continuous"):
-            out = model.generate_batch(
-                [prompt] * streams,
-                generation_config=generation,
-                continuous_batching_config=batching,
-                progress_bar=False,
-            )
-            assert len(out) == streams
-        else:
+    kind, num_threads, attention = WAYS[way]
+    torch.set_num_threads(num_threads)
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, experts_implementation="grouped_mm").eval()
+    tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint)
+    prompt: list[int] = tokenizer(PROMPT)["input_ids"]
+    if kind == "generate":
+        inputs = torch.tensor([prompt] * streams)
+        arguments = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+        while True:
+            pipe.recv()
+            started_s = time.perf_counter()
             with torch.inference_mode():
-                model.generate(
-                    torch.tensor([prompt] * streams), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
-                )
-        pipe.send(streams * tokens / (time.perf_counter() - started_s))
+                model.generate(inputs, attention_mask=torch.ones_like(inputs), **arguments)
+            pipe.send(streams * tokens / (time.perf_counter() - started_s))
+    model.set_attn_implementation(attention)
+    batching = ContinuousBatchingConfig(
+        page_size=32,
+        num_blocks=512,
+        max_batch_tokens=512,
+        max_requests_per_batch=64,
+        use_async_batching=False,
+        use_cuda_graph=False,
+        auto_switch_to_flash=False,
+    )
+    generation = GenerationConfig(do_sample=False, max_new_tokens=tokens, eos_token_id=-1)
+    with model.continuous_batching_context_manager(
+        generation_config=generation, continuous_batching_config=batching
+    ) as manager:
+        while True:
+            pipe.recv()
+            started_s = time.perf_counter()
+            manager.add_requests([prompt] * streams, max_new_tokens=tokens)
+            left = streams
+            while left:
+                left -= manager.get_result(timeout=600).is_finished()
+            pipe.send(streams * tokens / (time.perf_counter() - started_s))
 
 
 async def _stream_all(port: int, streams: int, tokens: int) -> float:
