@@ -76,13 +76,13 @@ class ExpertHost:
         logger.info("started functions worker=%s num=%d seconds=%.2f", name, len(functions), self._load_seconds)
 
     def compute(self, call: ReceivedCall) -> torch.Tensor:
-        """A call's partial sums, on the CPU."""
+        """A call's partial sums, where the call's rows are."""
         device, dtype = self.pool.device, self.pool.dtype
         x_RH = call.x_RH.to(device=device, dtype=dtype, non_blocking=True)
         partial_RH = self.feed_forward.partial_sums(
             call.layer, x_RH, call.rows_n, call.experts_n, call.weights_n.to(device)
         )
-        return partial_RH.to(device="cpu", dtype=call.x_RH.dtype)
+        return partial_RH.to(device=call.x_RH.device, dtype=call.x_RH.dtype)
 
     def report(self, pid: int) -> WorkerReport:
         stats = self.pool.stats()

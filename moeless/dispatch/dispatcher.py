@@ -80,7 +80,7 @@ class Dispatcher:
         self._channels: dict[str, Channel] = {}
         self._retired: list[Channel] = []
         self._lock = threading.Lock()
-        self._step = 0
+        self._steps = [0] * len(self._num_experts)
         self.metrics = DispatchMetrics(self._num_experts)
         self.table = table
         self._compiled = self._compile(table)
@@ -141,7 +141,7 @@ class Dispatcher:
         Raises: FunctionUnavailableError naming the function, if nobody can compute it.
         """
         started_s = time.perf_counter()
-        self._step += 1
+        self._steps[layer] += 1
         if self._retired:
             self._close_retired()
         compiled = self._compiled[layer]
@@ -154,7 +154,7 @@ class Dispatcher:
                 experts_Tk=top_k_index_Tk.cpu().numpy(),
                 weights_n=top_k_weights_Tk.reshape(-1).float().cpu().numpy(),
             )
-            groups = group_by_worker(compiled, routing.experts_Tk, step=self._step)
+            groups = group_by_worker(compiled, routing.experts_Tk, step=self._steps[layer])
             out_TH = self._exchange(compiled, routing, groups).to(hidden_TH.dtype)
         self.metrics.observe_layer(time.perf_counter() - started_s)
         return out_TH

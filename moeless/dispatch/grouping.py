@@ -84,7 +84,7 @@ def group_by_worker(compiled: CompiledLayer, experts_Tk: IntArray, *, step: int)
 
     Args:
         experts_Tk: the router's choice.
-        step: counts calls; replicas take turns by it when a call has few tokens for them.
+        step: counts the layer's calls; replicas take turns by it when a call has few tokens for them.
     """
     num_tokens, top_k = experts_Tk.shape
     experts_n = experts_Tk.reshape(-1)
