@@ -80,7 +80,12 @@ def serve(
     function_idle: Annotated[
         float, typer.Option(help="isolation function: idle seconds until a function goes to zero.")
     ] = 60.0,
+    cors_allow_origin: Annotated[
+        list[str] | None, typer.Option(help="Origin that browsers may call from; may be given more than once.")
+    ] = None,
     ray_address: Annotated[str | None, typer.Option(help="Ray cluster to join; default: start Ray here.")] = None,
+    app_name: Annotated[str, typer.Option(help="Name of the Serve application on the cluster.")] = "moeless",
+    route_prefix: Annotated[str, typer.Option(help="Where the API begins on the cluster.")] = "/",
 ) -> None:
     """Serve a model with expert functions until interrupted."""
     from moeless.deployments.environment import prepare_environment
@@ -95,7 +100,7 @@ def serve(
         packed_path=str(packed.path),
         model_id=served_model_name or packed.manifest.model_id,
         token=os.environ.get("MOELESS_TOKEN") or secrets.token_hex(32),
-        num_workers=0 if isolation == "function" else workers,
+        num_workers=workers,
         isolation=isolation,  # type: ignore[arg-type]  # checked by ServeSettings
         dtype=dtype,
         device=on_device,
@@ -108,7 +113,10 @@ def serve(
         kv_cache_bytes=_bytes("kv-cache-gb", kv_cache_gb),
         worker_memory_bytes=_bytes("worker-memory-gb", worker_memory_gb),
         num_threads=threads,
-        bind_cores=ray_address is None and on_device == "cpu",
+        cores=tuple(sorted(os.sched_getaffinity(0))) if ray_address is None and on_device == "cpu" else (),
+        cors_allow_origins=tuple(cors_allow_origin or ()),
+        app_name=app_name,
+        route_prefix=route_prefix,
         call_timeout_s=call_timeout,
         function_max_replicas=function_max_replicas,
         function_idle_s=function_idle,
@@ -116,12 +124,13 @@ def serve(
     prepare_environment()
     from moeless.serve import running
 
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
     with _stderr.status("") as status, ExitStack() as stack:
-        stack.enter_context(running(packed.manifest, settings, ray_address=ray_address, on_phase=status.update))
-        url = f"http://{host}:{port}"
+        start = _BreakableStart(status.update)
+        stop = start.asked_to_stop
+        stack.enter_context(running(packed.manifest, settings, ray_address=ray_address, on_phase=start.begin_phase))
+        start.is_over = True
+        at = f"[{host}]" if ":" in host else host
+        url = f"http://{at}:{port}{route_prefix.rstrip('/')}"
         status.update("connecting engine and workers")
         _wait_until_ready(url, stop)
         status.stop()
@@ -188,6 +197,9 @@ def main() -> None:
     except MoelessError as error:
         _stderr.print(f"moeless: {' '.join(str(error).split())}", highlight=False, markup=False, soft_wrap=True)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _stderr.print("moeless: interrupted")
+        sys.exit(130)
 
 
 class _PackingProgress:
@@ -227,13 +239,40 @@ def _bytes(option: str, gigabytes: float | None) -> int | None:
 def _device(name: str) -> str:
     import torch
 
+    if name not in ("cpu", "cuda", "auto"):
+        raise ConfigError(f"--device must be cpu, cuda or auto, got {name!r}")
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if name != "cpu" and not name.startswith("cuda"):
-        raise ConfigError(f"--device must be cpu, cuda or auto, got {name!r}")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"--device {name}: torch sees no CUDA device here")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no CUDA device here")
     return name
+
+
+class _BreakableStart:
+    """Lets a signal break off the start, and afterwards only sets `asked_to_stop`.
+
+    Not in the middle of starting Ray: processes of it would be left behind. It is waited for, some seconds.
+    """
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        self.asked_to_stop = threading.Event()
+        self.is_over = False
+        self._show = show
+        self._can_break = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def begin_phase(self, phase: str) -> None:
+        self._show(phase)
+        if self.asked_to_stop.is_set():
+            raise KeyboardInterrupt
+        self._can_break = phase != "starting Ray"
+
+    def _on_signal(self, *_: object) -> None:
+        is_first = not self.asked_to_stop.is_set()
+        self.asked_to_stop.set()
+        if self._can_break and not self.is_over and is_first:
+            raise KeyboardInterrupt
 
 
 def _wait_until_ready(url: str, stop: threading.Event) -> None:

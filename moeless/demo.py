@@ -6,6 +6,7 @@ functions and how each prompt's tokens spread over the workers, and stops everyt
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -97,14 +98,19 @@ def _server() -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     command = [sys.executable, "-m", "moeless.cli", "serve", MODEL, "--workers", "2", "--port", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    environment = {name: value for name, value in os.environ.items() if name != "MOELESS_API_KEY"}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
     try:
         url = f"http://127.0.0.1:{port}"
         _wait_until_ready(url, process)
         yield url
     finally:
         process.send_signal(signal.SIGINT)
-        process.wait(timeout=120)
+        try:
+            process.wait(timeout=120)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
 
 
 def _wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:

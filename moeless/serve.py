@@ -6,8 +6,11 @@ gateway (ingress) → engine → worker-0, worker-1, ... (or one deployment for 
 from __future__ import annotations
 
 import logging
+import math
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -49,7 +52,7 @@ def build_application(manifest: Manifest, settings: ServeSettings) -> Any:
             graceful_shutdown_timeout_s=5,
             logging_config=_LOGGING,
             health_check_period_s=2,
-            ray_actor_options=_resources(settings, holds_model=True),
+            ray_actor_options=_resources(settings),
         )
         .bind(_ENGINE_CLASS, settings, workers)
     )
@@ -75,7 +78,7 @@ def _worker_deployments(manifest: Manifest, settings: ServeSettings) -> dict[str
             graceful_shutdown_timeout_s=5,
             logging_config=_LOGGING,
             health_check_period_s=2,
-            ray_actor_options=_resources(settings, holds_model=True),
+            ray_actor_options=_resources(settings),
         )
         .bind(
             _WORKER_CLASS,
@@ -110,7 +113,7 @@ def _function_deployments(manifest: Manifest, settings: ServeSettings) -> dict[s
                 metrics_interval_s=0.5,
                 look_back_period_s=2.0,
             ),
-            ray_actor_options=_resources(settings, holds_model=False),
+            ray_actor_options=_resources(settings),
         )
         .bind(_FUNCTION_CLASS, settings, entry.name)
         for entry in manifest.functions
@@ -122,11 +125,23 @@ def _deployment() -> Any:
     return serve.deployment(DeferredReplica)
 
 
-def _resources(settings: ServeSettings, *, holds_model: bool) -> dict[str, float]:
-    resources: dict[str, float] = {"num_cpus": _CPU_SHARE}
-    if settings.device.startswith("cuda"):
-        resources["num_gpus"] = 1.0 if holds_model else 0.05
+def _resources(settings: ServeSettings) -> dict[str, float]:
+    resources = {"num_cpus": _CPU_SHARE}
+    if settings.device == "cuda":
+        resources["num_gpus"] = settings.gpu_share
     return resources
+
+
+def _share_gpus(manifest: Manifest, settings: ServeSettings) -> ServeSettings:
+    """Let the processes of a run share GPUs where there are fewer of them. Raises ConfigError if there is none."""
+    if settings.device != "cuda":
+        return settings
+    by_function = settings.isolation == "function"
+    most = len(manifest.functions) * settings.function_max_replicas if by_function else settings.num_workers
+    num_gpus = float(ray.cluster_resources().get("GPU", 0.0))
+    if num_gpus < 1:
+        raise ConfigError(f"device cuda: {most + 1} processes need at least one GPU, Ray sees {num_gpus:g}")
+    return replace(settings, gpu_share=min(1.0, math.floor(num_gpus / (most + 1) * 1000) / 1000))
 
 
 @contextmanager
@@ -137,38 +152,60 @@ def running(
     ray_address: str | None = None,
     on_phase: Callable[[str], None] = lambda phase: None,
 ) -> Iterator[DeploymentHandle[Any]]:
-    """Run the application until the block is left; nothing is left running then.
+    """Run the application until the block is left; nothing of it is left running then.
 
     Args:
-        ray_address: a cluster to join; None starts Ray on this machine.
+        ray_address: a cluster to join; None starts Ray on this machine, and stops it at the end.
         on_phase: told what begins now, in a few words.
     Yields: the engine's handle, once every deployment runs.
-    Raises: MoelessError if a deployment does not start, with the reason.
+    Raises: MoelessError if a deployment does not start, with the reason; ConfigError if the application's name is
+        taken on the cluster, or the port on this machine.
     """
-    on_phase("starting Ray")
-    _start_ray(ray_address)
+    if ray_address is None:
+        _check_port(settings)
+    is_deployed = False
     try:
+        on_phase("starting Ray")
+        _start_ray(ray_address)
+        settings = _share_gpus(manifest, settings)
         on_phase("starting Ray Serve")
-        serve.start(
-            proxy_location=ProxyLocation.HeadOnly,
-            http_options=HTTPOptions(host=settings.host, port=settings.port),
-            logging_config=_LOGGING,
-        )
-        on_phase("starting engine, workers and gateway")
         try:
-            serve.run(build_application(manifest, settings), name=settings.app_name, route_prefix="/")
-        except RuntimeError as error:
+            serve.start(
+                proxy_location=ProxyLocation.HeadOnly,
+                http_options=HTTPOptions(host=settings.host, port=settings.port),
+                logging_config=_LOGGING,
+            )
+            if settings.app_name in serve.status().applications:
+                raise ConfigError(f"app-name must be new on this cluster, {settings.app_name!r} is deployed already")
+            on_phase("starting engine, workers and gateway")
+            is_deployed = True
+            serve.run(build_application(manifest, settings), name=settings.app_name, route_prefix=settings.route_prefix)
+        except (RuntimeError, TimeoutError) as error:
             raise MoelessError(f"the application did not start: {error}") from error
         yield serve.get_deployment_handle(ENGINE, app_name=settings.app_name)
     finally:
-        serve.shutdown()
+        if ray_address is not None and is_deployed:
+            serve.delete(settings.app_name)  # others may have applications on the same cluster
+        elif ray_address is None and ray.is_initialized():
+            serve.shutdown()
         ray.shutdown()
+
+
+def _check_port(settings: ServeSettings) -> None:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((settings.host, settings.port))
+        except OSError as error:
+            where = f"{settings.host} port {settings.port}"
+            raise ConfigError(f"host and port must be free to listen on, got {where}: {error.strerror}") from error
 
 
 def _start_ray(address: str | None) -> None:
     ray.init(
         address=address or "local",
-        include_dashboard=False,
+        include_dashboard=False if address is None else None,
         log_to_driver=address is None,
         logging_level=logging.WARNING,
         configure_logging=True,

@@ -52,12 +52,3 @@ class ExpertLayout:
     gate_attributes: tuple[tuple[str, float], ...] = ()
     """Numbers that the class's own `_apply_gate` reads from `self` besides `act_fn` (ACT2FN[activation], where
     `activation` is not empty), sorted by name: gpt-oss's ("alpha", 1.702), ("limit", 7.0)."""
-
-
-class FunctionShape(NamedTuple):
-    """Sizes that transports and pools need to reserve memory."""
-
-    hidden_size: int
-    num_layers: int
-    num_experts: int
-    top_k: int

@@ -22,7 +22,9 @@ from moeless.core.generation import GenerationDelta
 logger = logging.getLogger(__name__)
 
 _SEND_HIGH_WATER_MARK = 10_000
-"""Steps that a gateway may lag behind before its messages are dropped: minutes of decoding."""
+"""Steps that a gateway may lag behind before its messages are dropped: a minute at 160 steps a second."""
+_MAX_MESSAGE_BYTES = 64 << 20
+"""A step of thousands of sequences with log-probabilities stays far below; a stranger's message does not get past."""
 
 
 class TokenSender:
@@ -69,7 +71,8 @@ class TokenReceiver:
         self._token = token.encode()
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.PULL)
-        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.setsockopt(zmq.RCVHWM, _SEND_HIGH_WATER_MARK)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES)
         port = self._socket.bind_to_random_port(f"tcp://{host}")
         self.address = f"tcp://{host}:{port}"
         self._streams: dict[str, asyncio.Queue[GenerationDelta]] = {}
@@ -103,6 +106,10 @@ class TokenReceiver:
             yield delta
             if delta.finish_reason is not None:
                 return
+
+    @property
+    def open_streams(self) -> list[str]:
+        return list(self._streams)
 
     def fail_streams(self, request_ids: list[str], reason: str) -> None:
         """End streams whose engine is gone."""

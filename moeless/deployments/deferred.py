@@ -1,7 +1,7 @@
 """A deployment whose class is imported in the replica only.
 
 Ray ships a deployment's class by reference, so the process that deploys it must import its module. With this one in
-between, the command line starts without torch and transformers: several seconds on a small machine.
+between, the process that deploys loads neither transformers nor the engine: seconds on a small machine.
 """
 
 from __future__ import annotations
@@ -29,3 +29,9 @@ class DeferredReplica:
         """Asked by Serve."""
         if hasattr(self._replica, "check_health"):
             self._replica.check_health()
+
+    def __del__(self) -> None:
+        """Called by Serve when the replica stops, and once more by Python."""
+        replica = self.__dict__.pop("_replica", None)
+        if hasattr(replica, "close"):
+            replica.close()

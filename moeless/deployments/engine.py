@@ -8,7 +8,7 @@ import os
 import secrets
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -43,6 +43,7 @@ from moeless.dispatch.call import CallChannel
 from moeless.dispatch.channel import Channel, WorkerEndpoint
 from moeless.dispatch.connect import connect
 from moeless.dispatch.dispatcher import DispatchConfig, Dispatcher
+from moeless.engine.base import eos_token_ids
 from moeless.engine.build import build_engine
 from moeless.engine.config import EngineConfig
 from moeless.engine.experts import attach_dispatcher, register_experts
@@ -60,6 +61,12 @@ _GATEWAY_SILENCE_S = 30.0
 """A gateway that has not asked for the engine's pulse (each second) for this long is gone; its requests end."""
 _FUNCTION_CALL_TIMEOUT_S = 60.0
 """`isolation: function` waits for a function that starts from zero: about 3 s on a warm node."""
+
+_KV_MEMORY_SHARE = 0.8
+"""Of the GPU memory that is free once the backbone is loaded, times the engine's share of the GPU."""
+_COPIES_SHARE = 8
+"""On a GPU the engine's own copies, for functions that no worker can compute, take at most this part (an eighth) of
+what all experts would."""
 
 _Response = DeploymentResponse[Any] | DeploymentResponseGenerator[Any]
 
@@ -82,7 +89,9 @@ class EngineDeployment:
         dtype = dtype_of_name(settings.dtype or packed.manifest.dtype)
         register_experts()
         model = load_backbone(packed, dtype=dtype, device=settings.device)
-        pool = InstancePool(packed, device=settings.device, dtype=dtype, capacity_bytes=settings.worker_memory_bytes)
+        pool = InstancePool(
+            packed, device=settings.device, dtype=dtype, capacity_bytes=_engine_capacity_bytes(packed, settings, dtype)
+        )
         self._pool = pool
         by_call = settings.isolation == "function"
         timeout_s = _FUNCTION_CALL_TIMEOUT_S if by_call else settings.call_timeout_s
@@ -105,11 +114,14 @@ class EngineDeployment:
         self._gateway_of: dict[str, str] = {}
         self._gateway_seen_s: dict[str, float] = {}
         self._gateway_lock = threading.Lock()
+        self._swept_s = time.monotonic()
+        self._cancelled_early: deque[str] = deque(maxlen=1024)
         self._engine = build_engine(
             model,
             AutoTokenizer.from_pretrained(packed.backbone_path, local_files_only=True, trust_remote_code=False),
             EngineConfig(
                 kv_cache_bytes=settings.kv_cache_bytes,
+                kv_memory_share=_KV_MEMORY_SHARE * settings.gpu_share,
                 max_batch_tokens=max(settings.max_batch_tokens, settings.max_running),
                 max_running=settings.max_running,
                 max_waiting=settings.max_waiting,
@@ -121,6 +133,8 @@ class EngineDeployment:
         self._engine.start()
         self._links.start()
         self._model_info = self._describe(model, packed)
+        growth = dtype.itemsize / dtype_of_name(packed.manifest.dtype).itemsize
+        self._isolated_bytes = {entry.name: int(entry.bytes * growth) for entry in packed.manifest.functions}
         self._reports: tuple[float, dict[str, WorkerReport]] = (0.0, {})
         logger.info("engine started seconds=%.2f", time.perf_counter() - started_s)
 
@@ -143,14 +157,13 @@ class EngineDeployment:
         return {name: partial(open_line, handle) for name, handle in self._workers.items()}
 
     def _describe(self, model: Any, packed: PackedModel) -> ModelInfo:
-        eos = model.generation_config.eos_token_id
         return ModelInfo(
             model_id=self._settings.model_id,
             created_unix_s=int((packed.path / "manifest.json").stat().st_mtime),
             max_context_tokens=self._engine.max_context_tokens,
             max_waiting_requests=self._settings.max_waiting,
             vocab_size=model.config.get_text_config().vocab_size,
-            eos_token_ids=[] if eos is None else [eos] if isinstance(eos, int) else list(eos),
+            eos_token_ids=sorted(eos_token_ids(model)),
             tokenizer_path=str(packed.backbone_path),
             num_layers=self._manifest.num_moe_layers,
             num_experts=self._manifest.num_experts,
@@ -169,7 +182,10 @@ class EngineDeployment:
         decoded = msgspec.msgpack.decode(request, type=GenerationRequest)
         with self._gateway_lock:
             self._gateway_of[decoded.request_id] = gateway
+            self._gateway_seen_s.setdefault(gateway, time.monotonic())
         try:
+            if decoded.request_id in self._cancelled_early:
+                raise EngineStoppedError("the request was cancelled before it arrived")
             if not self._links.were_all_connected:
                 raise EngineStoppedError("the engine is starting: not every worker is connected yet")
             self._engine.submit(decoded)
@@ -180,26 +196,21 @@ class EngineDeployment:
         return msgspec.msgpack.encode(SubmitReply(incarnation=self._incarnation))
 
     async def cancel(self, request_id: str) -> None:
+        if request_id not in self._gateway_of:
+            self._cancelled_early.append(request_id)  # it may have overtaken its submit
         self._engine.cancel(request_id)
 
     async def pulse(self, gateway: str) -> bytes:
-        """Asked by every gateway once a second. Answers a Pulse; ends the requests of gateways that fell silent."""
-        now_s = time.monotonic()
-        self._gateway_seen_s[gateway] = now_s
-        for silent in [g for g, seen_s in self._gateway_seen_s.items() if now_s - seen_s > _GATEWAY_SILENCE_S]:
-            del self._gateway_seen_s[silent]
-            with self._gateway_lock:
-                orphans = [request_id for request_id, owner in self._gateway_of.items() if owner == silent]
-            logger.warning("gateway fell silent address=%s requests=%d", silent, len(orphans))
-            for request_id in orphans:
-                self._engine.cancel(request_id)
+        """Asked by every gateway once a second. Answers a Pulse."""
+        with self._gateway_lock:
+            self._gateway_seen_s[gateway] = time.monotonic()
         is_ready = self._engine.is_alive and self._links.were_all_connected
         return msgspec.msgpack.encode(Pulse(incarnation=self._incarnation, is_ready=is_ready))
 
     async def stats(self) -> bytes:
         counters = self._engine.counters()
         metrics, local = self._dispatcher.metrics, self._pool.stats()
-        reports = await self._worker_reports()
+        reports, replicas = await self._worker_reports(), await self._isolated_replicas()
         return msgspec.msgpack.encode(
             EngineStats(
                 requests_running=counters.requests_running,
@@ -213,20 +224,20 @@ class EngineDeployment:
                 dispatch_retries=metrics.retries,
                 dispatch_fallbacks=metrics.fallbacks,
                 tokens_per_worker=dict(metrics.tokens_per_worker),
-                workers=self._worker_statuses(reports),
+                workers=self._worker_statuses(reports, replicas),
             )
         )
 
     async def functions(self) -> bytes:
-        replicas: Mapping[str, int] = {}
-        if self._settings.isolation == "function":
-            replicas = await asyncio.to_thread(_running_replicas, self._settings.app_name)
-        return msgspec.msgpack.encode(self._function_statuses(await self._worker_reports(), replicas))
+        reports, replicas = await self._worker_reports(), await self._isolated_replicas()
+        return msgspec.msgpack.encode(self._function_statuses(reports, replicas))
 
     def check_health(self) -> None:
         """Asked by Serve; an engine whose generation thread died is replaced."""
         if not self._engine.is_alive:
             raise EngineStoppedError("the generation thread ended")
+        if not self._links.is_alive:
+            raise EngineStoppedError("the thread that keeps the lines to workers ended")
 
     # ---- inside -----------------------------------------------------------------------------------------------
 
@@ -242,7 +253,28 @@ class EngineDeployment:
                 if delta.finish_reason is not None:
                     del self._gateway_of[delta.request_id]
         for gateway, theirs in by_gateway.items():
-            self._sender.send(gateway, theirs)
+            if not self._sender.send(gateway, theirs):
+                self._end_requests_of(gateway)  # their streams have a hole now
+        if time.monotonic() - self._swept_s > 1.0:
+            self._sweep_gateways()
+
+    def _sweep_gateways(self) -> None:
+        """In the generation thread: end the requests of gateways that fell silent, and close the lines to them."""
+        self._swept_s = now_s = time.monotonic()
+        with self._gateway_lock:
+            silent = [g for g, seen_s in self._gateway_seen_s.items() if now_s - seen_s > _GATEWAY_SILENCE_S]
+            for gateway in silent:
+                del self._gateway_seen_s[gateway]
+        for gateway in silent:
+            self._end_requests_of(gateway)
+            self._sender.forget(gateway)
+
+    def _end_requests_of(self, gateway: str) -> None:
+        with self._gateway_lock:
+            orphans = [request_id for request_id, owner in self._gateway_of.items() if owner == gateway]
+        logger.warning("gateway does not take its tokens address=%s requests=%d", gateway, len(orphans))
+        for request_id in orphans:
+            self._engine.cancel(request_id)
 
     async def _worker_reports(self) -> dict[str, WorkerReport]:
         """What workers say of themselves, at most half a second old. A function at zero replicas is not woken."""
@@ -263,7 +295,13 @@ class EngineDeployment:
         self._reports = (time.monotonic(), reports)
         return reports
 
-    def _worker_statuses(self, reports: Mapping[str, WorkerReport]) -> list[WorkerStatus]:
+    async def _isolated_replicas(self) -> Mapping[str, int]:
+        """`isolation: function`: running replicas of each function, as Serve counts them; else empty."""
+        if self._settings.isolation != "function":
+            return {}
+        return await asyncio.to_thread(_running_replicas, self._settings.app_name)
+
+    def _worker_statuses(self, reports: Mapping[str, WorkerReport], replicas: Mapping[str, int]) -> list[WorkerStatus]:
         tokens = self._dispatcher.metrics.tokens_per_worker
         local = self._pool.stats()
         statuses = [
@@ -278,13 +316,17 @@ class EngineDeployment:
         ]
         for name in self._workers:
             report, channel = reports.get(name), self._dispatcher.channels.get(name)
+            own = replicas.get(name, 0)
+            instances, resident_bytes = own, own * self._isolated_bytes.get(name, 0)
+            if report is not None:
+                instances, resident_bytes = len(report.states), report.resident_bytes
             statuses.append(
                 WorkerStatus(
                     name=name,
-                    alive=self._links.is_connected(name),
+                    alive=own > 0 if self._settings.isolation == "function" else self._links.is_connected(name),
                     transport="none" if channel is None else channel.kind,
-                    instances=0 if report is None else len(report.states),
-                    resident_bytes=0 if report is None else report.resident_bytes,
+                    instances=instances,
+                    resident_bytes=resident_bytes,
                     tokens_served=tokens.get(name, 0),
                 )
             )
@@ -308,12 +350,11 @@ class EngineDeployment:
             for function_name, remote_state in report.states.items():
                 states.setdefault(function_name, []).append((name, remote_state))
                 num_bytes[function_name] += report.instance_bytes[function_name]
-        growth = self._pool.dtype.itemsize / dtype_of_name(self._manifest.dtype).itemsize
         rows = []
         for entry in self._manifest.functions:
             own = replicas.get(entry.name, 0)
             found = [*states.get(entry.name, []), *[(entry.name, "warm")] * own]
-            num_bytes[entry.name] += int(own * entry.bytes * growth)
+            num_bytes[entry.name] += own * self._isolated_bytes[entry.name]
             kinds = {state for _, state in found}
             shown = next((s for s in ("warm", "draining", "loading") if s in kinds), "cold")
             rows.append(
@@ -330,12 +371,10 @@ class EngineDeployment:
             )
         return rows
 
-    def __del__(self) -> None:
-        engine = getattr(self, "_engine", None)
-        if engine is None:
-            return
+    def close(self) -> None:
+        """End every request and hang up on workers and gateways."""
         self._links.stop()
-        engine.stop()
+        self._engine.stop()
         self._dispatcher.close()
         self._sender.close()
 
@@ -356,12 +395,24 @@ class _ServeCall:
             raise TransportError(f"call failed: {type(error).__name__}: {error}") from error
 
 
+def _engine_capacity_bytes(packed: PackedModel, settings: ServeSettings, dtype: torch.dtype) -> int | None:
+    """Most bytes of instances in the engine's own process; None for no limit."""
+    if settings.isolation == "shared" and settings.num_workers == 0:
+        return settings.worker_memory_bytes
+    if settings.device == "cpu":
+        return None
+    growth = dtype.itemsize / dtype_of_name(packed.manifest.dtype).itemsize
+    return int(packed.manifest.function_bytes * growth) // _COPIES_SHARE
+
+
 def _running_replicas(app_name: str) -> dict[str, int]:
     """Deployment → running replicas. Asks Serve's controller and waits."""
-    deployments = serve.status().applications[app_name].deployments
+    application = serve.status().applications.get(app_name)
+    if application is None:  # it is being replaced
+        return {}
     return {
         name: sum(count for state, count in deployment.replica_states.items() if state == "RUNNING")
-        for name, deployment in deployments.items()
+        for name, deployment in application.deployments.items()
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable
 from typing import Any, TypeVar, cast
 
@@ -31,6 +32,8 @@ ENGINE = "engine"
 GATEWAY = "gateway"
 _PULSE_EVERY_S = 1.0
 _CALL_TIMEOUT_S = 10.0
+_ENGINE_SILENCE_S = 60.0
+"""Without a pulse for this long (an engine that dies is back in some 10 s), streams end with an error."""
 
 _T = TypeVar("_T")
 
@@ -43,7 +46,7 @@ def gateway_deployment(settings: ServeSettings) -> Any:
             handle = serve.get_deployment_handle(ENGINE, app_name=settings.app_name)
             return RemoteEngineClient(handle, TokenReceiver(settings.token, node_address()))
 
-        config = GatewayConfig(api_keys=settings.api_keys)
+        config = GatewayConfig(api_keys=settings.api_keys, cors_allow_origins=settings.cors_allow_origins)
         return create_app(cast(EngineSource, reach_engine), config)
 
     return serve.deployment(serve.ingress(build_app)())
@@ -66,13 +69,13 @@ class RemoteEngineClient:
     async def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationDelta]:
         request_id = request.request_id
         self._receiver.open_stream(request_id)
-        ended = True
+        ended = False  # a submit that is given up half-way may have reached the engine
         try:
             reply = msgspec.msgpack.decode(
                 await self._call("submit", msgspec.msgpack.encode(request), self._receiver.address), type=SubmitReply
             )
+            ended = bool(reply.kind)
             reply.raise_error()
-            ended = False
             self._incarnation_of[request_id] = reply.incarnation
             async for delta in self._receiver.deltas(request_id):
                 ended = delta.finish_reason is not None
@@ -102,21 +105,25 @@ class RemoteEngineClient:
         await self._receiver.close()
 
     async def _call(self, method: str, *args: object) -> Any:
-        response: Awaitable[Any] = getattr(self._handle, method).remote(*args)
         try:
+            response: Awaitable[Any] = getattr(self._handle, method).remote(*args)
             return await asyncio.wait_for(response, _CALL_TIMEOUT_S)
         except (RayError, RayServeException, TimeoutError) as error:
             raise EngineStoppedError(f"the engine cannot be reached: {type(error).__name__}") from error
 
     async def _watch(self) -> None:
         """Notice when the engine died and came back: the streams of its former life will never end by themselves."""
+        heard_s = time.monotonic()
         while True:
             try:
                 pulse = msgspec.msgpack.decode(await self._call("pulse", self._receiver.address), type=Pulse)
                 lost = [i for i, incarnation in self._incarnation_of.items() if incarnation != pulse.incarnation]
                 self._receiver.fail_streams(lost, "the engine was restarted")
                 self._pulse = pulse
-            except EngineStoppedError as error:
+                heard_s = time.monotonic()
+            except Exception as error:  # whatever it is, the next pulse is asked for
                 logger.warning("no pulse from the engine reason=%s", error)
                 self._pulse = None
+                if time.monotonic() - heard_s > _ENGINE_SILENCE_S:
+                    self._receiver.fail_streams(self._receiver.open_streams, "the engine does not answer")
             await asyncio.sleep(_PULSE_EVERY_S)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
 
 from moeless.core.errors import DispatchError
@@ -18,6 +19,9 @@ logger = logging.getLogger(__name__)
 
 _CHECK_EVERY_S = 0.2
 """Between looks at the lines: a killed worker is back after about 2 s, so this adds a tenth."""
+_STEADY_S = 10.0
+"""A line that lasted this long was sound."""
+_MAX_DELAY_S = 30.0
 
 
 class WorkerLinks:
@@ -34,6 +38,9 @@ class WorkerLinks:
         self._dispatcher = dispatcher
         self._connectors = connectors
         self._keep_alive_s = keep_alive_s
+        self._connected_s: dict[str, float] = {}
+        self._delay_s: dict[str, float] = {}
+        self._not_before_s: dict[str, float] = {}
         self._stopping = threading.Event()
         self._all_connected = threading.Event()
         self._thread = threading.Thread(target=self._run, name="moeless-links", daemon=True)
@@ -48,6 +55,12 @@ class WorkerLinks:
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether lines are being kept, if there are any to keep."""
+        needed = bool(self._connectors) or self._keep_alive_s is not None
+        return not needed or self._stopping.is_set() or self._thread.is_alive()
 
     @property
     def were_all_connected(self) -> bool:
@@ -67,20 +80,33 @@ class WorkerLinks:
                     self._dispatcher.local.pool.evict_idle(keep_alive_s=self._keep_alive_s)
             self._stopping.wait(_CHECK_EVERY_S)
 
+    def _put_off(self, worker: str) -> None:
+        """A line that broke soon after it was made (a worker that accepts but hangs) is made again later each time."""
+        now_s = time.monotonic()
+        lasted_s = now_s - self._connected_s[worker]
+        delay_s = 0.0 if lasted_s > _STEADY_S else min(_MAX_DELAY_S, max(1.0, 2 * self._delay_s.get(worker, 0.0)))
+        self._delay_s[worker] = delay_s
+        self._not_before_s[worker] = now_s + delay_s
+
     def _reconnect(self) -> None:
         channels = dict(self._dispatcher.channels)
         for worker in [worker for worker in channels if channels[worker].is_broken]:
             logger.warning("lost a worker worker=%s", worker)
             del channels[worker]
+            self._put_off(worker)
         if len(channels) < len(self._dispatcher.channels):
             self._dispatcher.set_channels(channels)
         for worker in self._connectors:
-            if worker in channels or self._stopping.is_set():
+            if worker in channels or self._stopping.is_set() or time.monotonic() < self._not_before_s.get(worker, 0.0):
                 continue
             try:
                 channels[worker] = self._connectors[worker]()
             except (DispatchError, OSError) as error:
                 logger.info("cannot reach a worker yet worker=%s reason=%s", worker, error)
                 continue
+            except Exception:  # one worker's nonsense must not keep the others from being reached
+                logger.exception("connecting failed worker=%s", worker)
+                continue
+            self._connected_s[worker] = time.monotonic()
             logger.info("connected worker=%s transport=%s", worker, channels[worker].kind)
             self._dispatcher.set_channels(channels)

@@ -41,8 +41,12 @@ class ServeSettings:
     """Most bytes of instances on one worker (or in the engine's process when there is none). None: no limit."""
     num_threads: int | None = None
     """torch threads of the engine and of each worker; None shares the machine's cores out."""
-    bind_cores: bool = False
-    """Give the engine and each worker cores of their own: for workers that all run on this machine's CPU."""
+    cores: tuple[int, ...] = ()
+    """Cores to give the engine and each worker a share of, for workers that all run on this machine's CPU. Empty:
+    nothing is bound, and each process counts the cores it finds."""
+    gpu_share: float = 1.0
+    """GPUs that each process books: less than one where there are fewer GPUs than processes."""
+    cors_allow_origins: tuple[str, ...] = ()
     call_timeout_s: float = 5.0
     keep_alive_s: float = 30.0
     """How long the engine keeps a function that it loaded because no worker could compute it."""
@@ -51,19 +55,36 @@ class ServeSettings:
     function_idle_s: float = 60.0
     """`isolation: function`: idle time after which a function goes to zero replicas."""
     app_name: str = "moeless"
+    """Name of the Serve application; on a cluster, no other may have it."""
+    route_prefix: str = "/"
+    """Where the API begins; applications of one cluster must differ in it."""
 
     def __post_init__(self) -> None:
         if self.isolation not in ("shared", "function"):
             raise ConfigError(f"isolation must be shared or function, got {self.isolation!r}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if not self.app_name:
+            raise ConfigError("app-name must not be empty")
+        if not self.route_prefix.startswith("/"):
+            raise ConfigError(f"route-prefix must begin with /, got {self.route_prefix!r}")
         if self.num_workers < 0:
             raise ConfigError(f"workers must be at least 0, got {self.num_workers}")
-        if not 0 <= self.port < 65536:
-            raise ConfigError(f"port must be from 0 to 65535, got {self.port}")
-        for name in ("max_running", "max_batch_tokens", "function_max_replicas"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_workers and self.isolation == "function":
+            raise ConfigError(f"workers must be 0 with isolation function, got {self.num_workers}")
+        if self.device not in ("cpu", "cuda"):
+            raise ConfigError(f"device must be cpu or cuda, got {self.device!r}")
+        if not 0 < self.port < 65536:
+            raise ConfigError(f"port must be from 1 to 65535, got {self.port}")
+        for key in self.api_keys:
+            if not key or not key.isascii() or not key.isprintable() or " " in key:
+                raise ConfigError("api-key must be printable ASCII without spaces and not empty")
+        if self.max_waiting < 0:
+            raise ConfigError(f"max_waiting must be at least 0, got {self.max_waiting}")
+        for name in ("max_running", "max_batch_tokens", "function_max_replicas", "num_threads", "max_context_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
         for name in ("call_timeout_s", "keep_alive_s", "function_idle_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be above 0 seconds, got {getattr(self, name)}")
@@ -83,13 +104,13 @@ class ServeSettings:
         if self.num_threads is not None:
             return self.num_threads
         if self.num_workers == 0 and self.isolation == "shared":
-            return max(1, len(_cores()) - 1)
+            return max(1, len(self._cores()) - 1)
         return max(1, len(self.engine_cores or ()))
 
     @property
     def worker_threads(self) -> int:
         """torch threads of one worker."""
-        return self.num_threads or max(1, len(_cores()) // max(1, self.num_workers + 1))
+        return self.num_threads or max(1, len(self._cores()) // max(1, self.num_workers + 1))
 
     @property
     def engine_cores(self) -> frozenset[int] | None:
@@ -102,12 +123,11 @@ class ServeSettings:
 
     def _share(self, index: int) -> frozenset[int] | None:
         """Equal parts of this machine's cores for the engine (0) and each worker."""
-        cores = _cores()
+        cores = self._cores()
         size = len(cores) // (self.num_workers + 1)
-        if not self.bind_cores or self.num_workers == 0 or size == 0:
+        if not self.cores or self.num_workers == 0 or size == 0:
             return None
         return frozenset(cores[index * size : (index + 1) * size])
 
-
-def _cores() -> list[int]:
-    return sorted(os.sched_getaffinity(0))
+    def _cores(self) -> tuple[int, ...]:
+        return self.cores or tuple(sorted(os.sched_getaffinity(0)))

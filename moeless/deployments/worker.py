@@ -36,17 +36,12 @@ class WorkerReport(msgspec.Struct, frozen=True, kw_only=True):
     """What a worker says of itself."""
 
     worker: str
-    pid: int
     states: dict[str, str]
     """Function name → state, for the functions that have an instance."""
-    tokens_served: dict[str, int]
     instance_bytes: dict[str, int]
     resident_bytes: int
     cold_starts: int
     warm_starts: int
-    evictions: int
-    load_seconds: float
-    """Time that the functions assigned at start took to load."""
 
 
 class ExpertHost:
@@ -72,8 +67,8 @@ class ExpertHost:
         self.feed_forward = FeedForward(self.pool)
         started_s = time.perf_counter()
         self.pool.start_many(FunctionId.parse(function) for function in functions)
-        self._load_seconds = time.perf_counter() - started_s
-        logger.info("started functions worker=%s num=%d seconds=%.2f", name, len(functions), self._load_seconds)
+        seconds = time.perf_counter() - started_s
+        logger.info("started functions worker=%s num=%d seconds=%.2f", name, len(functions), seconds)
 
     def compute(self, call: ReceivedCall) -> torch.Tensor:
         """A call's partial sums, where the call's rows are."""
@@ -84,25 +79,16 @@ class ExpertHost:
         )
         return partial_RH.to(device=call.x_RH.device, dtype=call.x_RH.dtype)
 
-    def report(self, pid: int) -> WorkerReport:
+    def report(self) -> WorkerReport:
         stats = self.pool.stats()
-        tokens_served: dict[str, int] = {}
-        for layer in range(self.pool.num_layers):
-            for expert, tokens in enumerate(self.pool.tokens_served(layer).tolist()):
-                if tokens:
-                    tokens_served[str(FunctionId(layer, expert))] = tokens
         states = self.pool.states()
         return WorkerReport(
             worker=self.name,
-            pid=pid,
             states={str(function): state.value for function, state in states.items()},
-            tokens_served=tokens_served,
             instance_bytes={str(function): self.pool.instance_bytes(function.layer) for function in states},
             resident_bytes=stats.resident_bytes,
             cold_starts=stats.cold_starts,
             warm_starts=stats.warm_starts,
-            evictions=stats.evictions,
-            load_seconds=self._load_seconds,
         )
 
 
@@ -129,25 +115,17 @@ class WorkerDeployment:
 
     def report(self) -> bytes:
         """A WorkerReport, as JSON."""
-        return msgspec.json.encode(self._host.report(self._server.endpoint.pid))
-
-    def start_functions(self, functions: list[str]) -> int:
-        """Make functions warm; returns the number of cold starts."""
-        return self._host.pool.start_many(FunctionId.parse(function) for function in functions)
-
-    def drain_functions(self, functions: list[str]) -> int:
-        """Drain and evict functions; returns how many had an instance."""
-        return sum(self._host.pool.drain(FunctionId.parse(function)) for function in functions)
+        return msgspec.json.encode(self._host.report())
 
     def check_health(self) -> None:
         """Asked by Serve; a worker whose data plane died is replaced."""
         if not self._server.is_alive:
             raise MoelessError(f"the data plane of {self._host.name} died")
 
-    def __del__(self) -> None:
-        server = getattr(self, "_server", None)
-        if server is not None and server.is_alive:
-            server.stop()
+    def close(self) -> None:
+        """Hang up on every engine."""
+        if self._server.is_alive:
+            self._server.stop()
 
 
 class FunctionDeployment:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import openai
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from tests.families import VOCAB_SIZE, make_tokenizer
-from tests.support.served import Served, serving, wait_until
+from tests.support.served import Served, free_port, serving, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -184,6 +188,22 @@ def test_a_killed_engine_ends_its_streams_with_an_error_and_is_replaced(two_work
 def _worker_alive(served: Served, worker: str) -> bool:
     response = httpx.get(f"{served.url}/v1/experts", timeout=30).json()
     return any(row["name"] == worker and row["alive"] for row in response["workers"])
+
+
+def test_an_interrupt_while_starting_ends_at_once_and_leaves_nothing(checkpoint: Path) -> None:
+    command = [sys.executable, "-m", "moeless.cli", "serve", str(checkpoint), "--port", str(free_port())]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    started: list[psutil.Process] = []
+
+    def has_begun() -> bool:
+        started[:] = psutil.Process(process.pid).children(recursive=True)
+        return any("raylet" in child.name() for child in started)
+
+    wait_until(has_begun, timeout_s=60, what="Ray is starting")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) != 0
+    _, alive = psutil.wait_procs(started, timeout=20)
+    assert not alive
 
 
 @pytest.fixture(scope="module")

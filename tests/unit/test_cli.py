@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,18 @@ def test_a_checkpoint_that_is_not_moe_is_one_line_and_code_2(tmp_path: Path) -> 
 )
 def test_a_bad_option_is_one_line_that_names_it(checkpoint: Path, option: str, value: str, word: str) -> None:
     assert_one_line(moeless("serve", str(checkpoint), option, value), 2, word, value)
+
+
+def test_a_port_that_is_taken_is_one_line_before_anything_starts(checkpoint: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
+        assert_one_line(moeless("serve", str(checkpoint), "--port", port), 2, "127.0.0.1", port)
+
+
+def test_a_key_with_a_space_is_refused_without_showing_it(checkpoint: Path) -> None:
+    result = moeless("serve", str(checkpoint), "--api-key", "two words")
+    assert_one_line(result, 2, "api-key")
+    assert "two words" not in result.stderr
 
 
 def test_experts_of_a_server_that_is_not_there_is_one_line() -> None:

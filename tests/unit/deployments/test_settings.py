@@ -20,6 +20,11 @@ def settings(**changes: object) -> ServeSettings:
         ("dtype", "int8", "dtype"),
         ("num_workers", -1, "workers"),
         ("port", 70000, "port"),
+        ("port", 0, "port"),
+        ("device", "cuda:1", "device"),
+        ("num_threads", 0, "num_threads"),
+        ("max_waiting", -1, "max_waiting"),
+        ("max_context_tokens", 0, "max_context_tokens"),
         ("max_running", 0, "max_running"),
         ("call_timeout_s", 0.0, "call_timeout_s"),
         ("function_idle_s", -1.0, "function_idle_s"),
@@ -42,8 +47,8 @@ def test_keys_and_token_are_not_shown() -> None:
 def test_threads_times_processes_stay_within_the_cores(
     cores: int, num_workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(10, 10 + cores)))
-    asked = settings(num_workers=num_workers, bind_cores=True)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})  # what a process that is bound already would find
+    asked = settings(num_workers=num_workers, cores=tuple(range(10, 10 + cores)))
     assert asked.engine_threads >= 1
     assert asked.worker_threads >= 1
     if cores > num_workers:
@@ -56,6 +61,18 @@ def test_threads_times_processes_stay_within_the_cores(
         bound = [core for share in shares if share is not None for core in share]
         assert len(bound) == len(set(bound)), "no core belongs to two processes"
         assert asked.engine_threads == len(shares[0] or ())
+
+
+@pytest.mark.parametrize("key", ["", "two words", "schlüssel", "tab\t"])
+def test_a_key_that_no_header_can_hold_is_refused_without_showing_it(key: str) -> None:
+    with pytest.raises(ConfigError, match="api-key") as caught:
+        settings(api_keys=("fine", key))
+    assert not key or key not in str(caught.value)
+
+
+def test_workers_beside_isolated_functions_are_refused() -> None:
+    with pytest.raises(ConfigError, match="workers"):
+        settings(isolation="function", num_workers=2)
 
 
 def test_cores_are_not_bound_unless_asked() -> None:
