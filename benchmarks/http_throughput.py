@@ -14,7 +14,6 @@ import json
 import multiprocessing as mp
 import os
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from moeless.deployments.environment import free_port
 
 PROMPT = "The old man looked at the sea and said that the storm would come before the night was over. "
 
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="moeless-mini", help="checkpoint folder or moeless-mini")
     parser.add_argument("--streams", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=128, help="new tokens of each stream")
+    parser.add_argument("--tokens", type=int, default=256, help="new tokens of each stream")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--json", type=Path)
@@ -69,7 +70,7 @@ def measure(model: str, streams: int, tokens: int, repeats: int, workers: int) -
         lines[way], theirs = context.Pipe()
         context.Process(target=_in_process, args=(theirs, way, str(checkpoint), streams, tokens), daemon=True).start()
     rates: dict[str, list[float]] = {way: [] for way in [*WAYS, "http"]}
-    port = _free_port()
+    port = free_port()
     command = [sys.executable, "-m", "moeless.cli", "serve", model, "--port", str(port), "--workers", str(workers)]
     server = subprocess.Popen([*command, "--served-model-name", "bench"], stdout=subprocess.DEVNULL)
     try:
@@ -192,11 +193,6 @@ def _checkpoint(model: str) -> Path:
 
         return bundled_model_path()
     return Path(model)
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def _wait_ready(port: int, server: subprocess.Popen[bytes]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ import openai
 from rich.console import Console
 
 from moeless.cli import experts_table
+from moeless.deployments.environment import free_port
 
 MODEL = "moeless-mini"
 CHATS = (
@@ -95,8 +95,7 @@ def _write(text: str) -> None:
 
 @contextmanager
 def _server() -> Iterator[str]:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "moeless.cli", "serve", MODEL, "--workers", "2", "--port", str(port)]
     environment = {name: value for name, value in os.environ.items() if name != "MOELESS_API_KEY"}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
 
 
 def prepare_environment() -> None:
@@ -15,6 +16,15 @@ def prepare_environment() -> None:
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if os.environ["RAY_AUTH_MODE"] == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def free_port() -> int:
+    """A port that nobody listens on now, below the system's ephemeral ports: Ray takes dozens of those as it starts."""
+    while True:
+        port = 20_000 + secrets.randbelow(10_000)
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
 
 
 def node_address() -> str:

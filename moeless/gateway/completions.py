@@ -78,6 +78,7 @@ class _GenerationResponse(Response):
         super().__init__()
         self._endpoint = endpoint
         self._admitted = admitted
+        self._pacer = service.pacer
         metrics = service.model_metrics()
         observers = [
             SequenceObserver(metrics, num_prompt_tokens=len(sequence.prompt_token_ids), arrived_s=arrived_s)
@@ -104,6 +105,10 @@ class _GenerationResponse(Response):
 
     async def _send_events(self, send: Send) -> None:
         chunks = self._endpoint.chunks(self._admitted, int(time.time()))
+        with self._pacer.stream():
+            await self._send_chunks(send, chunks)
+
+    async def _send_chunks(self, send: Send, chunks: ChunkEncoder) -> None:
         async with self._streams as streams:
             await streams.wait(_START_WAIT_S)
             await send(_stream_start(self._admitted.request_id))
@@ -111,6 +116,7 @@ class _GenerationResponse(Response):
                 await _send_body(send, chunks.opening())
                 while batch := await streams.take():
                     await _send_body(send, chunks.encode(batch))
+                    await streams.rest(self._pacer.pause_s())
                 last = chunks.closing()
             except Exception as error:
                 # The status is long sent: the error becomes the stream's last event, and no [DONE] follows.

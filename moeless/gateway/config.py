@@ -28,6 +28,8 @@ class GatewayConfig:
     """OpenAI's own limit for top_logprobs."""
     max_logit_bias: int = 1024
     """Entries of logit_bias; each costs a write in every decoding step."""
+    max_writes_per_s: int = 300
+    """Over all streams; with more than a few of them, tokens are sent a few at a time (streams.WritePacer)."""
     retry_after_s: float = 1.0
     """Retry-After of a 503 while the engine is starting or away."""
     engine_retry_s: float = 0.5

@@ -17,6 +17,7 @@ from moeless.gateway.admission import Admission, ServedModel
 from moeless.gateway.config import GatewayConfig
 from moeless.gateway.errors import EngineStartingError
 from moeless.gateway.metrics import GatewayMetrics, ModelMetrics
+from moeless.gateway.streams import WritePacer
 from moeless.gateway.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ class GatewayService:
     def __init__(self, source: EngineSource, config: GatewayConfig) -> None:
         self.config = config
         self.metrics = GatewayMetrics()
+        self.pacer = WritePacer(config.max_writes_per_s)
         self._source = source
         self._executor = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="tokenize")
         self.admission = Admission(config, self._executor)

@@ -16,8 +16,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
+from moeless.deployments.environment import free_port
 from tests.families import VOCAB_SIZE, make_tokenizer
-from tests.support.served import Served, free_port, serving, wait_until
+from tests.support.served import Served, serving, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,8 @@ from pathlib import Path
 
 import httpx
 import psutil
+
+from moeless.deployments.environment import free_port
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,6 @@ class Served:
         )
         assert response.status_code == 200, response.text
         return str(response.json()["choices"][0]["text"])
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def wait_until(condition: Callable[[], bool], *, timeout_s: float, what: str) -> None:
