@@ -150,3 +150,7 @@ class EngineClient(Protocol):
     async def is_ready(self) -> bool:
         """True when a request sent now could be answered."""
         ...
+
+    async def close(self) -> None:
+        """Hang up on the engine; open streams end."""
+        ...

@@ -18,7 +18,7 @@ from typing import Protocol
 
 import torch
 
-from moeless.core.errors import TransportError, WorkerTimeoutError
+from moeless.core.errors import HandshakeError, TransportError, WorkerTimeoutError
 from moeless.dispatch.channel import LineConfig, PeerConfig, WorkerEndpoint, has_hung_up
 from moeless.dispatch.handshake import Ask, TransportKind, rows_bytes_of
 from moeless.dispatch.shared_memory import SharedMemoryChannel, SharedMemoryPeer
@@ -123,6 +123,9 @@ class CudaIpcChannel(SharedMemoryChannel):
         return {"call_written": self._call_written.handle, "rows_bytes": str(self._rows_bytes)}
 
     def _take_offer(self, detail: dict[str, str]) -> None:
+        missing = {"calls", "answers", "answer_written"} - detail.keys()
+        if missing:
+            raise HandshakeError(f"the worker's offer must name {', '.join(sorted(missing))}")
         for name in ("calls", "answers"):
             self._rows.append(_SharedRows(self._memory.open(detail[name], self._rows_bytes)))
         self._answer_written = self._memory.open_event(detail["answer_written"])

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from moeless.core.errors import FunctionUnavailableError, MoelessError, TransportError
+from moeless.core.errors import FunctionUnavailableError, TransportError
 from moeless.core.expert import FunctionId
 from moeless.core.routing_table import LOCAL_WORKER, RoutingTable
 from moeless.dispatch.channel import Channel
@@ -198,9 +198,13 @@ class Dispatcher:
                     failed.append(part)
                 else:
                     pending.append((part, channel))
-        local_RH = None if local is None else self._compute_here(routing, local)
-        for group, channel in pending:
-            self._collect_into(out_TH, compiled, routing, group, channel, failed)
+        local_RH: torch.Tensor | None = None
+        try:
+            if local is not None:
+                local_RH = self._compute_here(routing, local)
+        finally:  # an answer left in its line would be taken for the next call's
+            for group, channel in pending:
+                self._collect_into(out_TH, compiled, routing, group, channel, failed)
         if local is not None and local_RH is not None:
             _add(out_TH, local, local_RH)
         for group in failed:
@@ -276,7 +280,7 @@ class Dispatcher:
             partial_RH = self._local.partial_sums(
                 routing.layer, x_RH.to(device), group.rows_n, group.experts_n, weights_n
             )
-        except (MoelessError, OSError) as error:
+        except Exception as error:  # out of memory, a damaged package: whatever it is, this was the last resort
             raise FunctionUnavailableError(f"no instance could compute {names}: {error}") from error
         self.metrics.count_local(LOCAL_WORKER, len(group.experts_n))
         return partial_RH

@@ -84,6 +84,11 @@ class LocalEngineClient:
     async def is_ready(self) -> bool:
         return self._engine.is_alive
 
+    async def close(self) -> None:
+        """Cancel what is being streamed. The engine is its owner's to stop."""
+        for request_id in list(self._streams):
+            self._engine.cancel(request_id)
+
     def _on_step(self, deltas: list[GenerationDelta]) -> None:
         """In the generation thread."""
         if self._loop is not None and not self._loop.is_closed():

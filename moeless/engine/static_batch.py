@@ -111,10 +111,10 @@ class StaticBatchEngine(ThreadedEngine):
             self._accept(batch, logits_BV)
 
     def _recover(self) -> Iterable[Sequence]:
-        failed, self._stepping = self._stepping, []
-        if self._batch is not None and self._batch.sequences is failed:
+        stepping, self._stepping = self._stepping, []
+        if self._batch is not None and any(sequence in self._batch.sequences for sequence in stepping):
             self._batch = None
-        return failed
+        return [sequence for sequence in stepping if sequence.finish_reason is None]
 
     def _num_running(self) -> int:
         batch = self._batch
@@ -200,6 +200,8 @@ class StaticBatchEngine(ThreadedEngine):
             keep.append(not ended)
             self._outbox.append(sequence.take_delta())
         running, self._batch = self._batch, batch
+        if running is not None:  # a merge that fails half-way spoils both
+            self._stepping = [*running.sequences, *batch.sequences]
         if not all(keep):
             self._keep(keep)
         if running is not None:

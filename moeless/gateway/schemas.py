@@ -115,7 +115,7 @@ class SamplingFields(_Body):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     """Extension, as in vLLM: 0 and -1 mean no limit."""
     n: Annotated[int, Field(ge=1)] | None = None
     stop: Stop = None

@@ -53,6 +53,8 @@ class GatewayService:
             connecting.cancel()
             with suppress(asyncio.CancelledError):
                 await connecting
+            if self._client is not None:
+                await self._client.close()
             self._executor.shutdown(cancel_futures=True)
 
     async def _connect(self) -> None:

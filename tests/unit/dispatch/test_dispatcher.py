@@ -324,6 +324,29 @@ def test_a_replica_in_our_own_process_takes_over_too(
     assert dispatcher.metrics.tokens_per_worker == {LOCAL_WORKER: 12 * TOP_K}
 
 
+def test_a_local_failure_names_the_functions_and_leaves_the_lines_usable(
+    packed: PackedModel,
+    workers: dict[str, WorkerProcess],
+    make_dispatcher: Callable[..., Dispatcher],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dispatcher = make_dispatcher(evenly("a", LOCAL_WORKER), workers)
+    call = routing(12)
+
+    def out_of_memory(*_: object) -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(dispatcher.local, "partial_sums", out_of_memory)
+        with pytest.raises(FunctionUnavailableError, match=r"L00\.E\d{3}.*out of memory"):
+            dispatcher.forward(0, *call)
+
+    for layer in (0, 1):
+        assert_right(packed, dispatcher.forward(layer, *call), call, layer=layer)
+    assert not dispatcher.channels["a"].is_broken
+    assert (dispatcher.metrics.retries, dispatcher.metrics.fallbacks) == (0, 0)
+
+
 @pytest.mark.parametrize("transports", [("shm", "shm"), ("tcp", "tcp")], ids="-".join)
 @pytest.mark.parametrize(
     ("table", "counted"), [(ON_BOTH, (1, 0)), (evenly("a", "b"), (0, 1))], ids=["second instance", "own copy"]

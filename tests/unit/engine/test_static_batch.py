@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from moeless.core.errors import ConfigError, ContextLengthError, FunctionUnavailableError
+from moeless.engine import static_batch
 from moeless.engine.config import EngineConfig
 from moeless.engine.static_batch import StaticBatchEngine
 from tests.families import make_tokenizer
@@ -221,3 +222,24 @@ def test_an_error_while_joining_fails_those_that_join() -> None:
     assert joining.last.error == "RuntimeError: boom"
     assert going_on.finish_reason == "length"
     assert_equal_tokens(model, prompt_of(20), going_on.token_ids)
+
+
+def test_an_error_while_merging_fails_both_batches_and_the_engine_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = dispatched_model("deepseek_v3")
+    merge = static_batch._merge
+
+    def merge_fails_once(*_: object) -> object:
+        monkeypatch.setattr(static_batch, "_merge", merge)
+        raise RuntimeError("out of memory")
+
+    recorder = Recorder()
+    with running(model, recorder) as engine:
+        engine.submit(request("running", prompt_of(20), max_tokens=300))
+        recorder.wait_for_tokens("running")
+        monkeypatch.setattr(static_batch, "_merge", merge_fails_once)
+        engine.submit(request("joining", prompt_of(9), max_tokens=300))
+        for answer in recorder.wait_for("running", "joining"):
+            assert answer.last.error == "RuntimeError: out of memory"
+        engine.submit(request("later", prompt_of(9)))
+        (later,) = recorder.wait_for("later")
+    assert_equal_tokens(model, prompt_of(9), later.token_ids)

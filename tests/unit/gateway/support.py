@@ -119,6 +119,7 @@ class ScriptedEngine:
         self.ended: list[str] = []
         self.cancelled: list[str] = []
         self.num_said = 0
+        self.is_closed = False
         self.ready = True
         self.ready_error: Exception | None = None
         self.stats_error: Exception | None = None
@@ -142,6 +143,9 @@ class ScriptedEngine:
 
     async def cancel(self, request_id: str) -> None:
         self.cancelled.append(request_id)
+
+    async def close(self) -> None:
+        self.is_closed = True
 
     async def stats(self) -> EngineStats:
         if self.stats_error is not None:

@@ -87,6 +87,7 @@ REFUSED_CHATS = [
     ({"top_p": 0}, "top_p", "greater than 0, got 0"),
     ({"top_p": 1.1}, "top_p", "1.1"),
     ({"top_k": -2}, "top_k", "-2"),
+    ({"top_k": 10**30}, "top_k", "2147483648"),
     ({"max_tokens": 0}, "max_tokens", "got 0"),
     ({"max_tokens": True}, "max_tokens", "True"),
     ({"max_tokens": 5, "max_completion_tokens": 5}, "max_tokens", "one of them"),
