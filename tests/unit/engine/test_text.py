@@ -64,7 +64,12 @@ def sentencepiece_tokens(piece: str) -> list[int]:
 
 
 @settings(max_examples=300)
-@given(st.lists(st.one_of(st.sampled_from(["<s>", "▁", "▁the", "▁cat", "s", "é", "▁é"]), st.characters()), max_size=30))
+@given(
+    st.lists(
+        st.one_of(st.sampled_from(["<s>", "▁", "▁the", "▁cat", "s", "é", "▁é"]), st.characters(codec="utf-8")),
+        max_size=30,
+    )
+)
 def test_pieces_of_any_sentencepiece_text_make_the_whole_text(parts: list[str]) -> None:
     ids = [token_id for part in parts for token_id in sentencepiece_tokens(part)]
     pieces, rest = streamed(SENTENCEPIECE, ids)
