@@ -23,12 +23,12 @@ from moeless.deployments.environment import free_port
 
 MODEL = "moeless-mini"
 CHATS = (
-    "What is 12 + 7?",
+    "What is 5 + 8?",
     "Continue the scene: ROMEO:",
 )
 COMPLETIONS = (
     ("Python", "def __init__(self, name"),
-    ("Italian", "Don Abbondio"),
+    ("Italian", "«Signor curato», disse"),
     ("drama", "KING HENRY:\n"),
 )
 _READY_TIMEOUT_S = 300.0

@@ -24,7 +24,7 @@ def test_the_demo_streams_answers_shows_the_functions_and_leaves_nothing_running
         check=False,
     )
     assert result.returncode == 0, result.stderr[-4000:]
-    assert "What is 12 + 7?" in result.stdout
+    assert "What is 5 + 8?" in result.stdout
     rows = [line for line in result.stdout.splitlines() if "L00.E000" in line or "L05.E015" in line]
     assert len(rows) == 2
     assert all("warm" in row and "worker-" in row for row in rows)
