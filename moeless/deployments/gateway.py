@@ -107,7 +107,8 @@ class RemoteEngineClient:
     async def _call(self, method: str, *args: object) -> Any:
         try:
             response: Awaitable[Any] = getattr(self._handle, method).remote(*args)
-            return await asyncio.wait_for(response, _CALL_TIMEOUT_S)
+            async with asyncio.timeout(_CALL_TIMEOUT_S):  # wait_for may swallow a cancellation in Python 3.11
+                return await response
         except (RayError, RayServeException, TimeoutError) as error:
             raise EngineStoppedError(f"the engine cannot be reached: {type(error).__name__}") from error
 
