@@ -34,5 +34,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo 'installing into .venv: minutes the first time'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[serve,operator,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[serve,plot,operator,dev]"
 	@touch $@

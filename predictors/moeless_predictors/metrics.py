@@ -1,0 +1,50 @@
+"""How good a prediction is: recall, load error, whether the straggler was foreseen, coverage of a bound.
+
+Shapes: n tokens, E experts, k experts per token, B batches.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.floating[Any]]
+IntArray = NDArray[np.integer[Any]]
+
+
+def recall_at_k(predicted_nk: IntArray, routing_nE: FloatArray) -> float:
+    """Share of the true experts (routing > 0) that are among the predicted; 1.0 where there is nothing to find."""
+    true_nE = routing_nE > 0
+    num_true = int(true_nE.sum())
+    if num_true == 0:
+        return 1.0
+    return float(np.take_along_axis(true_nE, predicted_nk.astype(np.intp), axis=1).sum() / num_true)
+
+
+def relative_l1(predicted_BE: FloatArray, load_BE: FloatArray) -> float:
+    """Mean over batches of sum |predicted - load| / sum load. In [0, 2] for loads of equal sums."""
+    sums_B = load_BE.sum(axis=1)
+    used_B = sums_B > 0
+    if not used_B.any():
+        return 0.0
+    errors_B = np.abs(predicted_BE - load_BE).sum(axis=1)
+    return float((errors_B[used_B] / sums_B[used_B]).mean())
+
+
+def straggler_hit_rate(predicted_BE: FloatArray, load_BE: FloatArray, *, share: float = 0.1) -> float:
+    """How often the most loaded expert is among the `share` of experts (at least one) with the highest prediction.
+
+    Where several experts share the highest load, any of them counts.
+    """
+    num_picked = max(1, math.ceil(share * load_BE.shape[1]))
+    picked = np.argsort(-predicted_BE, axis=1, kind="stable")[:, :num_picked]
+    is_straggler_BE = load_BE == load_BE.max(axis=1, keepdims=True)
+    return float(np.take_along_axis(is_straggler_BE, picked, axis=1).any(axis=1).mean())
+
+
+def coverage(upper_BE: FloatArray, load_BE: FloatArray) -> float:
+    """Share of the loads that are at most their bound."""
+    return float((load_BE <= upper_BE).mean())
