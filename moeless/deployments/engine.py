@@ -130,6 +130,7 @@ class EngineDeployment:
             ),
             self._send_step,
         )
+        self._dispatcher.set_observer(self._engine.observers)
         self._engine.start()
         self._links.start()
         self._model_info = self._describe(model, packed)

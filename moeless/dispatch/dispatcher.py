@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -51,6 +52,19 @@ class DispatchConfig:
         return self.call_timeout_s + self.call_timeout_per_row_s * num_rows
 
 
+class LayerObserver(Protocol):
+    """Whom the dispatcher tells what is routed."""
+
+    @property
+    def is_watching(self) -> bool:
+        """Whether to tell; asked once a layer."""
+        ...
+
+    def observe_layer(self, layer: int, hidden_TH: torch.Tensor, experts_Tk: IntArray, weights_Tk: FloatArray) -> None:
+        """Called while workers compute the layer, or before it is computed in process. Must not raise."""
+        ...
+
+
 @dataclass(slots=True)
 class _Routing:
     """One call's routing on the host."""
@@ -81,6 +95,7 @@ class Dispatcher:
         self._retired: list[Channel] = []
         self._lock = threading.Lock()
         self._steps = [0] * len(self._num_experts)
+        self._observer: LayerObserver | None = None
         self.metrics = DispatchMetrics(self._num_experts)
         self.table = table
         self._compiled = self._compile(table)
@@ -104,6 +119,10 @@ class Dispatcher:
             self._retired += [c for name, c in self._channels.items() if channels.get(name) is not c]
             self._channels = dict(channels)
             self._compiled = self._compile(self.table)
+
+    def set_observer(self, observer: LayerObserver | None) -> None:
+        """Tell `observer` of every layer while it watches."""
+        self._observer = observer
 
     def close(self) -> None:
         """Hang up on every worker. Only once no forward runs and none will."""
@@ -162,6 +181,7 @@ class Dispatcher:
     def _forward_local(
         self, layer: int, hidden_TH: torch.Tensor, top_k_index_Tk: torch.Tensor, top_k_weights_Tk: torch.Tensor
     ) -> torch.Tensor:
+        self._tell_observer(layer, hidden_TH, top_k_index_Tk, top_k_weights_Tk)
         if hidden_TH.is_cuda and self._local.pool.is_full(layer):
             self.metrics.count_local(LOCAL_WORKER, top_k_index_Tk.numel())
             return self._local.forward_resident(layer, hidden_TH, top_k_index_Tk, top_k_weights_Tk)
@@ -177,6 +197,14 @@ class Dispatcher:
         out_TH = self._local.partial_sums(layer, hidden_TH, rows_n, experts_n, weights_n)
         self.metrics.count_local(LOCAL_WORKER, num_tokens * top_k)
         return out_TH
+
+    def _tell_observer(
+        self, layer: int, hidden_TH: torch.Tensor, top_k_index_Tk: torch.Tensor, top_k_weights_Tk: torch.Tensor
+    ) -> None:
+        if self._observer is not None and self._observer.is_watching:
+            self._observer.observe_layer(
+                layer, hidden_TH, top_k_index_Tk.cpu().numpy(), top_k_weights_Tk.float().cpu().numpy()
+            )
 
     def _exchange(self, compiled: CompiledLayer, routing: _Routing, groups: list[WorkerGroup]) -> torch.Tensor:
         """Send to all, compute the local part meanwhile, collect and add in worker order."""
@@ -200,6 +228,9 @@ class Dispatcher:
                     pending.append((part, channel))
         local_RH: torch.Tensor | None = None
         try:
+            if self._observer is not None and self._observer.is_watching:
+                weights_Tk = routing.weights_n.reshape(routing.experts_Tk.shape)
+                self._observer.observe_layer(routing.layer, routing.x_TH, routing.experts_Tk, weights_Tk)
             if local is not None:
                 local_RH = self._compute_here(routing, local)
         finally:  # an answer left in its line would be taken for the next call's

@@ -25,6 +25,7 @@ from moeless.core.errors import (
 )
 from moeless.core.generation import GenerationDelta, GenerationRequest
 from moeless.engine.config import EngineConfig
+from moeless.engine.observing import StepObservers
 from moeless.engine.sequence import Sequence
 from moeless.engine.text import TokenTexts
 
@@ -48,6 +49,8 @@ class Engine(Protocol):
 
     max_context_tokens: int
     """Most tokens (prompt and completion together) of one request."""
+    observers: StepObservers
+    """Who is told what each step routes, where the dispatcher tells them (Dispatcher.set_observer)."""
 
     def start(self) -> None:
         """Start the generation thread and return when it is ready. Raises what kept it from starting."""
@@ -89,6 +92,7 @@ class ThreadedEngine(ABC):
     def __init__(
         self, model: PreTrainedModel, tokenizer: Any, config: EngineConfig, on_step: OnStep | None = None
     ) -> None:
+        self.observers = StepObservers()
         self._model = model
         self._config = config
         self._on_step = on_step
@@ -277,6 +281,7 @@ class ThreadedEngine(ABC):
                 for request_id in ended:
                     self._live.pop(request_id, None)
                 self._finish_times.extend([time.monotonic()] * len(ended))
+            self.observers.forget(ended)
         assert self._on_step is not None
         try:
             self._on_step(deltas)

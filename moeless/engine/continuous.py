@@ -40,7 +40,7 @@ class ContinuousEngine(ThreadedEngine):
             use_cuda_graph=False,
             auto_switch_to_flash=False,
         )
-        self._batcher = PagedBatcher(self._model, batching)
+        self._batcher = PagedBatcher(self._model, batching, self.observers)
         if self._batcher.max_request_tokens < self.max_context_tokens:
             logger.info(
                 "context limited by KV memory max_context_tokens=%d->%d",

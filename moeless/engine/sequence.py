@@ -24,9 +24,9 @@ class Sequence:
         "_texts",
         "error",
         "finish_reason",
+        "generated_token_ids",
         "max_tokens",
         "num_cached_tokens",
-        "num_generated",
         "num_prompt_tokens",
         "prompt_token_ids",
         "request_id",
@@ -41,7 +41,7 @@ class Sequence:
         self.num_cached_tokens = 0
         self.max_tokens = sampling.max_tokens
         self.sampler = RowSampler(sampling)
-        self.num_generated = 0
+        self.generated_token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.error: str | None = None
         self._eos_ids = frozenset() if sampling.ignore_eos else eos_ids
@@ -58,7 +58,7 @@ class Sequence:
 
         The end-of-sequence token counts as generated but adds neither text nor log-probabilities.
         """
-        self.num_generated += 1
+        self.generated_token_ids.append(token_id)
         self._new_tokens += 1
         self.sampler.commit(token_id)
         if token_id in self._eos_ids:
@@ -73,6 +73,18 @@ class Sequence:
             self._end("length")
             return True
         return False
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.generated_token_ids)
+
+    def token_ids(self, first: int, count: int) -> list[int]:
+        """The tokens at positions `first` to `first + count`, of the prompt and what was generated after it."""
+        prompt, length = self.prompt_token_ids, self.num_prompt_tokens
+        if first >= length:
+            return self.generated_token_ids[first - length : first - length + count]
+        found = prompt[first : first + count]
+        return found + self.generated_token_ids[: count - len(found)]
 
     def finish(self, reason: FinishReason, error: str | None = None) -> None:
         """End the sequence from outside: cancelled or failed. Text that was held back is dropped."""

@@ -24,6 +24,7 @@ from moeless.core.errors import ConfigError
 from moeless.engine.base import OnStep, ThreadedEngine, describe
 from moeless.engine.config import EngineConfig
 from moeless.engine.experts import without_experts
+from moeless.engine.observing import RowSpan
 from moeless.engine.sampling import sample
 from moeless.engine.sequence import Sequence
 
@@ -174,6 +175,10 @@ class StaticBatchEngine(ThreadedEngine):
 
     def _forward(self, batch: _Batch, ids: Tensor, positions: Tensor) -> Tensor:
         """Returns: float32 logits of each row's last token, (B, V)."""
+        with self.observers.step(lambda: _row_spans(batch, ids.shape[1])):
+            return self._compute(batch, ids, positions)
+
+    def _compute(self, batch: _Batch, ids: Tensor, positions: Tensor) -> Tensor:
         output = self._model(
             input_ids=ids,
             attention_mask=batch.mask_BW,
@@ -231,7 +236,7 @@ class StaticBatchEngine(ThreadedEngine):
             batch = _Batch([], [], [], None, torch.ones(1, num_tokens, dtype=torch.int64, device=self._model.device))
             positions = torch.arange(num_tokens, device=self._model.device).unsqueeze(0)
             with without_experts(self._model):
-                self._forward(batch, torch.zeros_like(positions), positions)
+                self._compute(batch, torch.zeros_like(positions), positions)
             self._joins_at_any_step = _can_be_padded(batch.cache)
             # A cache class of a model's own (MiniMax's) may count padding as tokens: there, prompts of one length only.
             self._takes_padding = type(batch.cache) is DynamicCache
@@ -239,6 +244,15 @@ class StaticBatchEngine(ThreadedEngine):
             held = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
             sizes.append(sum(tensor.nbytes for tensor in held if tensor is not None))
         return max(1, (sizes[1] - sizes[0]) // 8)
+
+
+def _row_spans(batch: _Batch, width: int) -> list[RowSpan]:
+    """Whose rows a forward pass of `width` tokens for each sequence computes; what is on the left is padding."""
+    spans = []
+    for row, (sequence, length) in enumerate(zip(batch.sequences, batch.lengths, strict=True)):
+        num_rows = min(width, length)
+        spans.append(RowSpan(sequence, (row + 1) * width - num_rows, num_rows, length - num_rows))
+    return spans
 
 
 def _can_be_padded(cache: Cache) -> bool:

@@ -36,6 +36,7 @@ from transformers.generation.continuous_batching.utils import find_head_dim, fin
 
 from moeless.core.generation import GenerationDelta
 from moeless.engine.base import describe
+from moeless.engine.observing import RowSpan, StepObservers
 from moeless.engine.paged_attention import NAME as ATTENTION
 from moeless.engine.paged_attention import SpanPlan, plan_attention, register_attention
 from moeless.engine.sampling import RawLogprobs, sample
@@ -94,7 +95,9 @@ class SequenceState(RequestState):  # type: ignore[misc]
 
 
 class _SamplingRunner(ModelRunner):  # type: ignore[misc]
-    """Samples with our sampler, each row with its sequence's own parameters."""
+    """Samples with our sampler, each row with its sequence's own parameters; tells observers whose rows are whose."""
+
+    observers: StepObservers
 
     def compute_batch(self, model: nn.Module, batch_data: dict[str, Any]) -> None:
         ios = self.inputs_and_outputs
@@ -109,7 +112,16 @@ class _SamplingRunner(ModelRunner):  # type: ignore[misc]
         if ios.compute_stream is not None:
             # The inputs, and our plan, were made on the current stream; the model runs on its own.
             ios.compute_stream.wait_stream(torch.cuda.current_stream(ios.device))
-        super().compute_batch(model, batch_data)
+        with self.observers.step(self._row_spans):
+            super().compute_batch(model, batch_data)
+
+    def _row_spans(self) -> list[RowSpan]:
+        spans, row = [], 0
+        for future in self.inputs_and_outputs.requests_in_batch:
+            state, num_rows = future.state, future.query_length
+            spans.append(RowSpan(state.sequence, row, num_rows, state.position_offset - num_rows))
+            row += num_rows
+        return spans
 
     def _sample(self, scores: Tensor, output_ids: Tensor) -> None:
         states = [f.state for f in self.inputs_and_outputs.requests_in_batch if f.has_new_token]
@@ -148,10 +160,13 @@ class _Manager(ContinuousBatchingManager):  # type: ignore[misc]
 class PagedBatcher:
     """transformers' continuous batching, driven step by step by the caller's thread."""
 
-    def __init__(self, model: PreTrainedModel, config: ContinuousBatchingConfig) -> None:
+    def __init__(
+        self, model: PreTrainedModel, config: ContinuousBatchingConfig, observers: StepObservers | None = None
+    ) -> None:
         """Args:
         model: gets our attention, and its own back at `close`.
         config: with `num_blocks`, `page_size`, `max_batch_tokens` and `max_requests_per_batch` set.
+        observers: who is told of each step.
         """
         register_attention()
         self._model: Any = model
@@ -159,7 +174,7 @@ class PagedBatcher:
         self._router = _DeltaRouter()
         self._batch: list[Any] | None = None
         try:
-            self._processor = self._create_processor(config)
+            self._processor = self._create_processor(config, observers or StepObservers())
         except BaseException:
             self.close()
             raise
@@ -233,7 +248,7 @@ class PagedBatcher:
     def close(self) -> None:
         self._model.set_attn_implementation(self._original_attention)
 
-    def _create_processor(self, config: ContinuousBatchingConfig) -> ContinuousBatchProcessor:
+    def _create_processor(self, config: ContinuousBatchingConfig, observers: StepObservers) -> ContinuousBatchProcessor:
         manager = _Manager(self._model, GenerationConfig(do_sample=False), config)
         manager.output_router = self._router
         processor: ContinuousBatchProcessor = manager._create_batch_processor()
@@ -245,6 +260,7 @@ class PagedBatcher:
             do_sample=False,
             return_logprobs=False,
         )
+        processor.model_runner.observers = observers
         return processor
 
     def _extend_write_indices(

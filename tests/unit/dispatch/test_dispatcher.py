@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -133,6 +134,66 @@ def test_the_sum_is_the_same_wherever_functions_run(
     pairs = NUM_LAYERS * num_tokens * TOP_K
     assert sum(dispatcher.metrics.tokens_per_worker.values()) == pairs
     assert (dispatcher.metrics.retries, dispatcher.metrics.fallbacks) == (0, 0)
+
+
+class Told:
+    """An observer that keeps what it is told, and may look at the world meanwhile."""
+
+    def __init__(self, look: Callable[[], object] = lambda: None) -> None:
+        self.is_watching = True
+        self.layers: list[tuple[int, torch.Tensor, list[list[int]], list[list[float]]]] = []
+        self.seen: list[object] = []
+        self._look = look
+
+    def observe_layer(self, layer: int, hidden_TH: torch.Tensor, experts_Tk: Any, weights_Tk: Any) -> None:
+        self.layers.append((layer, hidden_TH, experts_Tk.tolist(), weights_Tk.tolist()))
+        self.seen.append(self._look())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "table",
+    [
+        pytest.param(evenly(LOCAL_WORKER), id="here"),
+        pytest.param(evenly("a", LOCAL_WORKER, "b"), id="here and on workers"),
+        pytest.param(RoutingTable(version=1), id="nowhere"),
+    ],
+)
+def test_an_observer_that_watches_is_told_what_is_routed(
+    table: RoutingTable,
+    dtype: torch.dtype,
+    shared_workers: dict[str, WorkerProcess],
+    make_dispatcher: Callable[..., Dispatcher],
+) -> None:
+    dispatcher, told = make_dispatcher(table, shared_workers), Told()
+    dispatcher.set_observer(told)
+    hidden_TH, experts_Tk, weights_Tk = routing(7)
+    dispatcher.forward(1, hidden_TH, experts_Tk, weights_Tk.to(dtype))
+    told.is_watching = False
+    dispatcher.forward(1, hidden_TH, experts_Tk, weights_Tk)
+    ((layer, seen_TH, experts, weights),) = told.layers
+    assert (layer, experts) == (1, experts_Tk.tolist())
+    assert seen_TH is hidden_TH
+    assert weights == weights_Tk.to(dtype).float().tolist()
+
+
+def test_an_observer_is_told_once_the_work_is_on_its_way_and_before_any_of_it_is_waited_for(
+    packed: PackedModel, workers: dict[str, WorkerProcess], make_dispatcher: Callable[..., Dispatcher]
+) -> None:
+    dispatcher = make_dispatcher(evenly("a", LOCAL_WORKER, "b"), workers)
+    workers["a"].hold("a")
+    before = workers["a"].report("a").calls_begun
+
+    def look() -> tuple[bool, int]:
+        wait_until(lambda: workers["a"].report("a").calls_begun > before)
+        workers["a"].release("a")
+        return True, dispatcher.metrics.tokens_per_worker.get(LOCAL_WORKER, 0)
+
+    told = Told(look)
+    dispatcher.set_observer(told)
+    call = routing(20)
+    assert_right(packed, dispatcher.forward(0, *call), call)
+    assert told.seen == [(True, 0)]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -1,0 +1,127 @@
+"""Watching what the model routes: who wants to know is told, step by step, which rows are whose.
+
+The engines open a step (base.py's subclasses), the dispatcher tells of each MoE layer in it. Everything an observer
+is told comes from the generation thread. Nobody watches: nothing is computed for it.
+
+Shapes: T rows of hidden states in a step, k experts per row, H hidden.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from moeless.dispatch.wire import FloatArray
+from moeless.engine.sequence import Sequence
+from moeless.functions.pool import IntArray
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class RowSpan:
+    """Rows of a step's hidden states that are consecutive positions of one sequence. Rows in no span are padding."""
+
+    sequence: Sequence
+    first_row: int
+    num_rows: int
+    first_position: int
+
+
+class StepObserver(Protocol):
+    """Called in the generation thread. One that raises is taken out, and generation goes on without it.
+
+    A position may come more than once: a sequence that had to give its pages back is computed again. Positions whose
+    keys and values were found in shared pages never come. A step that fails is never ended: the next one begins.
+    """
+
+    def begin_step(self, spans: list[RowSpan]) -> None:
+        """A forward pass begins; `spans` are in row order."""
+        ...
+
+    def observe_layer(self, layer: int, hidden_TH: Tensor, experts_Tk: IntArray, weights_Tk: FloatArray) -> None:
+        """A MoE layer's input and what its gate chose, padding included; the arrays must not be kept or changed.
+
+        Called when the layer's work is on its way to the workers (or, in process, before it is computed) and before
+        answers are collected: what an observer computes here overlaps the layer.
+        """
+        ...
+
+    def end_step(self) -> None:
+        """Every layer was computed."""
+        ...
+
+    def forget(self, request_id: str) -> None:
+        """A sequence ended or was dropped, perhaps one that this observer never saw."""
+        ...
+
+
+class StepObservers:
+    """The observers of one engine. `add` and `remove` may be called from any thread, the rest is the engine's."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._wanted: tuple[StepObserver, ...] = ()
+        self._watching: tuple[StepObserver, ...] = ()
+
+    def add(self, observer: StepObserver) -> None:
+        """Let `observer` watch, from the next step on."""
+        with self._lock:
+            self._wanted = (*self._wanted, observer)
+
+    def remove(self, observer: StepObserver) -> None:
+        """Let `observer` watch no longer; the step that is under way may still be told. Unknown ones are ignored."""
+        with self._lock:
+            self._wanted = tuple(other for other in self._wanted if other is not observer)
+
+    @property
+    def is_watching(self) -> bool:
+        """True inside a step that somebody watches: the dispatcher asks before it copies anything."""
+        return bool(self._watching)
+
+    @contextmanager
+    def step(self, find_spans: Callable[[], list[RowSpan]]) -> Iterator[None]:
+        """Around one forward pass. `find_spans` is called if anybody watches."""
+        if not self._wanted:
+            yield
+            return
+        spans = find_spans()
+        self._watching = self._wanted
+        try:
+            self._tell(lambda observer: observer.begin_step(spans))
+            yield
+            self._tell(lambda observer: observer.end_step())
+        finally:
+            self._watching = ()
+
+    def observe_layer(self, layer: int, hidden_TH: Tensor, experts_Tk: IntArray, weights_Tk: FloatArray) -> None:
+        """Called by the dispatcher if `is_watching`."""
+        self._tell(lambda observer: observer.observe_layer(layer, hidden_TH, experts_Tk, weights_Tk))
+
+    def forget(self, request_ids: list[str]) -> None:
+        """These sequences ended or were dropped."""
+
+        def forget_all(observer: StepObserver) -> None:
+            for request_id in request_ids:
+                observer.forget(request_id)
+
+        for observer in self._wanted:
+            self._guard(observer, forget_all)
+
+    def _tell(self, call: Callable[[StepObserver], None]) -> None:
+        for observer in self._watching:
+            self._guard(observer, call)
+
+    def _guard(self, observer: StepObserver, call: Callable[[StepObserver], None]) -> None:
+        try:
+            call(observer)
+        except Exception:  # whatever it is, those who wait for tokens must not suffer for it
+            logger.exception("observer taken out observer=%s", type(observer).__name__)
+            self.remove(observer)
+            self._watching = tuple(other for other in self._watching if other is not observer)
