@@ -27,12 +27,13 @@ class NpzArrays:
     @contextmanager
     def open(cls, path: Path) -> Iterator[Self]:
         """Open a file. Raises TraceFormatError if it is no whole NPZ."""
-        try:
-            npz = np.load(path, allow_pickle=False)
-        except (zipfile.BadZipFile, ValueError, EOFError) as error:
-            raise TraceFormatError(f"{path}: damaged or truncated NPZ: {error}") from error
-        with npz:
-            yield cls(path, npz)
+        with path.open("rb") as file:
+            try:
+                npz = np.load(file, allow_pickle=False)
+            except (zipfile.BadZipFile, ValueError, EOFError) as error:
+                raise TraceFormatError(f"{path}: damaged or truncated NPZ: {error}") from error
+            with npz:
+                yield cls(path, npz)
 
     def read(self, name: str) -> AnyArray:
         """One array. Raises TraceFormatError if it is damaged, or needs pickle, which is never used."""
