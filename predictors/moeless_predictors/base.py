@@ -154,8 +154,10 @@ def capped_to_sum(scores_nE: FloatArray, total: int) -> FloatArray:
 
     A row of zeros is spread evenly. `total` must be at most the number of columns.
     """
-    scores_nE = np.maximum(scores_nE, np.finfo(scores_nE.dtype).tiny)
-    scaled_nE = scores_nE * (total / scores_nE.sum(axis=1, keepdims=True))
+    highest_n1 = scores_nE.max(axis=1, keepdims=True)
+    # Zeros become a trillionth of the highest, so that they can grow and nothing overflows when they do.
+    relative_nE = np.maximum(scores_nE / np.where(highest_n1 > 0, highest_n1, 1), 1e-12)
+    scaled_nE = relative_nE * (total / relative_nE.sum(axis=1, keepdims=True))
     for _ in range(scaled_nE.shape[1]):
         over_nE = scaled_nE >= 1
         excess_n = np.where(over_nE, scaled_nE - 1, 0).sum(axis=1)
