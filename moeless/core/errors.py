@@ -72,6 +72,12 @@ class RequestError(MoelessError, ValueError):
         self.code = code
 
 
+class RecordingError(RequestError):
+    """The engine's recording is not in the state that the request needs: none, still running, or empty."""
+
+    http_status = 409
+
+
 class ContextLengthError(RequestError):
     """Prompt and completion together exceed the model's context."""
 

@@ -11,6 +11,8 @@ from typing import Literal, Protocol
 
 import msgspec
 
+from moeless.core.recording import RecordingClient
+
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
@@ -118,14 +120,13 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     model_id: str
     created_unix_s: int
     max_context_tokens: int
-    max_waiting_requests: int
     vocab_size: int
-    eos_token_ids: list[int]
     tokenizer_path: str
     """Folder with tokenizer.json and the chat template, readable by the gateway."""
     num_layers: int
     num_experts: int
     top_k: int
+    hidden_size: int
     dtype: str
     device: str
 
@@ -133,6 +134,11 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
 class EngineClient(Protocol):
     """An engine as the gateway sees it; serve.py binds it to a Serve handle and the token channel, tests to an
     engine in the same process."""
+
+    @property
+    def recordings(self) -> RecordingClient:
+        """Recording what the engine routes."""
+        ...
 
     async def model_info(self) -> ModelInfo: ...
 

@@ -2,51 +2,43 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import secrets
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import msgspec
 import torch
-from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 from transformers import AutoTokenizer
 
+from moeless import __version__
 from moeless.core.errors import EngineStoppedError, MoelessError, TransportError, WorkerTimeoutError
-from moeless.core.expert import FunctionId
-from moeless.core.generation import (
-    EngineStats,
-    FunctionStatus,
-    GenerationDelta,
-    GenerationRequest,
-    ModelInfo,
-    WorkerStatus,
-)
-from moeless.core.routing_table import LOCAL_WORKER
+from moeless.core.generation import GenerationDelta, GenerationRequest, ModelInfo
 from moeless.core.token_channel import TokenSender
 from moeless.deployments.environment import bind_to
 from moeless.deployments.links import WorkerLinks
 from moeless.deployments.messages import Pulse, SubmitReply
 from moeless.deployments.plan import initial_table
+from moeless.deployments.recordings import answer as answer_recording
 from moeless.deployments.settings import ServeSettings
-from moeless.deployments.worker import MAX_ROWS, WorkerReport
+from moeless.deployments.status import EngineStatus
+from moeless.deployments.worker import MAX_ROWS
 from moeless.dispatch.call import CallChannel
 from moeless.dispatch.channel import Channel, WorkerEndpoint
 from moeless.dispatch.connect import connect
 from moeless.dispatch.dispatcher import DispatchConfig, Dispatcher
-from moeless.engine.base import eos_token_ids
 from moeless.engine.build import build_engine
 from moeless.engine.config import EngineConfig
 from moeless.engine.experts import attach_dispatcher, register_experts
+from moeless.engine.recordings import LocalRecordings, Recordings, trace_metadata
 from moeless.functions.feed_forward import FeedForward
 from moeless.functions.pool import InstancePool
 from moeless.packages.backbone import load_backbone
@@ -56,7 +48,6 @@ from moeless.packages.packed_model import PackedModel
 logger = logging.getLogger(__name__)
 
 _ENDPOINT_TIMEOUT_S = 10.0
-_REPORT_TIMEOUT_S = 2.0
 _GATEWAY_SILENCE_S = 30.0
 """A gateway that has not asked for the engine's pulse (each second) for this long is gone; its requests end."""
 _FUNCTION_CALL_TIMEOUT_S = 60.0
@@ -92,7 +83,6 @@ class EngineDeployment:
         pool = InstancePool(
             packed, device=settings.device, dtype=dtype, capacity_bytes=_engine_capacity_bytes(packed, settings, dtype)
         )
-        self._pool = pool
         by_call = settings.isolation == "function"
         timeout_s = _FUNCTION_CALL_TIMEOUT_S if by_call else settings.call_timeout_s
         self._dispatcher = Dispatcher(
@@ -134,9 +124,12 @@ class EngineDeployment:
         self._engine.start()
         self._links.start()
         self._model_info = self._describe(model, packed)
-        growth = dtype.itemsize / dtype_of_name(packed.manifest.dtype).itemsize
-        self._isolated_bytes = {entry.name: int(entry.bytes * growth) for entry in packed.manifest.functions}
-        self._reports: tuple[float, dict[str, WorkerReport]] = (0.0, {})
+        self._status = EngineStatus(settings, packed.manifest, self._dispatcher, self._links, workers)
+        self._recordings = LocalRecordings(
+            Recordings(
+                self._engine.observers, trace_metadata(self._model_info, source=f"recorded by moeless {__version__}")
+            )
+        )
         logger.info("engine started seconds=%.2f", time.perf_counter() - started_s)
 
     def _connectors(self, dtype: torch.dtype) -> dict[str, Callable[[], Channel]]:
@@ -162,13 +155,12 @@ class EngineDeployment:
             model_id=self._settings.model_id,
             created_unix_s=int((packed.path / "manifest.json").stat().st_mtime),
             max_context_tokens=self._engine.max_context_tokens,
-            max_waiting_requests=self._settings.max_waiting,
             vocab_size=model.config.get_text_config().vocab_size,
-            eos_token_ids=sorted(eos_token_ids(model)),
             tokenizer_path=str(packed.backbone_path),
             num_layers=self._manifest.num_moe_layers,
             num_experts=self._manifest.num_experts,
             top_k=self._manifest.top_k,
+            hidden_size=self._manifest.layers[0].layout.hidden_size,
             dtype=str(model.dtype).removeprefix("torch."),
             device=self._settings.device,
         )
@@ -193,7 +185,7 @@ class EngineDeployment:
         except MoelessError as error:
             with self._gateway_lock:
                 self._gateway_of.pop(decoded.request_id, None)
-            return msgspec.msgpack.encode(SubmitReply.of_error(error, self._incarnation))
+            return msgspec.msgpack.encode(SubmitReply.of_error(error, incarnation=self._incarnation))
         return msgspec.msgpack.encode(SubmitReply(incarnation=self._incarnation))
 
     async def cancel(self, request_id: str) -> None:
@@ -208,30 +200,15 @@ class EngineDeployment:
         is_ready = self._engine.is_alive and self._links.were_all_connected
         return msgspec.msgpack.encode(Pulse(incarnation=self._incarnation, is_ready=is_ready))
 
+    async def recording(self, call: bytes) -> bytes:
+        """A RecordingCall; answers a RecordingReply."""
+        return await answer_recording(self._recordings, call)
+
     async def stats(self) -> bytes:
-        counters = self._engine.counters()
-        metrics, local = self._dispatcher.metrics, self._pool.stats()
-        reports, replicas = await self._worker_reports(), await self._isolated_replicas()
-        return msgspec.msgpack.encode(
-            EngineStats(
-                requests_running=counters.requests_running,
-                requests_waiting=counters.requests_waiting,
-                kv_cache_usage=counters.kv_cache_usage,
-                cold_starts=local.cold_starts + sum(report.cold_starts for report in reports.values()),
-                warm_starts=local.warm_starts + sum(report.warm_starts for report in reports.values()),
-                dispatch_seconds_sum=metrics.layer_seconds_sum,
-                dispatch_seconds_count=sum(metrics.layer_seconds_counts),
-                dispatch_seconds_buckets=metrics.cumulative_buckets(),
-                dispatch_retries=metrics.retries,
-                dispatch_fallbacks=metrics.fallbacks,
-                tokens_per_worker=dict(metrics.tokens_per_worker),
-                workers=self._worker_statuses(reports, replicas),
-            )
-        )
+        return msgspec.msgpack.encode(await self._status.stats(self._engine.counters()))
 
     async def functions(self) -> bytes:
-        reports, replicas = await self._worker_reports(), await self._isolated_replicas()
-        return msgspec.msgpack.encode(self._function_statuses(reports, replicas))
+        return msgspec.msgpack.encode(await self._status.functions())
 
     def check_health(self) -> None:
         """Asked by Serve; an engine whose generation thread died is replaced."""
@@ -277,101 +254,6 @@ class EngineDeployment:
         for request_id in orphans:
             self._engine.cancel(request_id)
 
-    async def _worker_reports(self) -> dict[str, WorkerReport]:
-        """What workers say of themselves, at most half a second old. A function at zero replicas is not woken."""
-        taken_s, reports = self._reports
-        if self._settings.isolation == "function" or time.monotonic() - taken_s < 0.5:
-            return reports
-
-        async def ask(name: str, handle: DeploymentHandle[Any]) -> WorkerReport | None:
-            try:
-                report = await asyncio.wait_for(_response(handle.report.remote()), _REPORT_TIMEOUT_S)
-            except (RayError, RayServeException, TimeoutError) as error:
-                logger.warning("no report worker=%s reason=%s", name, error)
-                return None
-            return msgspec.json.decode(report, type=WorkerReport)
-
-        found = await asyncio.gather(*(ask(name, handle) for name, handle in self._workers.items()))
-        reports = {report.worker: report for report in found if report is not None}
-        self._reports = (time.monotonic(), reports)
-        return reports
-
-    async def _isolated_replicas(self) -> Mapping[str, int]:
-        """`isolation: function`: running replicas of each function, as Serve counts them; else empty."""
-        if self._settings.isolation != "function":
-            return {}
-        return await asyncio.to_thread(_running_replicas, self._settings.app_name)
-
-    def _worker_statuses(self, reports: Mapping[str, WorkerReport], replicas: Mapping[str, int]) -> list[WorkerStatus]:
-        tokens = self._dispatcher.metrics.tokens_per_worker
-        local = self._pool.stats()
-        statuses = [
-            WorkerStatus(
-                name=LOCAL_WORKER,
-                alive=True,
-                transport="in-process",
-                instances=local.num_instances,
-                resident_bytes=local.resident_bytes,
-                tokens_served=tokens.get(LOCAL_WORKER, 0),
-            )
-        ]
-        for name in self._workers:
-            report, channel = reports.get(name), self._dispatcher.channels.get(name)
-            own = replicas.get(name, 0)
-            instances, resident_bytes = own, own * self._isolated_bytes.get(name, 0)
-            if report is not None:
-                instances, resident_bytes = len(report.states), report.resident_bytes
-            statuses.append(
-                WorkerStatus(
-                    name=name,
-                    alive=own > 0 if self._settings.isolation == "function" else self._links.is_connected(name),
-                    transport="none" if channel is None else channel.kind,
-                    instances=instances,
-                    resident_bytes=resident_bytes,
-                    tokens_served=tokens.get(name, 0),
-                )
-            )
-        return statuses
-
-    def _function_statuses(
-        self, reports: Mapping[str, WorkerReport], replicas: Mapping[str, int]
-    ) -> list[FunctionStatus]:
-        """`replicas`: of functions that are deployments of their own, as Serve counts them."""
-        tokens: Counter[str] = Counter()
-        for layer, tokens_E in enumerate(self._dispatcher.metrics.remote_tokens_LE):
-            local_E = self._pool.tokens_served(layer)
-            for expert, count in enumerate((tokens_E + local_E).tolist()):
-                tokens[str(FunctionId(layer, expert))] = count
-        states: dict[str, list[tuple[str, str]]] = {}
-        num_bytes: Counter[str] = Counter()
-        for function, state in self._pool.states().items():
-            states.setdefault(str(function), []).append((LOCAL_WORKER, state.value))
-            num_bytes[str(function)] += self._pool.instance_bytes(function.layer)
-        for name, report in reports.items():
-            for function_name, remote_state in report.states.items():
-                states.setdefault(function_name, []).append((name, remote_state))
-                num_bytes[function_name] += report.instance_bytes[function_name]
-        rows = []
-        for entry in self._manifest.functions:
-            own = replicas.get(entry.name, 0)
-            found = [*states.get(entry.name, []), *[(entry.name, "warm")] * own]
-            num_bytes[entry.name] += own * self._isolated_bytes[entry.name]
-            kinds = {state for _, state in found}
-            shown = next((s for s in ("warm", "draining", "loading") if s in kinds), "cold")
-            rows.append(
-                FunctionStatus(
-                    name=entry.name,
-                    layer=entry.layer,
-                    expert=entry.expert,
-                    state=shown,
-                    replicas=len(found),
-                    workers=sorted({worker for worker, _ in found}),
-                    bytes=num_bytes[entry.name],
-                    tokens_served=tokens[entry.name],
-                )
-            )
-        return rows
-
     def close(self) -> None:
         """End every request and hang up on workers and gateways."""
         self._links.stop()
@@ -406,21 +288,5 @@ def _engine_capacity_bytes(packed: PackedModel, settings: ServeSettings, dtype: 
     return int(packed.manifest.function_bytes * growth) // _COPIES_SHARE
 
 
-def _running_replicas(app_name: str) -> dict[str, int]:
-    """Deployment → running replicas. Asks Serve's controller and waits."""
-    application = serve.status().applications.get(app_name)
-    if application is None:  # it is being replaced
-        return {}
-    return {
-        name: sum(count for state, count in deployment.replica_states.items() if state == "RUNNING")
-        for name, deployment in application.deployments.items()
-    }
-
-
 def _call_function(handle: DeploymentHandle[Any], frame: bytes) -> _ServeCall:
     return _ServeCall(handle.remote(frame))
-
-
-async def _response(response: _Response) -> bytes:
-    answer: Any = response
-    return bytes(await answer)

@@ -21,6 +21,7 @@ from moeless.core.generation import EngineStats, FunctionStatus, GenerationDelta
 from moeless.core.token_channel import TokenReceiver
 from moeless.deployments.environment import node_address
 from moeless.deployments.messages import Pulse, SubmitReply
+from moeless.deployments.recordings import RemoteRecordings
 from moeless.deployments.settings import ServeSettings
 from moeless.gateway.app import create_app
 from moeless.gateway.config import GatewayConfig
@@ -46,7 +47,11 @@ def gateway_deployment(settings: ServeSettings) -> Any:
             handle = serve.get_deployment_handle(ENGINE, app_name=settings.app_name)
             return RemoteEngineClient(handle, TokenReceiver(settings.token, node_address()))
 
-        config = GatewayConfig(api_keys=settings.api_keys, cors_allow_origins=settings.cors_allow_origins)
+        config = GatewayConfig(
+            api_keys=settings.api_keys,
+            cors_allow_origins=settings.cors_allow_origins,
+            allow_tracing=settings.tracing_is_allowed,
+        )
         return create_app(cast(EngineSource, reach_engine), config)
 
     return serve.deployment(serve.ingress(build_app)())
@@ -58,6 +63,7 @@ class RemoteEngineClient:
     def __init__(self, handle: DeploymentHandle[Any], receiver: TokenReceiver) -> None:
         self._handle = handle
         self._receiver = receiver
+        self.recordings = RemoteRecordings(self._call)
         self._incarnation_of: dict[str, str] = {}
         self._pulse: Pulse | None = None
         receiver.start()
@@ -104,10 +110,10 @@ class RemoteEngineClient:
             await self._watcher
         await self._receiver.close()
 
-    async def _call(self, method: str, *args: object) -> Any:
+    async def _call(self, method: str, *args: object, timeout_s: float = _CALL_TIMEOUT_S) -> Any:
         try:
             response: Awaitable[Any] = getattr(self._handle, method).remote(*args)
-            async with asyncio.timeout(_CALL_TIMEOUT_S):  # wait_for may swallow a cancellation in Python 3.11
+            async with asyncio.timeout(timeout_s):  # wait_for may swallow a cancellation in Python 3.11
                 return await response
         except (RayError, RayServeException, TimeoutError) as error:
             raise EngineStoppedError(f"the engine cannot be reached: {type(error).__name__}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from dataclasses import dataclass, field
 from typing import Literal
@@ -47,6 +48,9 @@ class ServeSettings:
     gpu_share: float = 1.0
     """GPUs that each process books: less than one where there are fewer GPUs than processes."""
     cors_allow_origins: tuple[str, ...] = ()
+    allow_tracing: bool | None = None
+    """Whether clients may record what the engine routes, for all its requests. None: where only this machine can call,
+    that is, where `host` is a loopback address."""
     call_timeout_s: float = 5.0
     keep_alive_s: float = 30.0
     """How long the engine keeps a function that it loaded because no worker could compute it."""
@@ -90,6 +94,11 @@ class ServeSettings:
                 raise ConfigError(f"{name} must be above 0 seconds, got {getattr(self, name)}")
 
     @property
+    def tracing_is_allowed(self) -> bool:
+        """Whether the gateway has the endpoints that record traces."""
+        return _is_loopback(self.host) if self.allow_tracing is None else self.allow_tracing
+
+    @property
     def worker_names(self) -> tuple[str, ...]:
         return tuple(f"worker-{index}" for index in range(self.num_workers))
 
@@ -131,3 +140,10 @@ class ServeSettings:
 
     def _cores(self) -> tuple[int, ...]:
         return self.cores or tuple(sorted(os.sched_getaffinity(0)))
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost"

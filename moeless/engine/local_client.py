@@ -11,6 +11,7 @@ import msgspec
 from moeless.core.errors import MoelessError, RequestError
 from moeless.core.generation import EngineStats, FunctionStatus, GenerationDelta, GenerationRequest, ModelInfo
 from moeless.engine.base import Engine
+from moeless.engine.recordings import LocalRecordings, Recordings, trace_metadata
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,9 @@ class LocalEngineClient:
         self._model_info = model_info
         self._dispatch_stats = dispatch_stats
         self._functions = functions
+        self.recordings = LocalRecordings(
+            Recordings(engine.observers, trace_metadata(model_info, source="recorded in process"))
+        )
         self._streams: dict[str, asyncio.Queue[GenerationDelta]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         engine.set_on_step(self._on_step)
@@ -85,9 +89,10 @@ class LocalEngineClient:
         return self._engine.is_alive
 
     async def close(self) -> None:
-        """Cancel what is being streamed. The engine is its owner's to stop."""
+        """Cancel what is being streamed and drop what is recorded. The engine is its owner's to stop."""
         for request_id in list(self._streams):
             self._engine.cancel(request_id)
+        await self.recordings.close()
 
     def _on_step(self, deltas: list[GenerationDelta]) -> None:
         """In the generation thread."""

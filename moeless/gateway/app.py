@@ -1,7 +1,7 @@
 """The gateway's application: OpenAI's API over an engine client. serve.py and the tests call create_app.
 
 A request passes ErrorMiddleware, CORS (if configured), the key check (if there are keys) and the body limit, then
-its route: completions.py (admission.py, streams.py, answers.py or chunks.py) or info.py.
+its route: completions.py (admission.py, streams.py, answers.py or chunks.py), info.py or tracing.py.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from moeless.gateway.middleware import ApiKeyMiddleware, BodyLimitMiddleware, Er
 from moeless.gateway.openapi import describe_bodies
 from moeless.gateway.schemas import ChatCompletionRequest, CompletionRequest
 from moeless.gateway.service import EngineSource, GatewayService
+from moeless.gateway.tracing import RecordingRequest, tracing_router
 
 
 def create_app(engine: EngineSource, config: GatewayConfig) -> FastAPI:
@@ -40,7 +41,8 @@ def create_app(engine: EngineSource, config: GatewayConfig) -> FastAPI:
     install_handlers(app)
     app.include_router(completions_router(service))
     app.include_router(info_router(service))
-    describe_bodies(app, ChatCompletionRequest, CompletionRequest)
+    app.include_router(tracing_router(service))
+    describe_bodies(app, ChatCompletionRequest, CompletionRequest, RecordingRequest)
     # The last one added is the outermost.
     app.add_middleware(BodyLimitMiddleware, max_bytes=config.max_body_bytes)
     if config.api_keys:
@@ -49,7 +51,7 @@ def create_app(engine: EngineSource, config: GatewayConfig) -> FastAPI:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=config.cors_allow_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["authorization", "content-type"],
         )
     app.add_middleware(ErrorMiddleware)

@@ -18,7 +18,7 @@ from moeless.engine.build import build_engine
 from moeless.engine.config import EngineConfig
 from moeless.engine.local_client import LocalEngineClient
 from moeless.gateway import GatewayConfig, create_app
-from tests.families import EOS_ID, VOCAB_SIZE, make_model, make_tokenizer
+from tests.families import VOCAB_SIZE, make_model, make_tokenizer
 from tests.unit.gateway.support import Gateway, gateway_for, until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(180)]
@@ -59,13 +59,12 @@ async def gateway(anyio_backend: str, engine: Engine, folder: Path) -> AsyncIter
         model_id=MODEL_ID,
         created_unix_s=1_700_000_000,
         max_context_tokens=CONTEXT,
-        max_waiting_requests=MAX_WAITING,
         vocab_size=VOCAB_SIZE,
-        eos_token_ids=[EOS_ID],
         tokenizer_path=str(folder),
         num_layers=2,
         num_experts=4,
         top_k=2,
+        hidden_size=32,
         dtype="float32",
         device="cpu",
     )

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from moeless.core.errors import ConfigError, ContextLengthError, EngineStoppedError, QueueFullError, RequestError
+from moeless.core.errors import (
+    ConfigError,
+    ContextLengthError,
+    EngineStoppedError,
+    QueueFullError,
+    RecordingError,
+    RequestError,
+)
 from moeless.deployments.messages import SubmitReply
 from moeless.deployments.settings import ServeSettings
 
@@ -34,6 +41,27 @@ def test_a_value_out_of_range_is_refused_by_field_and_value(field: str, value: o
     with pytest.raises(ConfigError, match=named) as caught:
         settings(**{field: value})
     assert str(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("host", "asked", "is_allowed"),
+    [
+        ("127.0.0.1", None, True),
+        ("127.9.9.9", None, True),
+        ("::1", None, True),
+        ("localhost", None, True),
+        ("0.0.0.0", None, False),
+        ("::", None, False),
+        ("10.0.0.7", None, False),
+        ("localhost.example.org", None, False),
+        ("0.0.0.0", True, True),
+        ("127.0.0.1", False, False),
+    ],
+)
+def test_tracing_is_allowed_where_only_this_machine_can_call_or_the_operator_says_so(
+    host: str, asked: bool | None, is_allowed: bool
+) -> None:
+    assert settings(host=host, allow_tracing=asked).tracing_is_allowed is is_allowed
 
 
 def test_keys_and_token_are_not_shown() -> None:
@@ -90,12 +118,13 @@ def test_a_number_of_threads_that_was_asked_for_is_used() -> None:
     [
         ContextLengthError("1 and 2", param="max_tokens", code="context_length_exceeded"),
         RequestError("bad", param="prompt"),
+        RecordingError("stop it first", code="recording_running"),
         QueueFullError("full", retry_after_s=7.0),
         EngineStoppedError("gone"),
     ],
 )
 def test_an_engines_refusal_is_the_same_error_at_the_gateway(error: Exception) -> None:
-    reply = SubmitReply.of_error(error, "life")  # type: ignore[arg-type]
+    reply = SubmitReply.of_error(error, incarnation="life")  # type: ignore[arg-type]
     with pytest.raises(type(error)) as caught:
         reply.raise_error()
     assert type(caught.value) is type(error)

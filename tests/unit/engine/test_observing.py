@@ -4,46 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from moeless.core.routing_table import LOCAL_WORKER, spread_evenly
-from moeless.dispatch.dispatcher import Dispatcher
 from moeless.engine.base import ThreadedEngine
 from moeless.engine.continuous import ContinuousEngine
-from moeless.engine.experts import attach_dispatcher, register_experts
 from moeless.engine.observing import RowSpan, StepObservers
 from moeless.engine.static_batch import StaticBatchEngine
 from moeless.engine.transformers_hooks import kv_bytes_per_token
-from moeless.functions.feed_forward import FeedForward
-from moeless.functions.pool import InstancePool
-from moeless.packages.backbone import experts_modules, load_backbone
-from moeless.packages.pack import pack_checkpoint
-from moeless.packages.packed_model import PackedModel
-from tests.families import make_checkpoint
-from tests.unit.engine.support import Recorder, prompt_of, request, running
+from moeless.packages.backbone import experts_modules
+from tests.unit.engine.routed import PAGED, STATIC, Family, LoadFamily, Routing, dispatched, reference_routing
+from tests.unit.engine.support import Recorder, prompt_of, request
 
 LENGTHS = (1, 2, 7, 30, 63, 64, 65, 150)
-PAGED, STATIC = "mixtral", "deepseek_v3"
 KINDS = {PAGED: ContinuousEngine, STATIC: StaticBatchEngine}
-
-Routing = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Experts, weights and input of one row in one layer."""
-
-
-@dataclass(frozen=True)
-class Family:
-    reference: PreTrainedModel
-    backbone: PreTrainedModel
-    dispatcher: Dispatcher
 
 
 class Watcher:
@@ -88,56 +66,11 @@ class Watcher:
         return sorted(position for name, position in self.routing if name == request_id)
 
 
-@pytest.fixture(scope="module")
-def load_family(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder: Path = tmp_path_factory.mktemp("observing")
-    register_experts()
-
-    @cache
-    def load(name: str) -> Family:
-        checkpoint = make_checkpoint(name, folder / name / "checkpoint")
-        pack_checkpoint(checkpoint, folder / name / "packed")
-        packed = PackedModel.open(folder / name / "packed")
-        backbone = load_backbone(packed, dtype=torch.float32)
-        table = spread_evenly(
-            num_layers=packed.manifest.num_moe_layers, num_experts=packed.manifest.num_experts, workers=(LOCAL_WORKER,)
-        )
-        dispatcher = Dispatcher(FeedForward(InstancePool(packed, dtype=torch.float32)), table)
-        attach_dispatcher(backbone, dispatcher)
-        reference = AutoModelForCausalLM.from_pretrained(checkpoint, experts_implementation="eager")
-        return Family(reference, backbone, dispatcher)
-
-    return load
-
-
 @contextmanager
 def watched(family: Family, recorder: Recorder, watcher: Any, **settings: Any) -> Iterator[ThreadedEngine]:
-    with running(family.backbone, recorder, **settings) as engine:
-        family.dispatcher.set_observer(engine.observers)
+    with dispatched(family, recorder, **settings) as engine:
         engine.observers.add(watcher)
-        try:
-            yield engine
-        finally:
-            family.dispatcher.set_observer(None)
-
-
-@torch.inference_mode()
-def reference_routing(model: PreTrainedModel, token_ids: list[int]) -> list[list[Routing]]:
-    """For each position, each layer's routing in one forward pass without a cache."""
-    layers: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-
-    def keep(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        hidden, experts, weights = (*args, *kwargs.values())
-        layers.append((experts.numpy().copy(), weights.numpy().copy(), hidden.numpy().copy()))
-
-    handles = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in experts_modules(model)]
-    model(torch.tensor([token_ids]), use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return [
-        [(experts[position], weights[position], hidden[position]) for experts, weights, hidden in layers]
-        for position in range(len(token_ids))
-    ]
+        yield engine
 
 
 def assert_routing_is_the_models(family: Family, watcher: Watcher, request_id: str, token_ids: list[int]) -> None:
@@ -156,7 +89,7 @@ def assert_routing_is_the_models(family: Family, watcher: Watcher, request_id: s
 
 
 @pytest.mark.parametrize("name", [PAGED, STATIC, "gpt_oss", "qwen3_next"])
-def test_each_row_is_told_as_its_sequences_position(name: str, load_family: Any) -> None:
+def test_each_row_is_told_as_its_sequences_position(name: str, load_family: LoadFamily) -> None:
     family, watcher, recorder = load_family(name), Watcher(), Recorder()
     with watched(family, recorder, watcher) as engine:
         assert isinstance(engine, KINDS.get(name, ThreadedEngine))
@@ -172,7 +105,7 @@ def test_each_row_is_told_as_its_sequences_position(name: str, load_family: Any)
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_step_is_begun_told_layer_by_layer_and_ended(name: str, load_family: Any) -> None:
+def test_a_step_is_begun_told_layer_by_layer_and_ended(name: str, load_family: LoadFamily) -> None:
     family, watcher, recorder = load_family(name), Watcher(), Recorder()
     with watched(family, recorder, watcher) as engine:
         engine.submit(request("r", prompt_of(5), max_tokens=3))
@@ -182,7 +115,7 @@ def test_a_step_is_begun_told_layer_by_layer_and_ended(name: str, load_family: A
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_ended_and_cancelled_sequences_are_forgotten_once(name: str, load_family: Any) -> None:
+def test_ended_and_cancelled_sequences_are_forgotten_once(name: str, load_family: LoadFamily) -> None:
     family, watcher, recorder = load_family(name), Watcher(), Recorder()
     with watched(family, recorder, watcher) as engine:
         engine.submit(request("short", prompt_of(5), max_tokens=2))
@@ -193,7 +126,7 @@ def test_ended_and_cancelled_sequences_are_forgotten_once(name: str, load_family
     assert sorted(watcher.forgotten) == ["long", "short"]
 
 
-def test_positions_found_in_shared_pages_are_not_told(load_family: Any) -> None:
+def test_positions_found_in_shared_pages_are_not_told(load_family: LoadFamily) -> None:
     family, watcher, recorder = load_family(PAGED), Watcher(), Recorder()
     prompt = prompt_of(40)
     with watched(family, recorder, watcher, page_size=16) as engine:
@@ -207,7 +140,7 @@ def test_positions_found_in_shared_pages_are_not_told(load_family: Any) -> None:
     assert first.num_tokens == 8
 
 
-def test_a_sequence_that_had_to_make_room_is_told_again_from_where_it_begins_anew(load_family: Any) -> None:
+def test_a_sequence_that_had_to_make_room_is_told_again_from_where_it_begins_anew(load_family: LoadFamily) -> None:
     family, watcher, recorder = load_family(PAGED), Watcher(), Recorder()
     names = [str(n) for n in range(5)]
     pool = 128 * kv_bytes_per_token(family.backbone)
@@ -224,7 +157,7 @@ def test_a_sequence_that_had_to_make_room_is_told_again_from_where_it_begins_ane
 
 @pytest.mark.parametrize("method", ["begin_step", "observe_layer", "end_step", "forget"])
 def test_an_observer_that_raises_is_taken_out_and_the_others_go_on(
-    method: str, load_family: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    method: str, load_family: LoadFamily, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     family, broken, sound, recorder = load_family(PAGED), Watcher(), Watcher(), Recorder()
 
@@ -245,7 +178,7 @@ def test_an_observer_that_raises_is_taken_out_and_the_others_go_on(
     assert sound.forgotten == ["a", "b"]
 
 
-def test_a_removed_observer_is_told_no_more(load_family: Any) -> None:
+def test_a_removed_observer_is_told_no_more(load_family: LoadFamily) -> None:
     family, watcher, recorder = load_family(PAGED), Watcher(), Recorder()
     with watched(family, recorder, watcher) as engine:
         engine.submit(request("a", prompt_of(4), max_tokens=3))
@@ -259,7 +192,7 @@ def test_a_removed_observer_is_told_no_more(load_family: Any) -> None:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_step_that_fails_is_not_ended_and_the_next_one_is(
-    name: str, load_family: Any, monkeypatch: pytest.MonkeyPatch
+    name: str, load_family: LoadFamily, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     family, watcher, recorder = load_family(name), Watcher(), Recorder()
     compute, failures = family.dispatcher.local.partial_sums, [ZeroDivisionError("a bug")]
@@ -280,7 +213,7 @@ def test_a_step_that_fails_is_not_ended_and_the_next_one_is(
     assert watcher.forgotten == ["a", "b"]
 
 
-def test_calls_of_the_dispatcher_outside_steps_are_not_told(load_family: Any) -> None:
+def test_calls_of_the_dispatcher_outside_steps_are_not_told(load_family: LoadFamily) -> None:
     family, watcher = load_family(PAGED), Watcher()
     observers = StepObservers()
     observers.add(watcher)

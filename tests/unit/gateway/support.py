@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import msgspec
@@ -63,13 +64,12 @@ def model_info(tokenizer_path: Path, *, max_context_tokens: int = 256) -> ModelI
         model_id=MODEL_ID,
         created_unix_s=1_700_000_000,
         max_context_tokens=max_context_tokens,
-        max_waiting_requests=8,
         vocab_size=260,
-        eos_token_ids=[257],
         tokenizer_path=str(tokenizer_path),
         num_layers=2,
         num_experts=4,
         top_k=2,
+        hidden_size=64,
         dtype="float32",
         device="cpu",
     )
@@ -123,6 +123,7 @@ class ScriptedEngine:
         self.ready = True
         self.ready_error: Exception | None = None
         self.stats_error: Exception | None = None
+        self.recordings: Any = None
 
     async def model_info(self) -> ModelInfo:
         return self.info
