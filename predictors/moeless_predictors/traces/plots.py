@@ -44,7 +44,9 @@ def load_heatmap(trace: RoutingTrace) -> Figure:
         origin="lower",
     )
     for axis, count in ((axes.xaxis, trace.num_experts), (axes.yaxis, trace.num_layers)):
-        axis.set_major_locator(MaxNLocator(nbins=min(count, 16), integer=True, steps=[1, 2, 4, 5, 8, 10]))
+        axis.set_major_locator(
+            MaxNLocator(nbins=min(count, 16), integer=True, min_n_ticks=1, steps=[1, 2, 4, 5, 8, 10])
+        )
     axes.set_xlabel("expert")
     axes.set_ylabel("MoE layer")
     axes.set_title(

@@ -13,7 +13,8 @@ import numpy as np
 
 from moeless_predictors.traces.routing import DECODE, PREFILL, RoutingTrace, TraceMetadata
 
-_LATENT_SIZE = 16
+_LATENT_SIZE = 6
+"""Fewer and a layer's experts tell more of the next layer's, but more experts are never chosen."""
 
 
 def synthetic_trace(
@@ -23,9 +24,9 @@ def synthetic_trace(
     num_layers: int = 6,
     num_experts: int = 16,
     top_k: int = 2,
-    skew: float = 0.5,
+    skew: float = 0.25,
     token_dependence: float = 0.7,
-    layer_dependence: float = 0.9,
+    layer_dependence: float = 0.95,
     drift: float = 0.0,
     prompt_tokens: int = 0,
     vocabulary: int = 256,
@@ -33,6 +34,9 @@ def synthetic_trace(
     seed: int = 0,
 ) -> RoutingTrace:
     """Draw a trace; the same arguments give the same trace.
+
+    With 32 experts and top-4 the defaults come near a recorded trace of gpt-oss-20b: Gini 0.38 (there 0.43), straggler
+    2.8 times the mean (2.9), overlap of neighbours 0.44 (0.44), dependency of the next layer 0.28 (0.35).
 
     Args:
         skew: weight of the fixed liking (its popularity falls like 1 / rank ** skew before the states join in).
