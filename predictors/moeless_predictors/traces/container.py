@@ -137,6 +137,8 @@ def _header(path: object, raw: bytes) -> dict[str, Any]:
         raise TraceFormatError(f"{path}: damaged header: no JSON at byte {8 + error.pos}: {error.msg}") from error
     except UnicodeDecodeError as error:
         raise TraceFormatError(f"{path}: damaged header: no UTF-8 at byte {8 + error.start}") from error
+    except RecursionError as error:
+        raise TraceFormatError(f"{path}: damaged header: nested too deeply") from error
     if not isinstance(header, dict):
         raise TraceFormatError(f"{path}: damaged header: an object is expected, got {type(header).__name__}")
     return header
@@ -186,7 +188,7 @@ def _spans(path: object, header: Mapping[str, Any], *, data_begin: int, size: in
 def _span(path: object, name: str, entry: object, data_begin: int) -> _Span:
     match entry:
         case {"dtype": str(code), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if (
-            code in _DTYPES and shape and all(type(n) is int and n >= 0 for n in shape)
+            code in _DTYPES and shape and (shape == [0] or all(type(n) is int and n > 0 for n in shape))
         ):
             dtype = np.dtype(_DTYPES[code])
         case _:
@@ -215,9 +217,9 @@ def _verify_blocks(path: object, bytes_N: AnyArray, spans: Mapping[str, _Span], 
     for name, span in spans.items():
         expected = checksums[name]
         found = [f"{crc:08x}" for crc in _block_checksums(bytes_N[span.begin : span.end], block_bytes)]
-        if len(found) != len(expected):
+        if not isinstance(expected, list) or len(found) != len(expected):
             raise TraceFormatError(
-                f"{path}: column {name!r} must have {len(found)} checksums for its blocks, got {len(expected)}"
+                f"{path}: column {name!r} must have {len(found)} checksums for its blocks, got {str(expected)[:80]}"
             )
         for index, (crc, should_be) in enumerate(zip(found, expected, strict=True)):
             if crc != should_be:

@@ -138,6 +138,7 @@ def test_a_later_version_is_refused_by_its_number(whole: Path, tmp_path: Path) -
     [
         ({"dtype": "BF16"}, "column 'phase' must have a shape"),
         ({"shape": [-15]}, "column 'phase' must have a shape"),
+        ({"shape": [0, 1 << 62, 1 << 62]}, "column 'phase' must have a shape"),
         ({"shape": [14]}, "column 'phase' of shape .14. and dtype U8 takes 14 bytes"),
         ({"data_offsets": [0, 15]}, "must begin at byte"),
     ],
@@ -149,6 +150,13 @@ def test_a_header_that_contradicts_itself_is_refused(
     header["phase"].update(change)
     with pytest.raises(TraceFormatError, match=message):
         RoutingTrace.open(rewritten(whole, tmp_path / "odd", header), verify=False)
+
+
+def test_a_header_nested_without_end_is_refused(tmp_path: Path) -> None:
+    raw = b'{"a":' + b"[" * 200_000
+    (tmp_path / "deep").write_bytes(len(raw).to_bytes(8, "little") + raw)
+    with pytest.raises(TraceFormatError, match="damaged header: nested too deeply"):
+        RoutingTrace.open(tmp_path / "deep")
 
 
 def test_arrivals_are_not_opened_as_routing(tmp_path: Path) -> None:
