@@ -19,9 +19,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from moeless import __version__
+from moeless.cli_trace import trace_app
 from moeless.core.errors import ConfigError, MoelessError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app.add_typer(trace_app, name="trace")
 _stdout = Console()
 _stderr = Console(stderr=True)
 
@@ -83,6 +85,9 @@ def serve(
     cors_allow_origin: Annotated[
         list[str] | None, typer.Option(help="Origin that browsers may call from; may be given more than once.")
     ] = None,
+    allow_tracing: Annotated[
+        bool | None, typer.Option(help="Let clients record what the engine routes; default: on a loopback host.")
+    ] = None,
     ray_address: Annotated[str | None, typer.Option(help="Ray cluster to join; default: start Ray here.")] = None,
     app_name: Annotated[str, typer.Option(help="Name of the Serve application on the cluster.")] = "moeless",
     route_prefix: Annotated[str, typer.Option(help="Where the API begins on the cluster.")] = "/",
@@ -115,6 +120,7 @@ def serve(
         num_threads=threads,
         cores=tuple(sorted(os.sched_getaffinity(0))) if ray_address is None and on_device == "cpu" else (),
         cors_allow_origins=tuple(cors_allow_origin or ()),
+        allow_tracing=allow_tracing,
         app_name=app_name,
         route_prefix=route_prefix,
         call_timeout_s=call_timeout,
