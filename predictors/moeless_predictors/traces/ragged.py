@@ -36,9 +36,8 @@ def split_texts(where: str, utf8: AnyArray, starts: AnyArray) -> tuple[str, ...]
 def check_offsets(where: str, name: str, starts: IntArray, *, num_values: int) -> None:
     """Offsets begin at 0, never fall and end at the number of values."""
     if starts.ndim != 1 or len(starts) < 1 or starts[0] != 0 or starts[-1] != num_values:
-        raise TraceFormatError(
-            f"{where}: column {name!r} must go from 0 to {num_values}, got {starts.reshape(-1)[:: max(1, starts.size - 1)].tolist()}"
-        )
+        ends = starts.reshape(-1)[:: max(1, starts.size - 1)].tolist()
+        raise TraceFormatError(f"{where}: column {name!r} must go from 0 to {num_values}, got {ends}")
     is_falling = np.diff(starts) < 0
     if is_falling.any():
         row = int(is_falling.argmax()) + 1
