@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from moeless.cli_record import record
 from moeless.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from moeless_predictors.traces.statistics import ArrivalStatistics, RoutingStatistics
 
 trace_app = typer.Typer(no_args_is_help=True, help="Routing and arrival traces: import files of others, look inside.")
+trace_app.command()(record)
 _stdout = Console()
 _stderr = Console(stderr=True)
 
@@ -199,6 +201,6 @@ def _told_in_one_line() -> Iterator[None]:
     except TraceFormatError as error:
         raise ConfigError(str(error)) from error
     except OSError as error:
-        raise ConfigError(f"{error.filename or 'file'}: {error.strerror or error}") from error
+        raise ConfigError(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from error
     except ModuleNotFoundError as error:
         raise ConfigError(str(error)) from error

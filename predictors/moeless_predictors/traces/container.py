@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 AnyArray = NDArray[Any]
@@ -66,6 +67,7 @@ def write_container(
         kind: "routing" or "arrivals".
         fields: what goes into the JSON beside kind and checksums.
         columns: C-contiguous arrays of the data types that the format knows.
+    Raises: OSError if the file cannot be written.
     """
     checksums = {name: [f"{crc:08x}" for crc in _block_checksums(column)] for name, column in columns.items()}
     trace = json.dumps({"kind": kind, **fields, "block_bytes": BLOCK_BYTES, "checksums": checksums})
@@ -78,10 +80,15 @@ def write_container(
     target = Path(path)
     draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
+        draft.touch(exist_ok=False)
+        mode = draft.stat().st_mode  # as the user's umask has it; the library would leave the file to its owner alone
         save_file(dict(columns), draft, metadata=metadata)
+        draft.chmod(mode)
         with draft.open("rb+") as file:
             os.fsync(file.fileno())
         draft.replace(target)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{target} cannot be written: {error}") from error
     finally:
         draft.unlink(missing_ok=True)
 

@@ -70,6 +70,8 @@ def routing_from_npz(path: Path, arrays: NpzArrays, options: ImportOptions, noti
         )
     lengths_S = found["lengths"]
     if names["lengths"] == "sequence_starts":
+        if lengths_S.dtype.kind not in "iu" or lengths_S.ndim != 1 or not len(lengths_S) or lengths_S[0] != 0:
+            raise TraceFormatError(f"{path}: array 'sequence_starts' must be whole numbers from 0, got {lengths_S[:3]}")
         lengths_S = np.diff(lengths_S.astype(np.int64))
     weights_TLk = found["weights"]
     if names["weights"] == "weights_u8":

@@ -104,7 +104,7 @@ class RoutingTrace:
         labels: Sequence[str] | None = None,
         where: str = "trace",
     ) -> Self:
-        """Check arrays of any integer and float types and make a trace of them.
+        """Check arrays of any integer and float types and make a trace of them. Those of the right type are not copied.
 
         Args:
             phase_T: default: all DECODE.

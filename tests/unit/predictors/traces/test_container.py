@@ -194,6 +194,17 @@ def test_a_save_that_fails_leaves_what_was_there(whole: Path, tmp_path: Path, mo
     assert list(tmp_path.iterdir()) == [target]
 
 
+def test_a_trace_may_be_read_by_whom_other_files_may(tmp_path: Path) -> None:
+    synthetic_trace(num_sequences=1).save(tmp_path / "t")
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "t").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="nowhere/t cannot be written"):
+        synthetic_trace(num_sequences=1).save(tmp_path / "nowhere" / "t")
+
+
 def test_a_trace_can_be_saved_over_the_file_it_is_mapped_from(whole: Path, tmp_path: Path) -> None:
     target = tmp_path / "t"
     shutil.copy(whole, target)

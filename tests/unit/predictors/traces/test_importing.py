@@ -155,6 +155,7 @@ def test_weights_of_zero_belong_to_experts_that_were_chosen(tmp_path: Path, sour
     [
         ({"weights": None}, "an array weights or weights_u8 is needed, got experts, seq_len"),
         ({"seq_len": None}, "an array sequence_lengths, seq_len or sequence_starts is needed"),
+        ({"seq_len": None, "sequence_starts": [2, 20]}, "'sequence_starts' must be whole numbers from 0"),
         ({"seq_len": [6, 6]}, "must add up to the 18 tokens, got 12"),
         ({"ids": np.zeros((18, 2, 2), int)}, "only one of the arrays experts, ids"),
         ({"experts": np.zeros((18, 2))}, "'experts' must hold whole numbers of shape"),
