@@ -1,0 +1,139 @@
+"""The learned predictor: a small neural network from what is known of a token's routing to where it goes next.
+
+`features.py` makes the features; this estimator takes any. Training is scikit-learn's; predicting is two matrix
+products in numpy, because a decoding step has no time for an estimator's checks.
+
+Shapes: n tokens, F features, E experts, U hidden units.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+import numpy as np
+from numpy.typing import ArrayLike
+from sklearn.neural_network import MLPClassifier
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_is_fitted
+
+from moeless_predictors.base import FloatArray, IntArray, LoadPredictor
+
+
+class HistoryPredictor(LoadPredictor):
+    """A multi-label perceptron with one hidden layer, averaged over its last epochs.
+
+    Averaging the weights of the last half of the epochs stands in for a falling learning rate (Polyak and Juditsky,
+    1992), which scikit-learn's Adam does not have, and halves the noise of the last steps.
+
+    Args:
+        hidden_units: U. 256 predict 32 tokens of 384 features in some 50 µs.
+        epochs: passes over the tokens.
+        learning_rate: Adam's.
+        alpha: L2 penalty; more for fewer tokens.
+        batch_size: tokens of one step of Adam.
+        top_k: k; None takes it from y.
+        random_state: seed of the initial weights and of the order of the tokens.
+    """
+
+    weights_in_FU_: FloatArray
+    bias_U_: FloatArray
+    weights_out_UE_: FloatArray
+    bias_E_: FloatArray
+
+    def __init__(
+        self,
+        *,
+        hidden_units: int = 256,
+        epochs: int = 10,
+        learning_rate: float = 1e-3,
+        alpha: float = 1e-4,
+        batch_size: int = 256,
+        top_k: int | None = None,
+        random_state: int | None = 0,
+    ) -> None:
+        self.hidden_units = hidden_units
+        self.epochs = epochs
+        self.learning_rate = learning_rate
+        self.alpha = alpha
+        self.batch_size = batch_size
+        self.top_k = top_k
+        self.random_state = random_state
+
+    def fit(self, X: ArrayLike, y: ArrayLike) -> Self:
+        if self.epochs < 1:
+            raise ValueError(f"epochs must be at least 1, got {self.epochs}")
+        if self.hidden_units < 1:
+            raise ValueError(f"hidden_units must be at least 1, got {self.hidden_units}")
+        X_nF, y_nE = self._start_fit(X, y, top_k=self.top_k)
+        X_nF = X_nF.astype(np.float32, copy=False)
+        chosen_nE = _as_labels(y_nE)
+        network = self._network(len(X_nF))
+        first_averaged = self.epochs // 2
+        for epoch in range(self.epochs):
+            network.partial_fit(X_nF, chosen_nE, classes=np.arange(chosen_nE.shape[1]))
+            if epoch == first_averaged:
+                sums = [array.copy() for array in (*network.coefs_, *network.intercepts_)]
+            elif epoch > first_averaged:
+                for total, array in zip(sums, (*network.coefs_, *network.intercepts_), strict=True):
+                    total += array
+        num_averaged = self.epochs - first_averaged
+        self._take([total / num_averaged for total in sums])
+        return self
+
+    def partial_fit(self, X: ArrayLike, y: ArrayLike) -> Self:
+        """One more pass over new tokens, from where the weights are."""
+        if not hasattr(self, "weights_in_FU_"):
+            return self.fit(X, y)
+        check_is_fitted(self)
+        X_nF, y_nE = self._start_fit(X, y, top_k=self.top_k, reset=False)
+        X_nF = X_nF.astype(np.float32, copy=False)
+        chosen_nE = _as_labels(y_nE)
+        network = self._network(len(X_nF))
+        # One call to have the arrays made, whose effect is then overwritten by what was learned before.
+        network.partial_fit(X_nF[:1], chosen_nE[:1], classes=np.arange(chosen_nE.shape[1]))
+        learned = (self.weights_in_FU_, self.weights_out_UE_, self.bias_U_, self.bias_E_)
+        for array, before in zip((*network.coefs_, *network.intercepts_), learned, strict=True):
+            array[..., : before.shape[-1]] = before
+        network.partial_fit(X_nF, chosen_nE)
+        self._take([*network.coefs_, *network.intercepts_])
+        return self
+
+    def predict_raw(self, X_nF: FloatArray) -> FloatArray:
+        """The chances before they are scaled to sum to k, shape (n, E). X float32 of the fitted width, not checked."""
+        hidden_nU = X_nF @ self.weights_in_FU_
+        hidden_nU += self.bias_U_
+        np.maximum(hidden_nU, 0, out=hidden_nU)
+        logits_nE = hidden_nU @ self.weights_out_UE_
+        logits_nE += self.bias_E_
+        np.negative(logits_nE, out=logits_nE)
+        np.clip(logits_nE, -80, 80, out=logits_nE)
+        np.exp(logits_nE, out=logits_nE)
+        logits_nE += 1
+        return np.reciprocal(logits_nE, out=logits_nE)
+
+    def _probabilities(self, X_nF: FloatArray) -> FloatArray:
+        return self.predict_raw(X_nF.astype(np.float32, copy=False)).astype(np.float64)
+
+    def _network(self, num_tokens: int) -> MLPClassifier:
+        return MLPClassifier(
+            hidden_layer_sizes=(self.hidden_units,),
+            learning_rate_init=self.learning_rate,
+            alpha=self.alpha,
+            batch_size=min(self.batch_size, num_tokens),
+            random_state=check_random_state(self.random_state).randint(2**31 - 1),
+        )
+
+    def _take(self, arrays: list[FloatArray]) -> None:
+        weights_in_FU, weights_out_UE, bias_U, bias_E = arrays
+        self.weights_in_FU_ = np.ascontiguousarray(weights_in_FU, dtype=np.float32)
+        self.bias_U_ = np.ascontiguousarray(bias_U, dtype=np.float32)
+        self.weights_out_UE_ = np.ascontiguousarray(weights_out_UE[:, : self.n_experts_], dtype=np.float32)
+        self.bias_E_ = np.ascontiguousarray(bias_E[: self.n_experts_], dtype=np.float32)
+
+
+def _as_labels(y_nE: FloatArray) -> IntArray:
+    """Whether each token goes to each expert, for a classifier that wants at least two labels."""
+    chosen_nE = (y_nE > 0).astype(np.int8)
+    if chosen_nE.shape[1] == 1:
+        chosen_nE = np.hstack([chosen_nE, np.zeros_like(chosen_nE)])
+    return chosen_nE

@@ -1,0 +1,239 @@
+"""The features of `features.py`, kept up step by step while a server decodes.
+
+The past of each sequence is a ring of its last W tokens: their experts, and the same as bit sets, so that what two
+tokens share is a popcount. A step's own choices join the past at its end.
+
+Shapes: n rows of a step (padding left out), q rows among them with a past, L layers, E experts, k experts per token,
+W window, w words of 64 experts, Z slots for sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeless_predictors.base import FloatArray, IntArray, one_hot
+from moeless_predictors.features import (
+    LEAST_SHARE,
+    MEAN_SCALE,
+    NUM_BEFORE,
+    FeatureConfig,
+    choice_values,
+    experts_as_bits,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StepRows:
+    """Rows of a step that are consecutive tokens of one sequence."""
+
+    sequence_id: str
+    num_rows: int
+    first_position: int
+    is_prefill: bool = False
+
+
+class LiveFeatures:
+    """Features of the tokens of the step that is under way.
+
+    Call `begin_step`, then for each layer in order `observe` and any number of `features`, then `end_step`. A step
+    that is broken off leaves the past as it was.
+
+    Args:
+        num_slots: sequences whose past is kept at first; more are made room for as they come.
+    """
+
+    def __init__(
+        self, config: FeatureConfig, *, num_layers: int, num_experts: int, top_k: int, num_slots: int = 16
+    ) -> None:
+        self._config = config
+        self._num_layers, self._num_experts, self._top_k = num_layers, num_experts, top_k
+        self._slot_of: dict[str, int] = {}
+        self._free = list(range(num_slots))[::-1]
+        window, words = config.window, -(-num_experts // 64)
+        expert_type = np.uint8 if num_experts <= 256 else np.uint16
+        self._experts_LZWk = np.zeros((num_layers, num_slots, window, top_k), dtype=expert_type)
+        self._bits_LZWw = np.zeros((num_layers, num_slots, window, words), dtype=np.uint64)
+        self._shared_ZW = np.zeros((num_slots, window), dtype=np.float32)
+        """What the newest token shares, over all layers, with each token that it could look back on."""
+        self._last_values_LZE = np.zeros((num_layers, num_slots, num_experts), dtype=np.float32)
+        self._second_last_LZE = np.zeros((num_layers, num_slots, num_experts), dtype=np.float32)
+        self._means_LZE = np.zeros((num_layers, num_slots, num_experts), dtype=np.float32)
+        self._num_seen_Z = np.zeros(num_slots, dtype=np.int64)
+        self._next_position_Z = np.zeros(num_slots, dtype=np.int64)
+        self._rows: list[StepRows] = []
+        self._slots: list[int] = []
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the sequences' past."""
+        return sum(value.nbytes for value in vars(self).values() if isinstance(value, np.ndarray))
+
+    def begin_step(self, rows: Sequence[StepRows]) -> None:
+        """The rows of the step in order. A sequence that does not go on where it stopped starts without a past."""
+        self._rows = list(rows)
+        self._slots = [self._slot(item) for item in rows]
+        self._num_rows = sum(item.num_rows for item in rows)
+        firsts = np.cumsum([0, *(item.num_rows for item in rows)])[:-1].tolist()
+        self._firsts: list[int] = firsts
+        has_past = [
+            not item.is_prefill and item.num_rows == 1 and self._num_seen_Z[slot] > 0
+            for item, slot in zip(rows, self._slots, strict=True)
+        ]
+        self._past_rows_q = np.array([first for first, has in zip(firsts, has_past, strict=True) if has], dtype=np.intp)
+        slots_q = np.array([slot for slot, has in zip(self._slots, has_past, strict=True) if has], dtype=np.intp)
+        self._past_slots_q = slots_q
+        self._experts: list[IntArray] = []
+        self._values: list[FloatArray] = []
+        self._bits: list[NDArray[np.uint64]] = []
+        window = self._config.window
+        self._overlaps_qW = np.zeros((len(slots_q), window), dtype=np.float32)
+        self._shared_qW = np.zeros((len(slots_q), window), dtype=np.float32)
+        scale = self._config.sharpness * self._config.context_weight / (self._num_layers * self._top_k)
+        # A token's predecessor stands one place before it in the ring. Places not yet taken must not be found.
+        self._context_qW = np.roll(self._shared_ZW[slots_q], 1, axis=1) * np.float32(scale)
+        self._context_qW[np.arange(window) >= self._num_seen_Z[slots_q][:, np.newaxis]] = -np.inf
+
+    def observe(self, layer: int, experts_nk: IntArray, weights_nk: FloatArray) -> None:
+        """What the gate of `layer` chose for the step's rows."""
+        assert layer == len(self._values), "layers come in order"
+        bits_nw = experts_as_bits(experts_nk, self._num_experts)
+        self._experts.append(experts_nk)
+        self._bits.append(bits_nw)
+        self._values.append(one_hot(experts_nk, self._num_experts, values_nk=choice_values(weights_nk)))
+        if len(self._past_slots_q):
+            past_qWw = self._bits_LZWw[layer, self._past_slots_q]
+            past_qWw &= bits_nw[self._past_rows_q][:, np.newaxis]
+            counts_qWw = np.bitwise_count(past_qWw)
+            counts_qW = counts_qWw[:, :, 0] if counts_qWw.shape[2] == 1 else counts_qWw.sum(axis=2)
+            self._overlaps_qW *= np.float32(self._config.layer_decay)
+            self._overlaps_qW += counts_qW
+            self._shared_qW += counts_qW
+
+    def features(self, layer: int, target: int) -> FloatArray:
+        """Of every row, shape (n, F), float32, after `layer` was observed and before the next one is."""
+        num_experts = self._num_experts
+        above = self._config.above(layer)
+        features_nF = np.zeros((self._num_rows, self._config.num_features(layer, num_experts)), dtype=np.float32)
+        for block, seen in enumerate(above):
+            features_nF[:, block * num_experts : (block + 1) * num_experts] = self._values[seen]
+        slots_q = self._past_slots_q
+        if len(slots_q):
+            before = [self._last_values_LZE[seen, slots_q] for seen in (max(0, layer - 1), layer, target)]
+            before += [self._second_last_LZE[target, slots_q], self._means_LZE[target, slots_q]]
+            before.append(self._retrieved(layer, target))
+            assert len(before) == NUM_BEFORE
+            before_qB = np.concatenate(before, axis=1)
+            if len(slots_q) == self._num_rows:
+                features_nF[:, len(above) * num_experts :] = before_qB
+            else:
+                features_nF[self._past_rows_q, len(above) * num_experts :] = before_qB
+        return features_nF
+
+    def _retrieved(self, layer: int, target: int) -> FloatArray:
+        # As in features.retrieval_shares, over the few places that count.
+        scale = self._config.sharpness * self._config.overlap_scale(layer, self._top_k)
+        powers_qW = self._overlaps_qW * np.float32(scale)
+        powers_qW += self._context_qW
+        powers_qW -= powers_qW.max(axis=1, keepdims=True)
+        np.exp(powers_qW, out=powers_qW)
+        sums_q = powers_qW.sum(axis=1)
+        row_m, place_m = np.nonzero(powers_qW >= LEAST_SHARE * sums_q[:, np.newaxis])
+        shares_m = powers_qW[row_m, place_m] / sums_q[row_m]
+        experts_mk = self._experts_LZWk[target, self._past_slots_q[row_m], place_m]
+        flat_mk = experts_mk + (row_m * self._num_experts)[:, np.newaxis]
+        weights_m = np.repeat(shares_m, self._top_k)
+        size = len(powers_qW) * self._num_experts
+        retrieved = np.bincount(flat_mk.ravel(), weights=weights_m, minlength=size).astype(np.float32)
+        return retrieved.reshape(len(powers_qW), self._num_experts)
+
+    def end_step(self) -> None:
+        """Every layer was observed: the step's tokens join their sequences' past."""
+        assert len(self._values) == self._num_layers, "every layer must have been observed"
+        experts_Lnk, bits_Lnw = np.stack(self._experts), np.stack(self._bits)
+        values_LnE = np.stack(self._values)
+        rows_q, slots_q = self._past_rows_q, self._past_slots_q
+        if len(slots_q):
+            self._append(slots_q, experts_Lnk[:, rows_q], bits_Lnw[:, rows_q], values_LnE[:, rows_q])
+        followed = set(rows_q.tolist())
+        for item, slot, first in zip(self._rows, self._slots, self._firsts, strict=True):
+            rows = slice(first, first + item.num_rows)
+            if first not in followed:
+                self._append_span(slot, experts_Lnk[:, rows], bits_Lnw[:, rows], values_LnE[:, rows])
+            self._next_position_Z[slot] = item.first_position + item.num_rows
+        self._rows, self._slots = [], []
+
+    def forget(self, sequence_id: str) -> None:
+        """The sequence ended; its place is another's. Unknown ones are ignored."""
+        slot = self._slot_of.pop(sequence_id, None)
+        if slot is not None:
+            self._free.append(slot)
+
+    def _append(self, slots_q: IntArray, experts_Lqk: IntArray, bits_Lqw: IntArray, values_LqE: FloatArray) -> None:
+        """One token for each of these sequences, whose shared experts were followed through the layers."""
+        places_q = self._num_seen_Z[slots_q] % self._config.window
+        self._experts_LZWk[:, slots_q, places_q] = experts_Lqk
+        self._bits_LZWw[:, slots_q, places_q] = bits_Lqw
+        self._shared_ZW[slots_q] = self._shared_qW
+        self._second_last_LZE[:, slots_q] = self._last_values_LZE[:, slots_q] > 0
+        self._last_values_LZE[:, slots_q] = values_LqE
+        rate = np.float32(self._config.mean_rate)
+        means_LqE = self._means_LZE[:, slots_q]
+        means_LqE *= 1 - rate
+        means_LqE += (values_LqE > 0) * np.float32(rate * MEAN_SCALE)
+        self._means_LZE[:, slots_q] = means_LqE
+        self._num_seen_Z[slots_q] += 1
+
+    def _append_span(self, slot: int, experts_Lnk: IntArray, bits_Lnw: IntArray, values_LnE: FloatArray) -> None:
+        """Any number of tokens for one sequence."""
+        window, num_rows = self._config.window, experts_Lnk.shape[1]
+        kept = np.arange(max(0, num_rows - 1 - window), num_rows - 1)
+        places = (self._num_seen_Z[slot] + kept) % window
+        self._experts_LZWk[:, slot, places] = experts_Lnk[:, kept]
+        self._bits_LZWw[:, slot, places] = bits_Lnw[:, kept]
+        # What the last token shares is counted before it takes the place of the oldest one.
+        shared_LWw = np.bitwise_count(self._bits_LZWw[:, slot] & bits_Lnw[:, -1, np.newaxis])
+        self._shared_ZW[slot] = shared_LWw.sum(axis=(0, 2), dtype=np.int64)
+        place = (self._num_seen_Z[slot] + num_rows - 1) % window
+        self._experts_LZWk[:, slot, place] = experts_Lnk[:, -1]
+        self._bits_LZWw[:, slot, place] = bits_Lnw[:, -1]
+        before_LE = self._last_values_LZE[:, slot] if num_rows == 1 else values_LnE[:, -2]
+        self._second_last_LZE[:, slot] = before_LE > 0
+        self._last_values_LZE[:, slot] = values_LnE[:, -1]
+        rate = self._config.mean_rate
+        weights_n = MEAN_SCALE * rate * (1 - rate) ** np.arange(num_rows - 1, -1, -1)
+        self._means_LZE[:, slot] *= (1 - rate) ** num_rows
+        self._means_LZE[:, slot] += np.einsum("n,lne->le", weights_n, values_LnE > 0)
+        self._num_seen_Z[slot] += num_rows
+
+    def _slot(self, item: StepRows) -> int:
+        slot = self._slot_of.get(item.sequence_id)
+        if slot is None:
+            if not self._free:
+                self._grow()
+            slot = self._slot_of[item.sequence_id] = self._free.pop()
+            self._clear(slot)
+        elif self._next_position_Z[slot] != item.first_position:
+            self._clear(slot)  # computed again, or its prompt was found in shared pages: not what was seen last
+        return slot
+
+    def _clear(self, slot: int) -> None:
+        self._bits_LZWw[:, slot] = 0
+        self._shared_ZW[slot] = 0
+        for values_LZE in (self._last_values_LZE, self._second_last_LZE, self._means_LZE):
+            values_LZE[:, slot] = 0
+        self._num_seen_Z[slot] = 0
+
+    def _grow(self) -> None:
+        """Twice the slots."""
+        num_slots = len(self._num_seen_Z)
+        for name in ("_experts_LZWk", "_bits_LZWw", "_last_values_LZE", "_second_last_LZE", "_means_LZE"):
+            array = getattr(self, name)
+            setattr(self, name, np.concatenate([array, np.zeros_like(array)], axis=1))
+        for name in ("_shared_ZW", "_num_seen_Z", "_next_position_Z"):
+            array = getattr(self, name)
+            setattr(self, name, np.concatenate([array, np.zeros_like(array)]))
+        self._free += range(2 * num_slots - 1, num_slots - 1, -1)
