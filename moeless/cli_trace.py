@@ -1,4 +1,4 @@
-"""`moeless trace`: make traces of other files, and tell what is in one. docs/traces.md."""
+"""`moeless trace`: make traces of other files, tell what is in one, and record (cli_record.py). docs/traces.md."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from moeless_predictors.traces import ArrivalTrace, RoutingTrace
     from moeless_predictors.traces.statistics import ArrivalStatistics, RoutingStatistics
 
-trace_app = typer.Typer(no_args_is_help=True, help="Routing and arrival traces: import files of others, look inside.")
+trace_app = typer.Typer(no_args_is_help=True, help="Routing and arrival traces: import, record, look inside.")
 trace_app.command()(record)
 _stdout = Console()
 _stderr = Console(stderr=True)

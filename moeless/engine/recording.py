@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moeless.core.errors import RequestError
 from moeless.core.recording import RecordingOptions
 from moeless.dispatch.wire import FloatArray
 from moeless.engine.observing import RowSpan, StepObservers
@@ -33,6 +34,18 @@ def row_bytes(metadata: TraceMetadata, options: RecordingOptions) -> int:
     sequence_position_and_step = 4 + 4 + 8
     token_id = 4 if options.token_ids else 0
     return metadata.num_layers * metadata.top_k * per_choice + hidden + sequence_position_and_step + token_id
+
+
+def check_options(options: RecordingOptions, metadata: TraceMetadata) -> None:
+    """Raises RequestError that names the option, the rule and the value."""
+    if options.max_tokens < 1:
+        raise RequestError(f"max_tokens must be at least 1, got {options.max_tokens}", param="max_tokens")
+    last = metadata.num_layers - 1
+    for layer in options.hidden_layers:
+        if not 0 <= layer <= last:
+            raise RequestError(f"hidden_layers must be from 0 to {last}, got {layer}", param="hidden_layers")
+    if len(set(options.hidden_layers)) < len(options.hidden_layers):
+        raise RequestError(f"hidden_layers must differ, got {list(options.hidden_layers)}", param="hidden_layers")
 
 
 class _Columns:

@@ -19,7 +19,7 @@ from moeless.core.errors import RecordingError, RequestError
 from moeless.core.generation import ModelInfo
 from moeless.core.recording import RecordedFile, RecordingOptions, RecordingState, RecordingStatus
 from moeless.engine.observing import StepObservers
-from moeless.engine.recording import RoutingRecorder, row_bytes
+from moeless.engine.recording import RoutingRecorder, check_options, row_bytes
 from moeless_predictors.traces import RoutingTrace, TraceMetadata
 
 logger = logging.getLogger(__name__)
@@ -146,14 +146,7 @@ class Recordings:
             self._forget()
 
     def _check(self, options: RecordingOptions) -> None:
-        if options.max_tokens < 1:
-            raise RequestError(f"max_tokens must be at least 1, got {options.max_tokens}", param="max_tokens")
-        last = self._metadata.num_layers - 1
-        for layer in options.hidden_layers:
-            if not 0 <= layer <= last:
-                raise RequestError(f"hidden_layers must be from 0 to {last}, got {layer}", param="hidden_layers")
-        if len(set(options.hidden_layers)) < len(options.hidden_layers):
-            raise RequestError(f"hidden_layers must differ, got {list(options.hidden_layers)}", param="hidden_layers")
+        check_options(options, self._metadata)
         per_row = row_bytes(self._metadata, options)
         if options.max_tokens * per_row > self._max_bytes:
             raise RequestError(
