@@ -5,6 +5,7 @@ Called by traces.routing and traces.arrivals, which say what the columns mean. d
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -87,8 +88,10 @@ def write_container(
         with draft.open("rb+") as file:
             os.fsync(file.fileno())
         draft.replace(target)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"{target} cannot be written: {error}") from error
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(target)) from error  # not the sibling's name
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error), str(target)) from error
     finally:
         draft.unlink(missing_ok=True)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from moeless_predictors.traces import RoutingTrace, TraceFormatError, kind_of, synthetic_trace
 from moeless_predictors.traces.container import BLOCK_BYTES, read_container, write_container
@@ -201,8 +201,21 @@ def test_a_trace_may_be_read_by_whom_other_files_may(tmp_path: Path) -> None:
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="nowhere/t cannot be written"):
-        synthetic_trace(num_sequences=1).save(tmp_path / "nowhere" / "t")
+    target = tmp_path / "nowhere" / "t"
+    with pytest.raises(FileNotFoundError) as caught:
+        synthetic_trace(num_sequences=1).save(target)
+    assert caught.value.filename == str(target)
+
+
+def test_what_the_library_cannot_write_is_told_with_the_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr("moeless_predictors.traces.container.save_file", full_disk)
+    with pytest.raises(OSError, match="No space left") as caught:
+        synthetic_trace(num_sequences=1).save(tmp_path / "t")
+    assert caught.value.filename == str(tmp_path / "t")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_trace_can_be_saved_over_the_file_it_is_mapped_from(whole: Path, tmp_path: Path) -> None:
