@@ -159,12 +159,12 @@ def capped_to_sum(scores_nE: FloatArray, total: int) -> FloatArray:
     relative_nE = np.maximum(scores_nE / np.where(highest_n1 > 0, highest_n1, 1), 1e-12)
     scaled_nE = relative_nE * (total / relative_nE.sum(axis=1, keepdims=True))
     for _ in range(scaled_nE.shape[1]):
-        over_nE = scaled_nE >= 1
-        excess_n = np.where(over_nE, scaled_nE - 1, 0).sum(axis=1)
-        if not (excess_n > 1e-6).any():
+        if scaled_nE.max(initial=0) <= 1 + 1e-6:
             break
-        free_n = np.where(over_nE, 0, scaled_nE).sum(axis=1)
-        grown_nE = scaled_nE * (1 + excess_n / np.maximum(free_n, np.finfo(scores_nE.dtype).tiny))[:, np.newaxis]
+        over_nE = scaled_nE >= 1
+        excess_n1 = np.where(over_nE, scaled_nE - 1, 0).sum(axis=1, keepdims=True)
+        free_n1 = np.where(over_nE, 0, scaled_nE).sum(axis=1, keepdims=True)
+        grown_nE = scaled_nE * (1 + excess_n1 / np.maximum(free_n1, 1e-30))
         scaled_nE = np.where(over_nE, 1, grown_nE)
     capped_nE: FloatArray = np.minimum(scaled_nE, 1)
     return capped_nE
