@@ -44,7 +44,11 @@ class LoadPredictor(BaseEstimator):  # type: ignore[misc]  # scikit-learn ships 
 
     def predict_proba(self, X: ArrayLike) -> FloatArray:
         """The chance that each token goes to each expert, shape (n, E), in [0, 1]; every row sums to k."""
-        return capped_to_sum(self._probabilities(self._validated(X)), self.top_k_)
+        return self.fast_proba(self._validated(X))
+
+    def fast_proba(self, X_nF: FloatArray) -> FloatArray:
+        """`predict_proba` without its checks, for the token path: X a float array of the fitted width."""
+        return capped_to_sum(self._probabilities(X_nF), self.top_k_)
 
     def predict_load(self, X: ArrayLike) -> FloatArray:
         """The expected number of the tokens that go to each expert, shape (E,); sums to n × k."""
