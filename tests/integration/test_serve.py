@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import numpy as np
 import openai
 import psutil
 import pytest
@@ -17,8 +18,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from moeless.deployments.environment import free_port
+from moeless_predictors.traces import RoutingTrace
 from tests.families import VOCAB_SIZE, make_tokenizer
 from tests.support.served import Served, serving, wait_until
+from tests.unit.engine.routed import reference_routing
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -115,6 +118,34 @@ def test_metrics_count_the_workers_tokens(two_workers: Served) -> None:
     text = httpx.get(f"{two_workers.url}/metrics").text
     assert 'moeless_worker_tokens_total{model_name="tiny",worker="worker-0"}' in text
     assert 'moeless_worker_tokens_total{model_name="tiny",worker="worker-1"}' in text
+
+
+def test_a_recording_of_a_chat_is_the_models_routing(
+    two_workers: Served, reference: tuple[MixtralForCausalLM, AutoTokenizer], tmp_path: Path
+) -> None:
+    url = f"{two_workers.url}/v1/traces/recording"
+    started = httpx.post(url, json={"max_tokens": 1000, "hidden_layers": [1], "token_ids": True}, timeout=30)
+    assert started.json()["state"] == "recording", started.text
+    client = openai.OpenAI(base_url=f"{two_workers.url}/v1", api_key="unused", max_retries=0)
+    answer = client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": PROMPT}], max_tokens=9, extra_body={"ignore_eos": True}
+    )
+    assert httpx.get(f"{url}/file", timeout=30).status_code == 409
+    stopped = httpx.post(f"{url}/stop", timeout=30).json()
+    assert answer.usage is not None
+    assert stopped["num_tokens"] == answer.usage.total_tokens - 1  # the last token is never computed
+    (tmp_path / "trace").write_bytes(httpx.get(f"{url}/file", timeout=60).content)
+    assert httpx.delete(url, timeout=30).json()["state"] == "none"
+
+    trace = RoutingTrace.open(tmp_path / "trace")
+    assert trace.metadata.model == "tiny"
+    assert trace.num_sequences == 1
+    assert trace.token_ids_T is not None
+    for row, layers in enumerate(reference_routing(reference[0], trace.token_ids_T.tolist())):
+        for layer, (experts, _, hidden) in enumerate(layers):
+            assert set(trace.experts_TLk[row, layer].tolist()) == set(experts.tolist())
+            if layer == 1:
+                assert np.allclose(trace.hidden[1][row], hidden, rtol=1e-2, atol=1e-2)
 
 
 def test_a_client_that_leaves_frees_its_sequence(two_workers: Served) -> None:
