@@ -202,6 +202,7 @@ class LoadQuantile(BaseEstimator):  # type: ignore[misc]  # scikit-learn ships n
             missed_Q = (load_E > self._upper(mean_E, variance_E, num_tokens)).mean(axis=1)
             step_Q = self.learning_rate * (1 - self._quantiles_Q - missed_Q)
             low, high, high_share = self._neighbours(num_tokens)
+            self.miscoverage_ = self.miscoverage_.copy()  # the old array may have been handed out, or be read-only
             for row, share in ((low, 1 - high_share), (high, high_share)):
                 # A bound of zero tokens covers more than the nominal share where most loads are zero. Without this
                 # floor the level would sink for as long as batches are that small.

@@ -134,11 +134,10 @@ def from_arrays(arrays: Mapping[str, AnyArray], document: object, *, source: str
         if not _is_fitted_attribute(name):
             raise PredictorFormatError(f"{source}: a fitted attribute's name must end in an underscore, got {name!r}")
         setattr(predictor, name, value)
-    if hasattr(predictor, "_restore"):
-        try:
-            predictor._restore()
-        except (ValueError, TypeError) as error:
-            raise PredictorFormatError(f"{source}: {cls.__name__}: {error}") from error
+    try:
+        predictor._restore()
+    except (ValueError, TypeError) as error:
+        raise PredictorFormatError(f"{source}: {cls.__name__}: {error}") from error
     return predictor
 
 

@@ -184,6 +184,22 @@ def test_contiguous_batches_stay_within_a_sequence_and_in_order() -> None:
     assert runs == [[0, 1], [3, 4], [5, 6], [0, 1, 2], [3, 4, 5]]
 
 
+def test_of_more_chunks_than_asked_for_some_are_taken_in_their_order() -> None:
+    batches = draw_batches(
+        np.full((30, 30), 1 / 30), np.eye(30), sizes=(2,), batches_per_size=5, sequence_starts=[0, 20, 30]
+    )
+    first = [int(load_E.argmax()) for load_E in batches.load_BE]
+    assert len(first) == 5
+    assert first == sorted(set(first))
+
+
+def test_calibrations_whose_arrays_do_not_fit_are_refused(calibration: LoadBatches) -> None:
+    quantile = LoadQuantile().fit(calibration)
+    quantile.residuals_ = quantile.residuals_[:, :-1]
+    with pytest.raises(ValueError, match=r"residuals_ must have the shape \(5, 401\), got \(5, 400\)"):
+        quantile._restore()
+
+
 def test_sizes_are_mixed_in_the_order_of_batches() -> None:
     batches = draw_batches(np.full((40, 4), 0.5), routed_by(np.ones(4), 40, seed=0), sizes=(1, 4), batches_per_size=8)
     assert batches.num_tokens_B.tolist() == [1, 4] * 8

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,20 @@ def test_a_loaded_quantile_gives_the_same_bounds(
     assert loaded.upper(*moments, 20).tobytes() == fitted.upper(*moments, 20).tobytes()
 
 
+def test_what_was_taken_apart_is_not_changed_by_learning_on() -> None:
+    routing = random_routing(0)
+    proba_nE = PopularityPredictor().fit(routing.X_nS, routing.y_nE).predict_proba(routing.X_nS)
+    quantile = LoadQuantile().fit(draw_batches(proba_nE, routing.y_nE, sizes=(8,), batches_per_size=5))
+    arrays, document = to_arrays(quantile)
+    quantile.update(*load_moments(proba_nE), routing.y_nE.sum(axis=0), len(proba_nE))
+    for array in arrays.values():
+        array.flags.writeable = False
+    before = from_arrays(arrays, document, source="memory")
+    assert before.miscoverage_.tolist() != quantile.miscoverage_.tolist()
+    before.update(*load_moments(proba_nE), routing.y_nE.sum(axis=0), len(proba_nE))
+    assert before.miscoverage_.tolist() == quantile.miscoverage_.tolist()
+
+
 def test_names_of_columns_are_kept() -> None:
     predictor = PopularityPredictor().fit(np.zeros((2, 2)), np.eye(2))
     predictor.feature_names_in_ = np.array(["hot", "cold"], dtype=object)
@@ -134,7 +149,7 @@ def test_a_class_outside_the_registry_is_not_saved(tmp_path: Path) -> None:
 
 def test_a_value_that_json_cannot_hold_is_not_saved() -> None:
     predictor = PopularityPredictor().fit(np.zeros((1, 1)), np.ones((1, 2)))
-    predictor.extra_ = object()
+    predictor.extra_ = [1, object()]
     with pytest.raises(TypeError, match="extra_ must be an array, a number, a text, None or a list of these"):
         to_arrays(predictor)
 
@@ -187,6 +202,14 @@ def test_a_safetensors_file_of_something_else_is_refused(tmp_path: Path) -> None
     write_arrays(tmp_path / "set.safetensors", {"weight": np.zeros(2)}, {}, kind="moeless-predictors")
     with pytest.raises(PredictorFormatError, match="format must be 'moeless-predictor', got 'moeless-predictors'"):
         load_predictor(tmp_path / "set.safetensors")
+
+
+@pytest.mark.parametrize(("text", "rule"), [("{", "document must be JSON"), ("[1]", "document must be an object")])
+def test_a_file_whose_document_cannot_be_read_is_refused(text: str, rule: str, tmp_path: Path) -> None:
+    metadata = {"format": FORMAT, "document": text, "document_crc32": f"{zlib.crc32(text.encode()):08x}"}
+    save_file({"counts_": np.zeros(2)}, tmp_path / "layer.safetensors", metadata=metadata)
+    with pytest.raises(PredictorFormatError, match=f"layer.safetensors: {rule}"):
+        load_predictor(tmp_path / "layer.safetensors")
 
 
 def test_a_missing_file_is_said_to_be_missing(tmp_path: Path) -> None:
