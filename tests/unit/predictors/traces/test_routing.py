@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from moeless_predictors.traces import (
     concat,
     synthetic_trace,
 )
+from moeless_predictors.traces.container import write_container
 
 METADATA = TraceMetadata(model="m", num_experts=4, top_k=2, num_layers=2)
 
@@ -241,3 +242,56 @@ def test_traces_that_do_not_fit_are_not_put_together() -> None:
 def test_phases_are_kept() -> None:
     trace = RoutingTrace.from_arrays(METADATA, **arrays(phase_T=[PREFILL, PREFILL, DECODE, PREFILL, DECODE]))
     assert trace.phase_T.tolist() == [0, 0, 1, 0, 1]
+
+
+def written(path: Path, fields: dict[str, Any], **columns: Any) -> Path:
+    """A file with right checksums whose columns are those of a good trace but for these; None leaves one out."""
+    good = RoutingTrace.from_arrays(METADATA, **arrays())
+    everything = {**good._columns(), **columns}
+    present = {name: column for name, column in everything.items() if column is not None}
+    write_container(path, kind="routing", fields=asdict(METADATA) | fields, columns=present)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("fields", "columns", "message"),
+    [
+        ({}, {"colour": np.zeros(5, np.uint8)}, "unknown columns: colour"),
+        ({}, {"labels": np.zeros(2, np.uint8)}, "unknown columns: labels"),
+        ({}, {"phase": None}, "columns are missing: phase"),
+        ({}, {"phase": np.zeros(5, np.int32)}, "'phase' must have the type uint8, got int32"),
+        ({"num_experts": 300}, {}, "'experts' must have the type uint16, got uint8"),
+        ({"top_k": "two"}, {}, "metadata: top_k must be a whole number from 1 to 4, got 'two'"),
+        ({"model": 3}, {}, "metadata: model and source must be texts, got 3"),
+        ({"num_layers": 3}, {}, r"'experts' must have the shape \[5, 3, 2\], got \[5, 2, 2\]"),
+        ({}, {"sequence_starts": np.array([1, 5])}, "'sequence_starts' must begin with 0"),
+        (
+            {},
+            {"labels": np.frombuffer(b"ab", np.uint8), "label_starts": np.array([0, 2])},
+            "labels must be 2, one a sequence, got 1",
+        ),
+        (
+            {},
+            {"labels": np.frombuffer(b"\xff\xff", np.uint8), "label_starts": np.array([0, 1, 2])},
+            "column 'labels' must be UTF-8",
+        ),
+        (
+            {},
+            {"labels": np.frombuffer(b"ab", np.uint8), "label_starts": np.array([0, 1, 3])},
+            "'label_starts' must go from 0 to 2, got .0, 3.",
+        ),
+        (
+            {},
+            {"labels": np.frombuffer(b"ab", np.uint8), "label_starts": np.array([0, 1, 2], np.int32)},
+            "labels must be UTF-8 bytes and int64 offsets",
+        ),
+    ],
+)
+def test_a_file_whose_columns_are_not_those_of_its_metadata_is_refused_even_unverified(
+    tmp_path: Path, fields: dict[str, Any], columns: dict[str, Any], message: str
+) -> None:
+    path = written(tmp_path / "odd", fields, **columns)
+    for verify in (True, False):
+        with pytest.raises(TraceFormatError, match=message) as caught:
+            RoutingTrace.open(path, verify=verify)
+        assert str(path) in str(caught.value)
