@@ -30,9 +30,9 @@ class Gate(Protocol):
     """A layer's router, as far as the gate predictor copies it: its `fit`'s weight, bias and scoring."""
 
     @property
-    def weight_EH(self) -> FloatArray: ...  # noqa: N802
+    def weight(self) -> FloatArray: ...
     @property
-    def bias_E(self) -> FloatArray | None: ...  # noqa: N802
+    def bias(self) -> FloatArray | None: ...
     @property
     def scoring(self) -> Any: ...
 
@@ -250,5 +250,5 @@ def _fit_gate(
     from moeless_predictors.gate import GatePredictor  # the one kind that needs torch
 
     predictor = GatePredictor(threshold=config.gate_threshold, top_k=trace.top_k, random_state=config.seed)
-    copied = {} if gate is None else {"weight": gate.weight_EH, "bias": gate.bias_E, "scoring": gate.scoring}
+    copied = {} if gate is None else {"weight": gate.weight, "bias": gate.bias, "scoring": gate.scoring}
     return predictor.fit(hidden_TH, routing_TE, groups=trace.sequence_of_T, **copied)
