@@ -12,8 +12,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -24,9 +23,11 @@ from moeless.functions.pool import IntArray
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class RowSpan:
-    """Rows of a step's hidden states that are consecutive positions of one sequence. Rows in no span are padding."""
+class RowSpan(NamedTuple):
+    """Rows of a step's hidden states that are consecutive positions of one sequence. Rows in no span are padding.
+
+    A tuple, because a step makes one for each sequence and a frozen dataclass takes several times as long.
+    """
 
     sequence: Sequence
     first_row: int
