@@ -218,12 +218,12 @@ class RoutingTrace:
         return tuple(self.hidden)
 
     @cached_property
-    def sequence_of_T(self) -> NDArray[np.int32]:  # noqa: N802  # T is a shape letter
+    def sequence_of_T(self) -> NDArray[np.int32]:  # T is a shape letter
         """The sequence of each row."""
         return np.repeat(np.arange(self.num_sequences, dtype=np.int32), np.diff(self.sequence_starts_S1))
 
     @cached_property
-    def previous_T(self) -> NDArray[np.int64]:  # noqa: N802
+    def previous_T(self) -> NDArray[np.int64]:
         """For each row, that of its sequence's token at the position before, or -1 where the trace lacks it."""
         previous_T = np.arange(-1, self.num_tokens - 1)
         has_gap_T = np.diff(self.positions_T, prepend=np.int32(0)) != 1
