@@ -125,10 +125,8 @@ class EngineDeployment:
         self._links.start()
         self._model_info = self._describe(model, packed)
         self._status = EngineStatus(settings, packed.manifest, self._dispatcher, self._links, workers)
-        self._recordings = LocalRecordings(
-            Recordings(
-                self._engine.observers, trace_metadata(self._model_info, source=f"recorded by moeless {__version__}")
-            )
+        self._recordings = Recordings(
+            self._engine.observers, trace_metadata(self._model_info, source=f"recorded by moeless {__version__}")
         )
         logger.info("engine started seconds=%.2f", time.perf_counter() - started_s)
 
@@ -202,7 +200,7 @@ class EngineDeployment:
 
     async def recording(self, call: bytes) -> bytes:
         """A RecordingCall; answers a RecordingReply."""
-        return await answer_recording(self._recordings, call)
+        return await answer_recording(LocalRecordings(self._recordings), call)
 
     async def stats(self) -> bytes:
         return msgspec.msgpack.encode(await self._status.stats(self._engine.counters()))
@@ -258,6 +256,7 @@ class EngineDeployment:
         """End every request and hang up on workers and gateways."""
         self._links.stop()
         self._engine.stop()
+        self._recordings.close()
         self._dispatcher.close()
         self._sender.close()
 

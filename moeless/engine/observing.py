@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 class RowSpan(NamedTuple):
     """Rows of a step's hidden states that are consecutive positions of one sequence. Rows in no span are padding.
 
-    A tuple, because a step makes one for each sequence and a frozen dataclass takes several times as long.
+    A tuple, because a step makes one for each sequence and a frozen dataclass takes more than twice as long.
     """
 
     sequence: Sequence
