@@ -142,8 +142,8 @@ class GatePredictor(LoadPredictor):
         The first call on a predictor that was not fitted takes a gate as `fit` does; later calls go on from there.
         """
         is_first = not hasattr(self, "weight_")
-        if not is_first and weight is not None:
-            raise ValueError("weight must be None once the predictor has a gate, got one")
+        if not is_first and not (weight is None and bias is None):
+            raise ValueError("weight and bias must be None once the predictor has a gate, got one of them")
         self._check_parameters()
         X_nH, y_nE = self._start_fit(_at_least_float32(X), y, top_k=self.top_k, reset=is_first)
         if is_first:

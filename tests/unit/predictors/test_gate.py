@@ -306,7 +306,7 @@ def test_a_bad_parameter_is_refused(changes: dict[str, Any], message: str) -> No
 def test_another_gate_cannot_be_given_to_one_that_learns_online() -> None:
     data = layers(num_tokens=100)
     online = predictor().partial_fit(data.X_nH, data.y_nE, weight=data.weight_EH)
-    with pytest.raises(ValueError, match="weight must be None once the predictor has a gate"):
+    with pytest.raises(ValueError, match="weight and bias must be None once the predictor has a gate"):
         online.partial_fit(data.X_nH, data.y_nE, weight=data.weight_EH)
 
 
