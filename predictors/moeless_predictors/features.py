@@ -43,6 +43,8 @@ class FeatureConfig:
     """Layers whose choices for the token itself are seen: l and those right before it."""
     first_layers: int = 2
     """And so many of the model's first layers, whose routing tells most of what token it is."""
+    ranked_layers: int = 2
+    """Source layers below this one, which have few layers above them, see their own choices by rank, too."""
     window: int = 256
     """W: tokens of the same sequence that retrieval looks back on."""
     layer_decay: float = 0.8
@@ -55,7 +57,7 @@ class FeatureConfig:
     """Of the running mean: it looks back on about 1 / mean_rate tokens."""
 
     def __post_init__(self) -> None:
-        for name, least in (("layers_above", 1), ("first_layers", 0), ("window", 1)):
+        for name, least in (("layers_above", 1), ("first_layers", 0), ("ranked_layers", 0), ("window", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"features.{name} must be at least {least}, got {getattr(self, name)}")
         for name in ("layer_decay", "mean_rate"):
@@ -70,9 +72,17 @@ class FeatureConfig:
         nearest = range(max(0, layer - self.layers_above + 1), layer + 1)
         return [*range(min(self.first_layers, nearest.start)), *nearest]
 
-    def num_features(self, layer: int, num_experts: int) -> int:
+    def sees_ranks(self, layer: int) -> bool:
+        """Whether the choices of source layer `layer` are features by rank, too."""
+        return layer < self.ranked_layers
+
+    def num_above(self, layer: int, *, num_experts: int, top_k: int) -> int:
+        """Features of source layer `layer` that a token has of itself; they come first."""
+        return (len(self.above(layer)) + (top_k if self.sees_ranks(layer) else 0)) * num_experts
+
+    def num_features(self, layer: int, *, num_experts: int, top_k: int) -> int:
         """F for source layer `layer`."""
-        return (len(self.above(layer)) + NUM_BEFORE) * num_experts
+        return self.num_above(layer, num_experts=num_experts, top_k=top_k) + NUM_BEFORE * num_experts
 
     def overlap_scale(self, layer: int, top_k: int) -> float:
         """1 / what the decayed overlaps of two tokens alike at every layer up to `layer` add up to."""
@@ -85,11 +95,28 @@ NUM_BEFORE = 6
 
 def choice_values(weights_nk: FloatArray) -> FloatArray:
     """What a chosen expert's feature is: half for being chosen, half by its part of the gate weights; 1 on average."""
+    values_nk: FloatArray = 0.5 + 0.5 * _relative(weights_nk)
+    return values_nk
+
+
+def ranked_values(experts_nk: IntArray, weights_nk: FloatArray, num_experts: int) -> FloatArray:
+    """A block of E features for each rank, shape (n, k × E): the gate weight of the choice that has the rank."""
+    relative_nk = _relative(weights_nk)
+    order_nk = np.argsort(-relative_nk, axis=1, kind="stable")
+    num_tokens, top_k = experts_nk.shape
+    ranked_nkE = np.zeros((num_tokens, top_k, num_experts), dtype=np.float32)
+    places_nk = np.take_along_axis(experts_nk.astype(np.intp), order_nk, axis=1)
+    values_nk = np.take_along_axis(relative_nk, order_nk, axis=1)
+    np.put_along_axis(ranked_nkE, places_nk[:, :, np.newaxis], values_nk[:, :, np.newaxis], axis=2)
+    return ranked_nkE.reshape(num_tokens, top_k * num_experts)
+
+
+def _relative(weights_nk: FloatArray) -> FloatArray:
+    """Each token's gate weights in proportion, 1 on average."""
     weights_nk = np.asarray(weights_nk, dtype=np.float32)
     sums_n = weights_nk.sum(axis=1, keepdims=True)
-    top_k = weights_nk.shape[1]
-    values_nk: FloatArray = 0.5 + (0.5 * top_k) * weights_nk / np.where(sums_n > 0, sums_n, 1)
-    return values_nk
+    relative_nk: FloatArray = weights_nk * (weights_nk.shape[1] / np.where(sums_n > 0, sums_n, 1))
+    return relative_nk
 
 
 def retrieval_shares(scores_nm: FloatArray, may_see_nm: NDArray[np.bool_]) -> FloatArray:
@@ -153,9 +180,13 @@ class TraceFeatures:
         blocks_before.append(self._previous_values(target))
         chosen_TE = self.chosen(target)
         blocks_before += [self._shifted(chosen_TE, 2), self._running_mean(chosen_TE), self._retrieved(chosen_TE)]
-        above = [self._values(a) for a in self._config.above(layer)]
+        above = [self._values(seen) for seen in self._config.above(layer)]
+        if self._config.sees_ranks(layer):
+            experts_Tk, weights_Tk = self._trace.experts_TLk[:, layer], self._trace.weights_TLk[:, layer]
+            above.append(ranked_values(np.asarray(experts_Tk), weights_Tk, self._num_experts))
         features_TF = np.concatenate([*above, *blocks_before], axis=1)
-        features_TF[self._is_blank_T, len(above) * self._num_experts :] = 0
+        num_above = self._config.num_above(layer, num_experts=self._num_experts, top_k=self._trace.top_k)
+        features_TF[self._is_blank_T, num_above:] = 0
         return features_TF
 
     def _values(self, layer: int) -> FloatArray:

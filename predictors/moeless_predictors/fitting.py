@@ -48,8 +48,8 @@ class FitConfig:
     """How much recall a cheaper predictor may give up."""
     quantile: float = 0.9
     """Of the load, that the bound is calibrated to."""
-    validation_share: float = 0.2
-    """Of the sequences."""
+    validation_share: float = 0.1
+    """Of the sequences; they decide and calibrate, and are not learned from."""
     max_tokens: int = 100_000
     """Tokens to learn from; of longer traces, sequences are drawn at random."""
     gate_threshold: float = 0.8
@@ -240,7 +240,7 @@ def _with_prefill(
     random = np.random.default_rng(config.seed)
     again = random.permutation(decoded)[: round(config.prefill_share * len(decoded))]
     blank_nF = features_TF[again]
-    blank_nF[:, len(config.features.above(layer)) * trace.num_experts :] = 0
+    blank_nF[:, config.features.num_above(layer, num_experts=trace.num_experts, top_k=trace.top_k) :] = 0
     return np.concatenate([features_TF, blank_nF]), np.concatenate([routing_TE, routing_TE[again]])
 
 

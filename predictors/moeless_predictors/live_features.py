@@ -23,6 +23,7 @@ from moeless_predictors.features import (
     FeatureConfig,
     choice_values,
     experts_as_bits,
+    ranked_values,
 )
 
 
@@ -104,6 +105,8 @@ class LiveFeatures:
         self._experts.append(experts_nk)
         self._bits.append(bits_nw)
         self._values.append(one_hot(experts_nk, self._num_experts, values_nk=choice_values(weights_nk)))
+        if self._config.sees_ranks(layer):
+            self._ranked_nF = ranked_values(experts_nk, weights_nk, self._num_experts)
         if len(self._past_slots_q):
             past_qWw = self._bits_LZWw[layer, self._past_slots_q]
             past_qWw &= bits_nw[self._past_rows_q][:, np.newaxis]
@@ -115,11 +118,14 @@ class LiveFeatures:
 
     def features(self, layer: int, target: int) -> FloatArray:
         """Of every row, shape (n, F), float32, after `layer` was observed and before the next one is."""
-        num_experts = self._num_experts
-        above = self._config.above(layer)
-        features_nF = np.zeros((self._num_rows, self._config.num_features(layer, num_experts)), dtype=np.float32)
-        for block, seen in enumerate(above):
+        num_experts, config = self._num_experts, self._config
+        num_features = config.num_features(layer, num_experts=num_experts, top_k=self._top_k)
+        num_above = config.num_above(layer, num_experts=num_experts, top_k=self._top_k)
+        features_nF = np.zeros((self._num_rows, num_features), dtype=np.float32)
+        for block, seen in enumerate(config.above(layer)):
             features_nF[:, block * num_experts : (block + 1) * num_experts] = self._values[seen]
+        if config.sees_ranks(layer):
+            features_nF[:, num_above - self._ranked_nF.shape[1] : num_above] = self._ranked_nF
         slots_q = self._past_slots_q
         if len(slots_q):
             before = [self._last_values_LZE[seen, slots_q] for seen in (max(0, layer - 1), layer, target)]
@@ -128,9 +134,9 @@ class LiveFeatures:
             assert len(before) == NUM_BEFORE
             before_qB = np.concatenate(before, axis=1)
             if len(slots_q) == self._num_rows:
-                features_nF[:, len(above) * num_experts :] = before_qB
+                features_nF[:, num_above:] = before_qB
             else:
-                features_nF[self._past_rows_q, len(above) * num_experts :] = before_qB
+                features_nF[self._past_rows_q, num_above:] = before_qB
         return features_nF
 
     def _retrieved(self, layer: int, target: int) -> FloatArray:

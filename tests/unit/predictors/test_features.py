@@ -28,7 +28,11 @@ def _replay(trace: RoutingTrace, config: FeatureConfig, distance: int, *, chunk:
     )
     sources = range(trace.num_layers - distance)
     found = {
-        layer: np.full((trace.num_tokens, config.num_features(layer, trace.num_experts)), np.nan, np.float32)
+        layer: np.full(
+            (trace.num_tokens, config.num_features(layer, num_experts=trace.num_experts, top_k=trace.top_k)),
+            np.nan,
+            np.float32,
+        )
         for layer in sources
     }
     next_row = trace.sequence_starts_S1[:-1].tolist()
@@ -63,7 +67,7 @@ def test_live_features_are_those_of_the_trace(num_experts: int, window: int, pro
         num_sequences=5, tokens_per_sequence=23, num_layers=4, num_experts=num_experts, top_k=3, seed=1
     )
     trace = _with_prefill(trace, prompt)
-    config = FeatureConfig(window=window, layers_above=2, first_layers=1)
+    config = FeatureConfig(window=window, layers_above=2, first_layers=1, ranked_layers=1)
     live = _replay(trace, config, 2, chunk=chunk)
     checked = 0
     for layer, features in TraceFeatures(trace, config):
@@ -77,7 +81,7 @@ def test_a_row_of_a_prompt_knows_nothing_of_its_sequence() -> None:
     trace = _with_prefill(
         synthetic_trace(num_sequences=2, tokens_per_sequence=10, num_layers=2, num_experts=4, top_k=2, seed=0), 6
     )
-    config = FeatureConfig(layers_above=1, first_layers=0)
+    config = FeatureConfig(layers_above=1, first_layers=0, ranked_layers=0)
     layer, features = next(iter(TraceFeatures(trace, config)))
     features_TF = features(layer + 1)
     assert not features_TF[trace.phase_T == PREFILL, trace.num_experts :].any()
