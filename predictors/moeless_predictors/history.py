@@ -27,7 +27,8 @@ class HistoryPredictor(LoadPredictor):
 
     Args:
         hidden_units: U; the cost of a prediction is in proportion.
-        epochs: passes over the tokens.
+        epochs: passes over the tokens; more where they are few, see min_steps.
+        min_steps: steps of Adam that are taken at least, up to five times the epochs.
         learning_rate: Adam's.
         alpha: L2 penalty; more for fewer tokens.
         batch_size: tokens of one step of Adam.
@@ -45,6 +46,7 @@ class HistoryPredictor(LoadPredictor):
         *,
         hidden_units: int = 320,
         epochs: int = 10,
+        min_steps: int = 1500,
         learning_rate: float = 1e-3,
         alpha: float = 1e-4,
         batch_size: int = 256,
@@ -53,6 +55,7 @@ class HistoryPredictor(LoadPredictor):
     ) -> None:
         self.hidden_units = hidden_units
         self.epochs = epochs
+        self.min_steps = min_steps
         self.learning_rate = learning_rate
         self.alpha = alpha
         self.batch_size = batch_size
@@ -60,23 +63,24 @@ class HistoryPredictor(LoadPredictor):
         self.random_state = random_state
 
     def fit(self, X: ArrayLike, y: ArrayLike) -> Self:
-        if self.epochs < 1:
-            raise ValueError(f"epochs must be at least 1, got {self.epochs}")
-        if self.hidden_units < 1:
-            raise ValueError(f"hidden_units must be at least 1, got {self.hidden_units}")
+        for name in ("epochs", "hidden_units", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         X_nF, y_nE = self._start_fit(X, y, top_k=self.top_k)
         X_nF = X_nF.astype(np.float32, copy=False)
         chosen_nE = _as_labels(y_nE)
         network = self._network(len(X_nF))
-        first_averaged = self.epochs // 2
-        for epoch in range(self.epochs):
+        steps_an_epoch = -(-len(X_nF) // self.batch_size)
+        num_epochs = max(self.epochs, min(5 * self.epochs, -(-self.min_steps // steps_an_epoch)))
+        first_averaged = num_epochs // 2
+        for epoch in range(num_epochs):
             network.partial_fit(X_nF, chosen_nE, classes=np.arange(chosen_nE.shape[1]))
             if epoch == first_averaged:
                 sums = [array.copy() for array in (*network.coefs_, *network.intercepts_)]
             elif epoch > first_averaged:
                 for total, array in zip(sums, (*network.coefs_, *network.intercepts_), strict=True):
                     total += array
-        num_averaged = self.epochs - first_averaged
+        num_averaged = num_epochs - first_averaged
         self._take([total / num_averaged for total in sums])
         return self
 
