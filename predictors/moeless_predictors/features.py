@@ -1,11 +1,11 @@
 """What is known of a token when its layer l has been routed, as features for the routing of layer l+d.
 
 Two sorts. **Above**: the token's own choices at layer l and the layers before it. **Before**: its sequence's past: the
-choices of the previous tokens at the target layer, a running mean of them, and what followed at the target layer when
-the sequence's past looked most like it does now. The last is retrieval: each of the last W tokens is compared with
-this one (how many experts they share at the layers so far, recent layers counting most, and how many their
-predecessors shared at all layers), and the routing of those that resemble it is averaged with softmax weights. A token
-that occurs again in a text is routed much as the first time, and this finds it without knowing what token it was.
+choices of the token before it at the target layer, a running mean of such choices, and what followed at the target
+layer when the sequence's past looked most like it does now. The last is retrieval: each of the last W tokens is
+compared with this one (how many experts they share at the layers so far, recent layers counting most, and how many
+their predecessors shared at all layers), and the routing of those that resemble it is averaged with softmax weights. A
+token that occurs again in a text is routed much as the first time, and this finds it without knowing what token it was.
 
 In a prefill a whole prompt passes a layer at once, so nothing is known of what its tokens' predecessors chose further
 up: such rows have the features above only, the others are zero.
@@ -89,8 +89,8 @@ class FeatureConfig:
         return 1.0 / (top_k * sum(self.layer_decay**i for i in range(layer + 1)))
 
 
-NUM_BEFORE = 6
-"""Blocks of E features from the past: previous token at l-1, l and the target, the one before it, mean, retrieval."""
+NUM_BEFORE = 3
+"""Blocks of E features from the past, all of the target layer: the token before, the running mean, retrieval."""
 
 
 def choice_values(weights_nk: FloatArray) -> FloatArray:
@@ -176,15 +176,13 @@ class TraceFeatures:
 
     def _features(self, layer: int, target: int) -> FloatArray:
         assert layer == self._layer, "features of a layer must be asked for while it is the current one"
-        blocks_before = [self._previous_values(max(0, layer - 1)), self._previous_values(layer)]
-        blocks_before.append(self._previous_values(target))
         chosen_TE = self.chosen(target)
-        blocks_before += [self._shifted(chosen_TE, 2), self._running_mean(chosen_TE), self._retrieved(chosen_TE)]
+        before = [self._previous_values(target), self._running_mean(chosen_TE), self._retrieved(chosen_TE)]
         above = [self._values(seen) for seen in self._config.above(layer)]
         if self._config.sees_ranks(layer):
             experts_Tk, weights_Tk = self._trace.experts_TLk[:, layer], self._trace.weights_TLk[:, layer]
             above.append(ranked_values(np.asarray(experts_Tk), weights_Tk, self._num_experts))
-        features_TF = np.concatenate([*above, *blocks_before], axis=1)
+        features_TF = np.concatenate([*above, *before], axis=1)
         num_above = self._config.num_above(layer, num_experts=self._num_experts, top_k=self._trace.top_k)
         features_TF[self._is_blank_T, num_above:] = 0
         return features_TF
@@ -194,14 +192,12 @@ class TraceFeatures:
         return one_hot(np.asarray(experts_Tk), self._num_experts, values_nk=choice_values(weights_Tk))
 
     def _previous_values(self, layer: int) -> FloatArray:
-        return self._shifted(self._values(layer), 1)
-
-    def _shifted(self, values_TE: FloatArray, by: int) -> FloatArray:
-        """The values of the token `by` before, zero where the run has none."""
-        shifted_TE = np.zeros_like(values_TE)
+        """The values of the token before, zero where the run has none."""
+        values_TE = self._values(layer)
+        previous_TE = np.zeros_like(values_TE)
         for run in self._runs:
-            shifted_TE[run.start + by : run.stop] = values_TE[run.start : max(run.start, run.stop - by)]
-        return shifted_TE
+            previous_TE[run.start + 1 : run.stop] = values_TE[run.start : run.stop - 1]
+        return previous_TE
 
     def _running_mean(self, chosen_TE: FloatArray) -> FloatArray:
         rate = self._config.mean_rate

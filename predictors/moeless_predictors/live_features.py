@@ -61,7 +61,6 @@ class LiveFeatures:
         self._shared_ZW = np.zeros((num_slots, window), dtype=np.float32)
         """What the newest token shares, over all layers, with each token that it could look back on."""
         self._last_values_LZE = np.zeros((num_layers, num_slots, num_experts), dtype=np.float32)
-        self._second_last_LZE = np.zeros((num_layers, num_slots, num_experts), dtype=np.float32)
         self._means_LZE = np.zeros((num_layers, num_slots, num_experts), dtype=np.float32)
         self._num_seen_Z = np.zeros(num_slots, dtype=np.int64)
         self._next_position_Z = np.zeros(num_slots, dtype=np.int64)
@@ -128,8 +127,7 @@ class LiveFeatures:
             features_nF[:, num_above - self._ranked_nF.shape[1] : num_above] = self._ranked_nF
         slots_q = self._past_slots_q
         if len(slots_q):
-            before = [self._last_values_LZE[seen, slots_q] for seen in (max(0, layer - 1), layer, target)]
-            before += [self._second_last_LZE[target, slots_q], self._means_LZE[target, slots_q]]
+            before = [self._last_values_LZE[target, slots_q], self._means_LZE[target, slots_q]]
             before.append(self._retrieved(layer, target))
             assert len(before) == NUM_BEFORE
             before_qB = np.concatenate(before, axis=1)
@@ -184,7 +182,6 @@ class LiveFeatures:
         self._experts_LZWk[:, slots_q, places_q] = experts_Lqk
         self._bits_LZWw[:, slots_q, places_q] = bits_Lqw
         self._shared_ZW[slots_q] = self._shared_qW
-        self._second_last_LZE[:, slots_q] = self._last_values_LZE[:, slots_q] > 0
         self._last_values_LZE[:, slots_q] = values_LqE
         rate = np.float32(self._config.mean_rate)
         means_LqE = self._means_LZE[:, slots_q]
@@ -206,8 +203,6 @@ class LiveFeatures:
         place = (self._num_seen_Z[slot] + num_rows - 1) % window
         self._experts_LZWk[:, slot, place] = experts_Lnk[:, -1]
         self._bits_LZWw[:, slot, place] = bits_Lnw[:, -1]
-        before_LE = self._last_values_LZE[:, slot] if num_rows == 1 else values_LnE[:, -2]
-        self._second_last_LZE[:, slot] = before_LE > 0
         self._last_values_LZE[:, slot] = values_LnE[:, -1]
         rate = self._config.mean_rate
         weights_n = MEAN_SCALE * rate * (1 - rate) ** np.arange(num_rows - 1, -1, -1)
@@ -229,14 +224,14 @@ class LiveFeatures:
     def _clear(self, slot: int) -> None:
         self._bits_LZWw[:, slot] = 0
         self._shared_ZW[slot] = 0
-        for values_LZE in (self._last_values_LZE, self._second_last_LZE, self._means_LZE):
+        for values_LZE in (self._last_values_LZE, self._means_LZE):
             values_LZE[:, slot] = 0
         self._num_seen_Z[slot] = 0
 
     def _grow(self) -> None:
         """Twice the slots."""
         num_slots = len(self._num_seen_Z)
-        for name in ("_experts_LZWk", "_bits_LZWw", "_last_values_LZE", "_second_last_LZE", "_means_LZE"):
+        for name in ("_experts_LZWk", "_bits_LZWw", "_last_values_LZE", "_means_LZE"):
             array = getattr(self, name)
             setattr(self, name, np.concatenate([array, np.zeros_like(array)], axis=1))
         for name in ("_shared_ZW", "_num_seen_Z", "_next_position_Z"):
