@@ -86,7 +86,8 @@ class Steps:
         self.vocab_size: int = model.config.get_text_config().vocab_size
         config = EngineConfig(num_threads=threads, prefix_sharing=False, max_batch_tokens=1024, kv_cache_bytes=64 << 20)
         self._engine = build_engine(model, word_tokenizer(self.vocab_size), config, self._on_step)
-        next(iter(experts_modules(model))).moeless_dispatcher.set_observer(self._engine.observers)
+        experts: Any = next(iter(experts_modules(model)))
+        experts.moeless_dispatcher.set_observer(self._engine.observers)
         self._metadata, self._options = metadata, options
         self._recorder = self._new_recorder()
         self._random = np.random.default_rng(0)

@@ -103,7 +103,11 @@ class StepObservers:
 
     def observe_layer(self, layer: int, hidden_TH: Tensor, experts_Tk: IntArray, weights_Tk: FloatArray) -> None:
         """Called by the dispatcher if `is_watching`."""
-        self._tell(lambda observer: observer.observe_layer(layer, hidden_TH, experts_Tk, weights_Tk))
+        for observer in self._watching:
+            try:
+                observer.observe_layer(layer, hidden_TH, experts_Tk, weights_Tk)
+            except Exception:
+                self._take_out(observer)
 
     def forget(self, request_ids: list[str]) -> None:
         """These sequences ended or were dropped."""
@@ -122,7 +126,11 @@ class StepObservers:
     def _guard(self, observer: StepObserver, call: Callable[[StepObserver], None]) -> None:
         try:
             call(observer)
-        except Exception:  # whatever it is, those who wait for tokens must not suffer for it
-            logger.exception("observer taken out observer=%s", type(observer).__name__)
-            self.remove(observer)
-            self._watching = tuple(other for other in self._watching if other is not observer)
+        except Exception:
+            self._take_out(observer)
+
+    def _take_out(self, observer: StepObserver) -> None:
+        """It raised: whatever it is, those who wait for tokens must not suffer for it."""
+        logger.exception("observer taken out observer=%s", type(observer).__name__)
+        self.remove(observer)
+        self._watching = tuple(other for other in self._watching if other is not observer)

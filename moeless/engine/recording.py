@@ -31,9 +31,8 @@ def row_bytes(metadata: TraceMetadata, options: RecordingOptions) -> int:
     """Bytes that one recorded row takes in memory."""
     per_choice = _expert_dtype(metadata.num_experts).itemsize + 2
     hidden = 2 * len(options.hidden_layers) * (metadata.hidden_size or 0)
-    sequence_position_and_step = 4 + 4 + 8
-    token_id = 4 if options.token_ids else 0
-    return metadata.num_layers * metadata.top_k * per_choice + hidden + sequence_position_and_step + token_id
+    span_and_token = 4 * 4 + (4 if options.token_ids else 0)  # at most as many spans as rows
+    return metadata.num_layers * metadata.top_k * per_choice + hidden + span_and_token
 
 
 def check_options(options: RecordingOptions, metadata: TraceMetadata) -> None:
@@ -55,27 +54,29 @@ class _Columns:
         n, choices = options.max_tokens, (metadata.num_layers, metadata.top_k)
         self.experts_NLk = np.empty((n, *choices), dtype=_expert_dtype(metadata.num_experts))
         self.weights_NLk = np.empty((n, *choices), dtype=np.float16)
-        self.sequences_N = np.empty(n, dtype=np.int32)
-        self.positions_N = np.empty(n, dtype=np.int32)
         self.token_ids_N = np.empty(n, dtype=np.int32) if options.token_ids else None
-        self.steps_N = np.empty(n, dtype=np.int64)
+        self.spans_N4 = np.empty((n, 4), dtype=np.int32)
+        """Whose the rows are, span by span: sequence, first position, number of rows, step."""
         self.hidden: dict[int, NDArray[np.float16]] = {
             layer: np.empty((n, metadata.hidden_size or 0), dtype=np.float16) for layer in options.hidden_layers
         }
         self.num_rows = 0
+        self.num_spans = 0
         self.prompt_lengths: list[int] = []
         """By sequence."""
 
 
 @dataclass(slots=True)
 class _OpenStep:
-    """A step that is being computed: its rows go to `columns` from `start` on, and count once it has ended."""
+    """A step that is being computed: its rows are behind those that `columns` has, and count once it has ended."""
 
     columns: _Columns
-    start: int
-    stop: int
+    experts_TLk: IntArray
+    """Where they go in `columns`."""
+    weights_TLk: NDArray[np.float16]
     rows: slice | IntArray
     """Those of the step that belong to somebody."""
+    num_spans: int
     num_layers_seen: int = 0
 
 
@@ -132,55 +133,51 @@ class RoutingRecorder:
         columns, self._step = self._columns, None
         if columns is None:
             return
-        lengths_S = [span.num_rows for span in spans]
-        num_rows = sum(lengths_S)
+        # One list and one copy: what is called once a step finds nothing of itself in the processor's caches.
+        found = [(self._number(columns, s.sequence), s.first_position, s.num_rows, self.num_steps) for s in spans]
+        num_rows = sum([span.num_rows for span in spans])
         start, stop = columns.num_rows, columns.num_rows + num_rows
         if stop > self._options.max_tokens:
             self.is_full = True
             self.stop()
             return
-        sequences_S = [self._number(columns, span.sequence) for span in spans]
-        positions_S = [span.first_position for span in spans]
-        rows_S = [span.first_row for span in spans]
-        if num_rows == len(spans):
-            rows_T: IntArray = np.array(rows_S)
-            columns.sequences_N[start:stop] = sequences_S
-            columns.positions_N[start:stop] = positions_S
-        else:
-            within_T = np.arange(num_rows) - np.repeat(np.cumsum(lengths_S) - lengths_S, lengths_S)
-            rows_T = np.repeat(rows_S, lengths_S) + within_T
-            columns.sequences_N[start:stop] = np.repeat(sequences_S, lengths_S)
-            columns.positions_N[start:stop] = np.repeat(positions_S, lengths_S) + within_T
-        columns.steps_N[start:stop] = self.num_steps
+        columns.spans_N4[columns.num_spans : columns.num_spans + len(spans)] = found
         if columns.token_ids_N is not None:
             ids = [i for span in spans for i in span.sequence.token_ids(span.first_position, span.num_rows)]
             columns.token_ids_N[start:stop] = ids
-        has_padding = rows_S[0] + num_rows != rows_S[-1] + lengths_S[-1]
-        rows = rows_T if has_padding else slice(rows_S[0], rows_S[0] + num_rows)
-        self._step = _OpenStep(columns, start, stop, rows)
+        self._step = _OpenStep(
+            columns,
+            columns.experts_NLk[start:stop],
+            columns.weights_NLk[start:stop],
+            _rows_of(spans, num_rows),
+            len(spans),
+        )
 
     def observe_layer(self, layer: int, hidden_TH: Tensor, experts_Tk: IntArray, weights_Tk: FloatArray) -> None:
         step = self._step
         if step is None:
             return
-        columns, rows = step.columns, step.rows
         if experts_Tk.shape[1] != self._metadata.top_k:
             self.error = f"layer {layer} has {experts_Tk.shape[1]} experts per token, others {self._metadata.top_k}"
             self._step = None
             self.stop()
             return
-        columns.experts_NLk[step.start : step.stop, layer] = experts_Tk[rows]
-        columns.weights_NLk[step.start : step.stop, layer] = weights_Tk[rows]
-        if layer in columns.hidden:
+        rows = step.rows
+        step.experts_TLk[:, layer] = experts_Tk[rows]
+        step.weights_TLk[:, layer] = weights_Tk[rows]
+        if layer in step.columns.hidden:
             states_TH = hidden_TH[rows if isinstance(rows, slice) else torch.from_numpy(rows).to(hidden_TH.device)]
             states_TH = states_TH.to(torch.float16).clamp(-_MAX_FLOAT16, _MAX_FLOAT16)
-            columns.hidden[layer][step.start : step.stop] = states_TH.cpu().numpy()
+            start = step.columns.num_rows
+            step.columns.hidden[layer][start : start + len(states_TH)] = states_TH.cpu().numpy()
         step.num_layers_seen += 1
 
     def end_step(self) -> None:
         step, self._step = self._step, None
         if step is not None and step.num_layers_seen == self._metadata.num_layers:
-            step.columns.num_rows = self.num_tokens = step.stop
+            step.columns.num_spans += step.num_spans
+            step.columns.num_rows += len(step.experts_TLk)
+            self.num_tokens = step.columns.num_rows
             self.num_steps += 1
 
     def forget(self, request_id: str) -> None:
@@ -197,8 +194,11 @@ class RoutingRecorder:
 
 def _to_trace(columns: _Columns, metadata: TraceMetadata) -> RoutingTrace:
     """Sort the rows by sequence and position, each position once, and cut the sequences at their gaps."""
-    num_rows = columns.num_rows
-    sequences, positions = columns.sequences_N[:num_rows], columns.positions_N[:num_rows]
+    spans_S4 = columns.spans_N4[: columns.num_spans].astype(np.int64)
+    lengths_S = spans_S4[:, 2]
+    sequences, firsts, _, steps = np.repeat(spans_S4, lengths_S, axis=0).T
+    ends_S = np.cumsum(lengths_S)
+    positions = firsts + np.arange(ends_S[-1]) - np.repeat(ends_S - lengths_S, lengths_S)
     rows = np.lexsort((positions, sequences))  # stable: of a position that was computed twice, the first comes first
     is_same = np.diff(sequences[rows]) == 0
     steps_ahead = np.diff(positions[rows])
@@ -214,10 +214,18 @@ def _to_trace(columns: _Columns, metadata: TraceMetadata) -> RoutingTrace:
         phase_T=np.where(is_prompt, PREFILL, DECODE).astype(np.uint8),
         positions_T=positions[rows],
         token_ids_T=None if columns.token_ids_N is None else columns.token_ids_N[rows],
-        steps_T=columns.steps_N[rows],
+        steps_T=steps[rows],
         hidden={layer: states_NH[rows] for layer, states_NH in columns.hidden.items()},
         where="recording",
     )
+
+
+def _rows_of(spans: list[RowSpan], num_rows: int) -> slice | IntArray:
+    """The rows in all spans."""
+    first, last = spans[0], spans[-1]
+    if last.first_row + last.num_rows - first.first_row == num_rows:
+        return slice(first.first_row, first.first_row + num_rows)
+    return np.concatenate([np.arange(span.first_row, span.first_row + span.num_rows) for span in spans])
 
 
 def _expert_dtype(num_experts: int) -> np.dtype[np.unsignedinteger[Any]]:
