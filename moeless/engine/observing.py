@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
+import numpy as np
 from torch import Tensor
 
 from moeless.dispatch.wire import FloatArray
@@ -134,3 +135,12 @@ class StepObservers:
         logger.exception("observer taken out observer=%s", type(observer).__name__)
         self.remove(observer)
         self._watching = tuple(other for other in self._watching if other is not observer)
+
+
+def rows_in(spans: list[RowSpan]) -> slice | IntArray:
+    """The rows that the spans hold, padding between them left out."""
+    first, last = spans[0], spans[-1]
+    num_rows = sum([span.num_rows for span in spans])
+    if last.first_row + last.num_rows - first.first_row == num_rows:
+        return slice(first.first_row, first.first_row + num_rows)
+    return np.concatenate([np.arange(span.first_row, span.first_row + span.num_rows) for span in spans])

@@ -19,7 +19,7 @@ from torch import Tensor
 from moeless.core.errors import RequestError
 from moeless.core.recording import RecordingOptions
 from moeless.dispatch.wire import FloatArray
-from moeless.engine.observing import RowSpan, StepObservers
+from moeless.engine.observing import RowSpan, StepObservers, rows_in
 from moeless.engine.sequence import Sequence
 from moeless.functions.pool import IntArray
 from moeless_predictors.traces import DECODE, PREFILL, RoutingTrace, TraceMetadata
@@ -149,7 +149,7 @@ class RoutingRecorder:
             columns,
             columns.experts_NLk[start:stop],
             columns.weights_NLk[start:stop],
-            _rows_of(spans, num_rows),
+            rows_in(spans),
             len(spans),
         )
 
@@ -218,14 +218,6 @@ def _to_trace(columns: _Columns, metadata: TraceMetadata) -> RoutingTrace:
         hidden={layer: states_NH[rows] for layer, states_NH in columns.hidden.items()},
         where="recording",
     )
-
-
-def _rows_of(spans: list[RowSpan], num_rows: int) -> slice | IntArray:
-    """The rows in all spans."""
-    first, last = spans[0], spans[-1]
-    if last.first_row + last.num_rows - first.first_row == num_rows:
-        return slice(first.first_row, first.first_row + num_rows)
-    return np.concatenate([np.arange(span.first_row, span.first_row + span.num_rows) for span in spans])
 
 
 def _expert_dtype(num_experts: int) -> np.dtype[np.unsignedinteger[Any]]:

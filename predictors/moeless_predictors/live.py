@@ -1,0 +1,335 @@
+"""Forecasts while a server runs: at each MoE layer, how the batch's tokens will load the layer `distance` further up.
+
+Called by the engine's observer, layer by layer. A forecast costs no more than the predictor; every few steps it is
+also held against what came: the running accuracy, the bound's online calibration, and whether the predictor still
+beats popularity. One that does not is switched off for its layer, and popularity's forecast takes its place.
+
+Shapes: n tokens of a step, E experts, k experts per token, H hidden size.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moeless_predictors.base import FloatArray, IntArray, one_hot, top_k_of
+from moeless_predictors.features import choice_values
+from moeless_predictors.live_features import LiveFeatures, StepRows
+from moeless_predictors.metrics import recall_at_k
+from moeless_predictors.predictor_set import PairPredictor, PredictorSet
+from moeless_predictors.quantile import load_moments
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveConfig:
+    """Raises ValueError for a value out of range."""
+
+    distance: int = 1
+    """How many MoE layers ahead."""
+    measure_every: int = 8
+    """Steps of which one is measured: recall, error and coverage noted, bound and popularity brought up to date.
+    Measuring costs about as much as predicting."""
+    window: int = 64
+    """Measured steps over which a predictor must do no worse than popularity."""
+    retry_after: int = 16
+    """Windows after which a predictor that was switched off is tried for one more; traffic may have come back to what
+    it was fitted on."""
+    popularity_half_life_tokens: float = 4096.0
+    """How fast popularity follows the traffic; of the tokens of measured steps."""
+
+    def __post_init__(self) -> None:
+        for name in ("distance", "measure_every", "window", "retry_after"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.popularity_half_life_tokens > 0:
+            raise ValueError(f"popularity_half_life_tokens must be > 0, got {self.popularity_half_life_tokens}")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadForecast:
+    """What a layer is expected to get in the step that is under way."""
+
+    layer: int
+    num_tokens: int
+    kind: str
+    """Of the predictor that made it."""
+    load_E: FloatArray
+    """Expected tokens of each expert."""
+    upper_E: FloatArray | None = None
+    """The calibrated bound of each; in measured steps only."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerAccuracy:
+    """How a layer's forecasts did, over the last window of measured steps; NaN before the first."""
+
+    layer: int
+    """The layer that is predicted."""
+    distance: int
+    kind: str
+    reason: str
+    """Why this kind was chosen when the predictors were fitted."""
+    is_active: bool
+    """False while popularity stands in."""
+    recall: float
+    load_error: float
+    """Relative L1 error of the load, and `popularity_error` that of popularity."""
+    popularity_error: float
+    coverage: float
+    """Share of the experts whose load was at most the bound."""
+    num_forecasts: int
+    """Since the start, as is `seconds`, the time they took."""
+    seconds: float
+
+
+class LivePredictor:
+    """Forecasts of one engine. Belongs to the thread that computes; `latest` and `accuracy` may be called from any.
+
+    Raises ValueError if the set has no predictor for `config.distance`.
+    """
+
+    def __init__(self, predictors: PredictorSet, config: LiveConfig | None = None) -> None:
+        self._config = config = config or LiveConfig()
+        if config.distance not in predictors.distances:
+            raise ValueError(
+                f"distance must be one that the predictors were fitted for "
+                f"({', '.join(map(str, predictors.distances))}), got {config.distance}"
+            )
+        self._predictors = predictors
+        self._num_experts = predictors.num_experts
+        self._layers = {
+            layer: _LayerForecaster(pair, config)
+            for (layer, distance), pair in predictors.pairs.items()
+            if distance == config.distance
+        }
+        self._features: LiveFeatures | None = None
+        if any(forecaster.pair.kind == "history" for forecaster in self._layers.values()):
+            self._features = LiveFeatures(
+                predictors.features,
+                num_layers=predictors.num_layers,
+                num_experts=predictors.num_experts,
+                top_k=predictors.top_k,
+            )
+        self._num_steps = 0
+        self._is_measured = False
+        self._is_prefill = False
+
+    def begin_step(self, rows: Sequence[StepRows]) -> None:
+        """The rows of the next forward pass, in order."""
+        self._is_measured = self._num_steps % self._config.measure_every == 0
+        self._is_prefill = any(item.num_rows > 1 for item in rows)
+        self._num_steps += 1
+        for forecaster in self._layers.values():
+            forecaster.pending = None
+        if self._features is not None:
+            self._features.begin_step(rows)
+
+    def observe(
+        self, layer: int, experts_nk: IntArray, weights_nk: FloatArray, hidden: Callable[[], Any]
+    ) -> LoadForecast | None:
+        """What `layer` was routed; layers come in order.
+
+        Args:
+            hidden: gives the hidden states at its experts' input, shape (n, H), as torch has them; asked for a gate.
+        Returns: the forecast for layer + distance, or None if nothing predicts that.
+        """
+        started_s = time.perf_counter()
+        if self._is_measured:
+            below = self._layers.get(layer - self._config.distance)
+            if below is not None:
+                below.settle(experts_nk, is_prefill=self._is_prefill)
+        if self._features is not None:
+            self._features.observe(layer, experts_nk, weights_nk)
+        forecaster = self._layers.get(layer)
+        if forecaster is None:
+            return None
+        probabilities_nE = self._probabilities(forecaster, experts_nk, weights_nk, hidden)
+        forecast = forecaster.forecast(
+            probabilities_nE, len(experts_nk), is_measured=self._is_measured, is_prefill=self._is_prefill
+        )
+        forecaster.seconds += time.perf_counter() - started_s
+        return forecast
+
+    def end_step(self) -> None:
+        """Every layer was observed."""
+        if self._features is not None:
+            self._features.end_step()
+
+    def forget(self, sequence_id: str) -> None:
+        """The sequence ended."""
+        if self._features is not None:
+            self._features.forget(sequence_id)
+
+    def latest(self, layer: int) -> LoadForecast | None:
+        """The newest forecast for `layer` that has its bound."""
+        forecaster = self._layers.get(layer - self._config.distance)
+        return None if forecaster is None else forecaster.latest
+
+    def accuracy(self) -> list[LayerAccuracy]:
+        """Of every layer that is predicted, in order."""
+        return [self._layers[layer].accuracy() for layer in sorted(self._layers)]
+
+    def _probabilities(
+        self, forecaster: _LayerForecaster, experts_nk: IntArray, weights_nk: FloatArray, hidden: Callable[[], Any]
+    ) -> FloatArray | None:
+        """Of the pair's predictor, shape (n, E); None where popularity is asked."""
+        pair = forecaster.pair
+        if not forecaster.is_active or pair.kind == "popularity":
+            return None
+        if pair.kind == "history":
+            assert self._features is not None
+            return pair.predictor.fast_proba(self._features.features(pair.layer, pair.target))
+        if pair.kind == "gate":
+            predictor: Any = pair.predictor
+            return np.asarray(predictor.forward(hidden()))
+        values_nE = one_hot(experts_nk, self._num_experts, values_nk=choice_values(weights_nk))
+        return pair.predictor.fast_proba(values_nE)
+
+
+@dataclass(slots=True, eq=False)
+class _Pending:
+    forecast: LoadForecast
+    mean_E: FloatArray
+    """Before the correction for drift."""
+    variance_E: FloatArray
+    upper_E: FloatArray
+    popularity_E: FloatArray
+    probabilities_nE: FloatArray | None
+
+
+@dataclass(slots=True, eq=False)
+class _Sample:
+    error: float
+    popularity_error: float
+    recall: float
+    coverage: float
+
+
+class _LayerForecaster:
+    """One pair of layers: its predictor, its yardstick and how they do."""
+
+    def __init__(self, pair: PairPredictor, config: LiveConfig) -> None:
+        self.pair = pair
+        self.is_active = True
+        self.pending: _Pending | None = None
+        self.latest: LoadForecast | None = None
+        self.seconds = 0.0
+        self._config = config
+        self._num_forecasts = 0
+        self._top_k = pair.predictor.top_k_
+        # Tokens of a prompt err together, those of a decoding batch each for itself.
+        self._quantiles = {is_prefill: copy.deepcopy(pair.quantile) for is_prefill in (False, True)}
+        counts_E = pair.popularity.counts_
+        tokens = max(float(counts_E.sum()) / self._top_k, 1.0)
+        # What was learned offline weighs as much as one half-life of traffic.
+        self._counts_E = counts_E * (min(1.0, config.popularity_half_life_tokens / tokens))
+        self._samples: deque[_Sample] = deque(maxlen=config.window)
+        self._num_settled_while_off = 0
+
+    def forecast(
+        self, probabilities_nE: FloatArray | None, num_tokens: int, *, is_measured: bool, is_prefill: bool
+    ) -> LoadForecast:
+        """Make the forecast, and keep what measuring it will need."""
+        self._num_forecasts += 1
+        kind = "popularity" if probabilities_nE is None else self.pair.kind
+        if not is_measured:
+            load_E = self._popularity(num_tokens) if probabilities_nE is None else probabilities_nE.sum(axis=0)
+            return LoadForecast(self.pair.target, num_tokens, kind, load_E)
+        popularity_E = mean_E = self._popularity(num_tokens)
+        variance_E: FloatArray = mean_E * (1 - mean_E / num_tokens)
+        if probabilities_nE is not None:
+            mean_E, variance_E = load_moments(probabilities_nE)
+        quantile = self._quantiles[is_prefill]
+        corrected_E = quantile.corrected_mean(mean_E, num_tokens)
+        upper_E = quantile.upper(mean_E, variance_E, num_tokens)
+        forecast = LoadForecast(self.pair.target, num_tokens, kind, corrected_E, upper_E)
+        self.latest = forecast
+        self.pending = _Pending(forecast, mean_E, variance_E, upper_E, popularity_E, probabilities_nE)
+        return forecast
+
+    def settle(self, experts_nk: IntArray, *, is_prefill: bool) -> None:
+        """Hold the pending forecast against what the layer got, and learn from it."""
+        pending, self.pending = self.pending, None
+        if pending is None or pending.forecast.num_tokens != len(experts_nk):
+            return
+        forecast, num_experts = pending.forecast, len(pending.mean_E)
+        load_E = np.bincount(experts_nk.ravel(), minlength=num_experts).astype(np.float64)
+        total = load_E.sum()
+        topk_nk = (
+            np.broadcast_to(np.argsort(-pending.popularity_E, kind="stable")[: self._top_k], experts_nk.shape)
+            if pending.probabilities_nE is None
+            else top_k_of(pending.probabilities_nE, self._top_k)
+        )
+        self._samples.append(
+            _Sample(
+                error=float(np.abs(forecast.load_E - load_E).sum() / total),
+                popularity_error=float(np.abs(pending.popularity_E - load_E).sum() / total),
+                recall=recall_at_k(topk_nk, one_hot(experts_nk, num_experts)),
+                coverage=float((load_E <= pending.upper_E).mean()),
+            )
+        )
+        self._quantiles[is_prefill].update(pending.mean_E, pending.variance_E, load_E, len(experts_nk))
+        fade = 0.5 ** (len(experts_nk) / self._config.popularity_half_life_tokens)
+        self._counts_E = self._counts_E * fade + load_E
+        self._judge()
+
+    def accuracy(self) -> LayerAccuracy:
+        samples = list(self._samples)
+        mean = {
+            name: float(np.mean([getattr(sample, name) for sample in samples])) if samples else float("nan")
+            for name in ("error", "popularity_error", "recall", "coverage")
+        }
+        return LayerAccuracy(
+            layer=self.pair.target,
+            distance=self.pair.distance,
+            kind=self.pair.kind,
+            reason=self.pair.choice.reason,
+            is_active=self.is_active,
+            recall=mean["recall"],
+            load_error=mean["error"],
+            popularity_error=mean["popularity_error"],
+            coverage=mean["coverage"],
+            num_forecasts=self._num_forecasts,
+            seconds=self.seconds,
+        )
+
+    def _judge(self) -> None:
+        """Switch the predictor off if it did worse than popularity over a whole window, and on again for a trial."""
+        if self.pair.kind == "popularity":
+            return
+        if not self.is_active:
+            self._num_settled_while_off += 1
+            if self._num_settled_while_off >= self._config.retry_after * self._config.window:
+                self.is_active = True
+                self._samples.clear()
+                logger.info("predictor tried again layer=%d kind=%s", self.pair.target, self.pair.kind)
+            return
+        if len(self._samples) < self._config.window:
+            return
+        error = float(np.mean([sample.error for sample in self._samples]))
+        popularity_error = float(np.mean([sample.popularity_error for sample in self._samples]))
+        if error > popularity_error:
+            self.is_active = False
+            self._num_settled_while_off = 0
+            logger.warning(
+                "predictor switched off layer=%d distance=%d kind=%s load_error=%.3f popularity=%.3f window=%d",
+                self.pair.target,
+                self.pair.distance,
+                self.pair.kind,
+                error,
+                popularity_error,
+                self._config.window,
+            )
+
+    def _popularity(self, num_tokens: int) -> FloatArray:
+        expected_E: FloatArray = self._counts_E * (num_tokens * self._top_k / max(float(self._counts_E.sum()), 1e-9))
+        return np.minimum(expected_E, num_tokens)

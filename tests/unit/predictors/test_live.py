@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from moeless_predictors.fitting import FitConfig, fit_predictors
+from moeless_predictors.live import LiveConfig, LivePredictor
+from moeless_predictors.live_features import StepRows
+from moeless_predictors.predictor_set import PredictorSet
+from moeless_predictors.traces import RoutingTrace
+from moeless_predictors.traces.synthetic import synthetic_trace
+
+
+def no_hidden() -> None:
+    raise AssertionError("no gate was asked for")
+
+
+@pytest.fixture(scope="module")
+def trace() -> RoutingTrace:
+    return synthetic_trace(num_sequences=40, tokens_per_sequence=40, num_layers=4, num_experts=12, top_k=2, seed=5)
+
+
+@pytest.fixture(scope="module")
+def predictors(trace: RoutingTrace) -> PredictorSet:
+    return fit_predictors(trace, FitConfig(kinds=("transition",), distances=(1,), batch_sizes=(1, 16, 32)))
+
+
+def decode(live: LivePredictor, trace: RoutingTrace, *, steps: int, sequences: int = 16, forget: bool = True) -> None:
+    """The trace's sequences side by side, over and over."""
+    starts, num_positions = trace.sequence_starts_S1, 40
+    for step in range(steps):
+        position = step % num_positions
+        rows = starts[:sequences] + position
+        names = [f"{step // num_positions}.{sequence}" for sequence in range(sequences)]
+        live.begin_step([StepRows(name, 1, position) for name in names])
+        for layer in range(trace.num_layers):
+            live.observe(layer, trace.experts_TLk[rows, layer], trace.weights_TLk[rows, layer], no_hidden)
+        live.end_step()
+        if forget and position == num_positions - 1:
+            for name in names:
+                live.forget(name)
+
+
+def test_forecasts_sum_to_the_choices_of_the_batch(trace: RoutingTrace, predictors: PredictorSet) -> None:
+    live = LivePredictor(predictors, LiveConfig(measure_every=3))
+    rows = np.arange(20)
+    for step in range(7):
+        live.begin_step([StepRows("prompt", 20, 20 * step, True)])
+        for layer in range(4):
+            forecast = live.observe(layer, trace.experts_TLk[rows, layer], trace.weights_TLk[rows, layer], no_hidden)
+            if layer == 3:
+                assert forecast is None
+                continue
+            assert forecast is not None
+            assert forecast.layer == layer + 1
+            if step % 3:  # in measured steps the drift is added
+                assert forecast.load_E.sum() == pytest.approx(40, rel=1e-5)
+                assert forecast.upper_E is None
+            else:
+                assert forecast.upper_E is not None
+                assert (forecast.upper_E >= 0).all()
+                assert (forecast.upper_E <= 20).all()
+        live.end_step()
+
+
+def test_accuracy_is_measured_and_beats_popularity(trace: RoutingTrace, predictors: PredictorSet) -> None:
+    live = LivePredictor(predictors, LiveConfig(measure_every=2, window=32))
+    decode(live, trace, steps=160)
+    rows = live.accuracy()
+    assert [row.layer for row in rows] == [1, 2, 3]
+    for row in rows:
+        assert row.is_active
+        assert row.load_error < row.popularity_error
+        assert 0.3 < row.recall <= 1
+        assert 0.75 < row.coverage <= 1
+        assert row.num_forecasts == 160
+    latest = live.latest(2)
+    assert latest is not None
+    assert latest.upper_E is not None
+    assert live.latest(0) is None
+
+
+def test_a_predictor_worse_than_popularity_is_switched_off_and_tried_again(
+    trace: RoutingTrace, predictors: PredictorSet, caplog: pytest.LogCaptureFixture
+) -> None:
+    turned = {key: replace(pair) for key, pair in predictors.pairs.items()}
+    wrong = predictors.pairs[1, 1]
+    # Experts renamed: its forecasts are those of other experts.
+    matrix_SE = wrong.predictor._matrix_SE[:, ::-1].copy()  # type: ignore[attr-defined]
+    lying = fit_predictors(trace, FitConfig(kinds=("transition",), distances=(1,), batch_sizes=(16,))).pairs[1, 1]
+    lying.predictor._matrix_SE = matrix_SE  # type: ignore[attr-defined]
+    turned[1, 1] = lying
+    # The bound's drift would mend the mean over time; here it learns nothing.
+    lying.quantile.set_params(drift_half_life_tokens=None)
+    live = LivePredictor(replace(predictors, pairs=turned), LiveConfig(measure_every=1, window=16, retry_after=2))
+    with caplog.at_level(logging.INFO, logger="moeless_predictors.live"):
+        decode(live, trace, steps=16)
+        assert [row.is_active for row in live.accuracy()] == [True, False, True]
+        assert "predictor switched off layer=2 distance=1 kind=transition" in caplog.text
+        live.begin_step([StepRows("x", 1, 0)])
+        for layer in range(2):
+            forecast = live.observe(layer, trace.experts_TLk[:1, layer], trace.weights_TLk[:1, layer], no_hidden)
+        assert forecast is not None
+        assert forecast.kind == "popularity"
+        live.end_step()
+        decode(live, trace, steps=32)
+        assert "predictor tried again layer=2" in caplog.text
+
+
+def test_a_step_that_is_broken_off_leaves_nothing_behind(trace: RoutingTrace, predictors: PredictorSet) -> None:
+    live = LivePredictor(predictors, LiveConfig(measure_every=1))
+    live.begin_step([StepRows("a", 4, 0, True)])
+    live.observe(0, trace.experts_TLk[:4, 0], trace.weights_TLk[:4, 0], no_hidden)
+    live.begin_step([StepRows("b", 6, 0, True)])
+    for layer in range(4):
+        live.observe(layer, trace.experts_TLk[:6, layer], trace.weights_TLk[:6, layer], no_hidden)
+    live.end_step()
+    assert [row.num_forecasts for row in live.accuracy()] == [2, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["distance", "measure_every", "window", "retry_after"])
+def test_a_setting_out_of_range_is_named(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        LiveConfig(**{name: 0})
