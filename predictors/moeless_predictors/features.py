@@ -251,6 +251,8 @@ def experts_as_bits(experts_nk: IntArray, num_experts: int) -> NDArray[np.uint64
     """Choices of shape (n, k) as bit sets of shape (n, words of 64 experts): what two tokens share is a popcount."""
     words = -(-num_experts // 64)
     experts_nk = experts_nk.astype(np.uint64)
+    if words == 1:
+        return np.bitwise_or.reduce(np.uint64(1) << experts_nk, axis=1, keepdims=True)
     bits_nw = np.zeros((len(experts_nk), words), dtype=np.uint64)
     for word in range(words):
         is_here_nk = experts_nk // 64 == word

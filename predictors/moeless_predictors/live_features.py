@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moeless_predictors.base import FloatArray, IntArray, one_hot
+from moeless_predictors.base import FloatArray, IntArray
 from moeless_predictors.features import (
     LEAST_SHARE,
     MEAN_SCALE,
@@ -60,8 +61,8 @@ class LiveFeatures:
         self._bits_LZWw = np.zeros((num_layers, num_slots, window, words), dtype=np.uint64)
         self._shared_ZW = np.zeros((num_slots, window), dtype=np.float32)
         """What the newest token shares, over all layers, with each token that it could look back on."""
-        self._last_values_LZE = np.zeros((num_layers, num_slots, num_experts), dtype=np.float32)
-        self._means_LZE = np.zeros((num_layers, num_slots, num_experts), dtype=np.float32)
+        self._last_values_ZLE = np.zeros((num_slots, num_layers, num_experts), dtype=np.float32)
+        self._means_ZLE = np.zeros((num_slots, num_layers, num_experts), dtype=np.float32)
         self._num_seen_Z = np.zeros(num_slots, dtype=np.int64)
         self._next_position_Z = np.zeros(num_slots, dtype=np.int64)
         self._rows: list[StepRows] = []
@@ -86,55 +87,65 @@ class LiveFeatures:
         self._past_rows_q = np.array([first for first, has in zip(firsts, has_past, strict=True) if has], dtype=np.intp)
         slots_q = np.array([slot for slot, has in zip(self._slots, has_past, strict=True) if has], dtype=np.intp)
         self._past_slots_q = slots_q
-        self._experts: list[IntArray] = []
-        self._values: list[FloatArray] = []
-        self._bits: list[NDArray[np.uint64]] = []
-        window = self._config.window
+        self._has_past_everywhere = len(slots_q) == self._num_rows
+        num_layers, num_rows, window = self._num_layers, self._num_rows, self._config.window
+        words = self._bits_LZWw.shape[3]
+        self._num_observed = 0
+        self._row_n1 = np.arange(num_rows)[:, np.newaxis]
+        self._experts_Lnk = np.empty((num_layers, num_rows, self._top_k), dtype=self._experts_LZWk.dtype)
+        self._bits_Lnw = np.empty((num_layers, num_rows, words), dtype=np.uint64)
+        self._values_nLE = np.zeros((num_rows, num_layers, self._num_experts), dtype=np.float32)
+        self._past_bits_qWw = np.empty((len(slots_q), window, words), dtype=np.uint64)
         self._overlaps_qW = np.zeros((len(slots_q), window), dtype=np.float32)
         self._shared_qW = np.zeros((len(slots_q), window), dtype=np.float32)
-        scale = self._config.sharpness * self._config.context_weight / (self._num_layers * self._top_k)
+        scale = self._config.sharpness * self._config.context_weight / (num_layers * self._top_k)
         # A token's predecessor stands one place before it in the ring. Places not yet taken must not be found.
         self._context_qW = np.roll(self._shared_ZW[slots_q], 1, axis=1) * np.float32(scale)
         self._context_qW[np.arange(window) >= self._num_seen_Z[slots_q][:, np.newaxis]] = -np.inf
 
     def observe(self, layer: int, experts_nk: IntArray, weights_nk: FloatArray) -> None:
         """What the gate of `layer` chose for the step's rows."""
-        assert layer == len(self._values), "layers come in order"
-        bits_nw = experts_as_bits(experts_nk, self._num_experts)
-        self._experts.append(experts_nk)
-        self._bits.append(bits_nw)
-        self._values.append(one_hot(experts_nk, self._num_experts, values_nk=choice_values(weights_nk)))
+        assert layer == self._num_observed, "layers come in order"
+        self._num_observed += 1
+        self._experts_Lnk[layer] = experts_nk
+        self._values_nLE[self._row_n1, layer, experts_nk] = choice_values(weights_nk)
+        bits_nw = self._bits_Lnw[layer] = experts_as_bits(experts_nk, self._num_experts)
         if self._config.sees_ranks(layer):
             self._ranked_nF = ranked_values(experts_nk, weights_nk, self._num_experts)
         if len(self._past_slots_q):
-            past_qWw = self._bits_LZWw[layer, self._past_slots_q]
-            past_qWw &= bits_nw[self._past_rows_q][:, np.newaxis]
+            past_qWw = self._past_bits_qWw
+            np.take(self._bits_LZWw[layer], self._past_slots_q, axis=0, out=past_qWw, mode="clip")
+            past_qWw &= self._with_past(bits_nw)[:, np.newaxis]
             counts_qWw = np.bitwise_count(past_qWw)
             counts_qW = counts_qWw[:, :, 0] if counts_qWw.shape[2] == 1 else counts_qWw.sum(axis=2)
+            shared_qW = counts_qW.astype(np.float32)
             self._overlaps_qW *= np.float32(self._config.layer_decay)
-            self._overlaps_qW += counts_qW
-            self._shared_qW += counts_qW
+            self._overlaps_qW += shared_qW
+            self._shared_qW += shared_qW
 
     def features(self, layer: int, target: int) -> FloatArray:
         """Of every row, shape (n, F), float32, after `layer` was observed and before the next one is."""
-        num_experts, config = self._num_experts, self._config
+        num_experts, num_rows, config = self._num_experts, self._num_rows, self._config
         num_features = config.num_features(layer, num_experts=num_experts, top_k=self._top_k)
         num_above = config.num_above(layer, num_experts=num_experts, top_k=self._top_k)
-        features_nF = np.zeros((self._num_rows, num_features), dtype=np.float32)
-        for block, seen in enumerate(config.above(layer)):
-            features_nF[:, block * num_experts : (block + 1) * num_experts] = self._values[seen]
+        features_nF = np.zeros((num_rows, num_features), dtype=np.float32)
+        above = config.above(layer)
+        num_first = len(above) - min(config.layers_above, layer + 1)
+        nearest = self._values_nLE[:, above[num_first] : layer + 1].reshape(num_rows, -1)
+        features_nF[:, : num_first * num_experts] = self._values_nLE[:, :num_first].reshape(num_rows, -1)
+        features_nF[:, num_first * num_experts : len(above) * num_experts] = nearest
         if config.sees_ranks(layer):
-            features_nF[:, num_above - self._ranked_nF.shape[1] : num_above] = self._ranked_nF
+            features_nF[:, len(above) * num_experts : num_above] = self._ranked_nF
         slots_q = self._past_slots_q
         if len(slots_q):
-            before = [self._last_values_LZE[target, slots_q], self._means_LZE[target, slots_q]]
-            before.append(self._retrieved(layer, target))
+            before = (
+                self._last_values_ZLE[slots_q, target],
+                self._means_ZLE[slots_q, target],
+                self._retrieved(layer, target),
+            )
             assert len(before) == NUM_BEFORE
-            before_qB = np.concatenate(before, axis=1)
-            if len(slots_q) == self._num_rows:
-                features_nF[:, num_above:] = before_qB
-            else:
-                features_nF[self._past_rows_q, num_above:] = before_qB
+            rows_q = slice(None) if self._has_past_everywhere else self._past_rows_q
+            features_nF[rows_q, num_above:] = np.concatenate(before, axis=1)
         return features_nF
 
     def _retrieved(self, layer: int, target: int) -> FloatArray:
@@ -144,29 +155,32 @@ class LiveFeatures:
         powers_qW += self._context_qW
         powers_qW -= powers_qW.max(axis=1, keepdims=True)
         np.exp(powers_qW, out=powers_qW)
-        sums_q = powers_qW.sum(axis=1)
-        row_m, place_m = np.nonzero(powers_qW >= LEAST_SHARE * sums_q[:, np.newaxis])
-        shares_m = powers_qW[row_m, place_m] / sums_q[row_m]
-        experts_mk = self._experts_LZWk[target, self._past_slots_q[row_m], place_m]
+        sums_q1 = powers_qW.sum(axis=1, keepdims=True)
+        place_m = np.flatnonzero(powers_qW >= sums_q1 * np.float32(LEAST_SHARE))
+        row_m, column_m = np.divmod(place_m, powers_qW.shape[1])
+        shares_m = powers_qW.ravel()[place_m] / sums_q1[row_m, 0]
+        experts_mk = self._experts_LZWk[target, self._past_slots_q[row_m], column_m]
         flat_mk = experts_mk + (row_m * self._num_experts)[:, np.newaxis]
-        weights_m = np.repeat(shares_m, self._top_k)
         size = len(powers_qW) * self._num_experts
-        retrieved = np.bincount(flat_mk.ravel(), weights=weights_m, minlength=size).astype(np.float32)
-        return retrieved.reshape(len(powers_qW), self._num_experts)
+        retrieved: NDArray[Any] = np.bincount(flat_mk.ravel(), weights=np.repeat(shares_m, self._top_k), minlength=size)
+        retrieved_qE: FloatArray = retrieved.reshape(len(powers_qW), self._num_experts)
+        return retrieved_qE
+
+    def _with_past(self, values_n: NDArray[Any]) -> NDArray[Any]:
+        """Of the rows that have a past."""
+        return values_n if self._has_past_everywhere else values_n[self._past_rows_q]
 
     def end_step(self) -> None:
         """Every layer was observed: the step's tokens join their sequences' past."""
-        assert len(self._values) == self._num_layers, "every layer must have been observed"
-        experts_Lnk, bits_Lnw = np.stack(self._experts), np.stack(self._bits)
-        values_LnE = np.stack(self._values)
+        assert self._num_observed == self._num_layers, "every layer must have been observed"
         rows_q, slots_q = self._past_rows_q, self._past_slots_q
         if len(slots_q):
-            self._append(slots_q, experts_Lnk[:, rows_q], bits_Lnw[:, rows_q], values_LnE[:, rows_q])
+            self._append(slots_q, rows_q, self._with_past(self._values_nLE))
         followed = set(rows_q.tolist())
         for item, slot, first in zip(self._rows, self._slots, self._firsts, strict=True):
             rows = slice(first, first + item.num_rows)
             if first not in followed:
-                self._append_span(slot, experts_Lnk[:, rows], bits_Lnw[:, rows], values_LnE[:, rows])
+                self._append_span(slot, self._experts_Lnk[:, rows], self._bits_Lnw[:, rows], self._values_nLE[rows])
             self._next_position_Z[slot] = item.first_position + item.num_rows
         self._rows, self._slots = [], []
 
@@ -176,21 +190,21 @@ class LiveFeatures:
         if slot is not None:
             self._free.append(slot)
 
-    def _append(self, slots_q: IntArray, experts_Lqk: IntArray, bits_Lqw: IntArray, values_LqE: FloatArray) -> None:
+    def _append(self, slots_q: IntArray, rows_q: IntArray, values_qLE: FloatArray) -> None:
         """One token for each of these sequences, whose shared experts were followed through the layers."""
         places_q = self._num_seen_Z[slots_q] % self._config.window
-        self._experts_LZWk[:, slots_q, places_q] = experts_Lqk
-        self._bits_LZWw[:, slots_q, places_q] = bits_Lqw
+        self._experts_LZWk[:, slots_q, places_q] = self._experts_Lnk[:, rows_q]
+        self._bits_LZWw[:, slots_q, places_q] = self._bits_Lnw[:, rows_q]
         self._shared_ZW[slots_q] = self._shared_qW
-        self._last_values_LZE[:, slots_q] = values_LqE
+        self._last_values_ZLE[slots_q] = values_qLE
         rate = np.float32(self._config.mean_rate)
-        means_LqE = self._means_LZE[:, slots_q]
-        means_LqE *= 1 - rate
-        means_LqE += (values_LqE > 0) * np.float32(rate * MEAN_SCALE)
-        self._means_LZE[:, slots_q] = means_LqE
+        means_qLE = self._means_ZLE[slots_q]
+        means_qLE *= 1 - rate
+        means_qLE += (values_qLE > 0) * np.float32(rate * MEAN_SCALE)
+        self._means_ZLE[slots_q] = means_qLE
         self._num_seen_Z[slots_q] += 1
 
-    def _append_span(self, slot: int, experts_Lnk: IntArray, bits_Lnw: IntArray, values_LnE: FloatArray) -> None:
+    def _append_span(self, slot: int, experts_Lnk: IntArray, bits_Lnw: IntArray, values_nLE: FloatArray) -> None:
         """Any number of tokens for one sequence."""
         window, num_rows = self._config.window, experts_Lnk.shape[1]
         kept = np.arange(max(0, num_rows - 1 - window), num_rows - 1)
@@ -203,11 +217,11 @@ class LiveFeatures:
         place = (self._num_seen_Z[slot] + num_rows - 1) % window
         self._experts_LZWk[:, slot, place] = experts_Lnk[:, -1]
         self._bits_LZWw[:, slot, place] = bits_Lnw[:, -1]
-        self._last_values_LZE[:, slot] = values_LnE[:, -1]
+        self._last_values_ZLE[slot] = values_nLE[-1]
         rate = self._config.mean_rate
         weights_n = MEAN_SCALE * rate * (1 - rate) ** np.arange(num_rows - 1, -1, -1)
-        self._means_LZE[:, slot] *= (1 - rate) ** num_rows
-        self._means_LZE[:, slot] += np.einsum("n,lne->le", weights_n, values_LnE > 0)
+        self._means_ZLE[slot] *= (1 - rate) ** num_rows
+        self._means_ZLE[slot] += np.einsum("n,nle->le", weights_n, values_nLE > 0)
         self._num_seen_Z[slot] += num_rows
 
     def _slot(self, item: StepRows) -> int:
@@ -224,17 +238,17 @@ class LiveFeatures:
     def _clear(self, slot: int) -> None:
         self._bits_LZWw[:, slot] = 0
         self._shared_ZW[slot] = 0
-        for values_LZE in (self._last_values_LZE, self._means_LZE):
-            values_LZE[:, slot] = 0
+        self._last_values_ZLE[slot] = 0
+        self._means_ZLE[slot] = 0
         self._num_seen_Z[slot] = 0
 
     def _grow(self) -> None:
         """Twice the slots."""
         num_slots = len(self._num_seen_Z)
-        for name in ("_experts_LZWk", "_bits_LZWw", "_last_values_LZE", "_means_LZE"):
+        for name in ("_experts_LZWk", "_bits_LZWw"):
             array = getattr(self, name)
             setattr(self, name, np.concatenate([array, np.zeros_like(array)], axis=1))
-        for name in ("_shared_ZW", "_num_seen_Z", "_next_position_Z"):
+        for name in ("_shared_ZW", "_last_values_ZLE", "_means_ZLE", "_num_seen_Z", "_next_position_Z"):
             array = getattr(self, name)
             setattr(self, name, np.concatenate([array, np.zeros_like(array)]))
         self._free += range(2 * num_slots - 1, num_slots - 1, -1)
