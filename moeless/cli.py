@@ -85,6 +85,10 @@ def serve(
     cors_allow_origin: Annotated[
         list[str] | None, typer.Option(help="Origin that browsers may call from; may be given more than once.")
     ] = None,
+    predictors: Annotated[
+        Path | None, typer.Option(help="Forecast each layer's load with the predictors of `moeless predict fit`.")
+    ] = None,
+    predict_distance: Annotated[int, typer.Option(help="How many MoE layers ahead to forecast.")] = 1,
     allow_tracing: Annotated[
         bool | None, typer.Option(help="Let clients record what the engine routes; default: on a loopback host.")
     ] = None,
@@ -120,6 +124,8 @@ def serve(
         num_threads=threads,
         cores=tuple(sorted(os.sched_getaffinity(0))) if ray_address is None and on_device == "cpu" else (),
         cors_allow_origins=tuple(cors_allow_origin or ()),
+        predictors_path=None if predictors is None else str(predictors.resolve()),
+        predict_distance=predict_distance,
         allow_tracing=allow_tracing,
         app_name=app_name,
         route_prefix=route_prefix,
@@ -127,6 +133,12 @@ def serve(
         function_max_replicas=function_max_replicas,
         function_idle_s=function_idle,
     )
+    if settings.predictors_path is not None:
+        # What the engine would refuse is better told before Ray starts.
+        from moeless.engine.prediction import load_live_predictor
+        from moeless_predictors.live import LiveConfig
+
+        load_live_predictor(settings.predictors_path, LiveConfig(distance=predict_distance), packed.manifest)
     prepare_environment()
     from moeless.serve import running
 

@@ -95,6 +95,31 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     tokens_served: int
 
 
+class PredictionStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of `GET /v1/predictors`: how the load of one MoE layer is forecast, over the last measured steps.
+
+    A measure is NaN before the first such step.
+    """
+
+    layer: int
+    distance: int
+    """The forecast is made so many MoE layers earlier."""
+    kind: str
+    reason: str
+    """Why this kind was chosen when the predictors were fitted."""
+    active: bool
+    """False while popularity stands in, because it did better."""
+    recall: float
+    load_error: float
+    """Relative L1 error of the load; `popularity_error` is what popularity would have had."""
+    popularity_error: float
+    coverage: float
+    """Share of the experts whose load was at most the calibrated bound."""
+    forecasts: int
+    """Since the start, as is `seconds`, the time they took."""
+    seconds: float
+
+
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Counters and gauges that the gateway turns into Prometheus series."""
 
@@ -112,6 +137,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     dispatch_fallbacks: int
     tokens_per_worker: dict[str, int]
     workers: list[WorkerStatus]
+    predictions: list[PredictionStatus] = []
+    """Empty where nothing is predicted."""
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -38,12 +38,14 @@ from moeless.dispatch.dispatcher import DispatchConfig, Dispatcher
 from moeless.engine.build import build_engine
 from moeless.engine.config import EngineConfig
 from moeless.engine.experts import attach_dispatcher, register_experts
+from moeless.engine.prediction import PredictionObserver, load_live_predictor
 from moeless.engine.recordings import LocalRecordings, Recordings, trace_metadata
 from moeless.functions.feed_forward import FeedForward
 from moeless.functions.pool import InstancePool
 from moeless.packages.backbone import load_backbone
 from moeless.packages.files import dtype_of_name
 from moeless.packages.packed_model import PackedModel
+from moeless_predictors.live import LiveConfig
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +123,12 @@ class EngineDeployment:
             self._send_step,
         )
         self._dispatcher.set_observer(self._engine.observers)
+        self._prediction: PredictionObserver | None = None
+        if settings.predictors_path is not None:
+            live_config = LiveConfig(distance=settings.predict_distance)
+            live = load_live_predictor(settings.predictors_path, live_config, packed.manifest)
+            self._prediction = PredictionObserver(live)
+            self._engine.observers.add(self._prediction)
         self._engine.start()
         self._links.start()
         self._model_info = self._describe(model, packed)
@@ -203,7 +211,8 @@ class EngineDeployment:
         return await answer_recording(LocalRecordings(self._recordings), call)
 
     async def stats(self) -> bytes:
-        return msgspec.msgpack.encode(await self._status.stats(self._engine.counters()))
+        predictions = [] if self._prediction is None else self._prediction.status()
+        return msgspec.msgpack.encode(await self._status.stats(self._engine.counters(), predictions))
 
     async def functions(self) -> bytes:
         return msgspec.msgpack.encode(await self._status.functions())

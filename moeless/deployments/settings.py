@@ -48,6 +48,10 @@ class ServeSettings:
     gpu_share: float = 1.0
     """GPUs that each process books: less than one where there are fewer GPUs than processes."""
     cors_allow_origins: tuple[str, ...] = ()
+    predictors_path: str | None = None
+    """A file of `moeless predict fit` for this model; the engine's node must see it. None: nothing is predicted."""
+    predict_distance: int = 1
+    """How many MoE layers ahead."""
     allow_tracing: bool | None = None
     """Whether clients may record what the engine routes, for all its requests. None: where only this machine can call,
     that is, where `host` is a loopback address."""
@@ -85,7 +89,14 @@ class ServeSettings:
                 raise ConfigError("api-key must be printable ASCII without spaces and not empty")
         if self.max_waiting < 0:
             raise ConfigError(f"max_waiting must be at least 0, got {self.max_waiting}")
-        for name in ("max_running", "max_batch_tokens", "function_max_replicas", "num_threads", "max_context_tokens"):
+        for name in (
+            "max_running",
+            "max_batch_tokens",
+            "function_max_replicas",
+            "num_threads",
+            "max_context_tokens",
+            "predict_distance",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")

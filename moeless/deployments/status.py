@@ -19,7 +19,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 
 from moeless.core.expert import FunctionId
-from moeless.core.generation import EngineStats, FunctionStatus, WorkerStatus
+from moeless.core.generation import EngineStats, FunctionStatus, PredictionStatus, WorkerStatus
 from moeless.core.routing_table import LOCAL_WORKER
 from moeless.deployments.links import WorkerLinks
 from moeless.deployments.settings import ServeSettings
@@ -57,8 +57,8 @@ class EngineStatus:
         self._isolated_bytes = {entry.name: int(entry.bytes * growth) for entry in manifest.functions}
         self._reports: tuple[float, dict[str, WorkerReport]] = (0.0, {})
 
-    async def stats(self, counters: EngineCounters) -> EngineStats:
-        """`counters`: the engine's own."""
+    async def stats(self, counters: EngineCounters, predictions: list[PredictionStatus]) -> EngineStats:
+        """`counters` and `predictions`: the engine's own."""
         metrics, local = self._dispatcher.metrics, self._pool.stats()
         reports, replicas = await self._worker_reports(), await self._isolated_replicas()
         return EngineStats(
@@ -74,6 +74,7 @@ class EngineStatus:
             dispatch_fallbacks=metrics.fallbacks,
             tokens_per_worker=dict(metrics.tokens_per_worker),
             workers=self._worker_statuses(reports, replicas),
+            predictions=predictions,
         )
 
     async def functions(self) -> list[FunctionStatus]:

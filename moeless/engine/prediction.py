@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moeless.core.errors import ConfigError
+from moeless.core.generation import PredictionStatus
 from moeless.dispatch.wire import FloatArray
 from moeless.engine.observing import RowSpan, rows_in
 from moeless.functions.pool import IntArray
@@ -21,6 +22,7 @@ from moeless.packages.manifest import Manifest
 from moeless_predictors.live import LiveConfig, LivePredictor
 from moeless_predictors.live_features import StepRows
 from moeless_predictors.predictor_set import PredictorSet
+from moeless_predictors.storage import PredictorFormatError
 
 
 class PredictionObserver:
@@ -53,6 +55,33 @@ class PredictionObserver:
 
     def forget(self, request_id: str) -> None:
         self.live.forget(request_id)
+
+    def status(self) -> list[PredictionStatus]:
+        """Of every layer that is predicted. May be called from any thread."""
+        return [
+            PredictionStatus(
+                layer=row.layer,
+                distance=row.distance,
+                kind=row.kind,
+                reason=row.reason,
+                active=row.is_active,
+                recall=row.recall,
+                load_error=row.load_error,
+                popularity_error=row.popularity_error,
+                coverage=row.coverage,
+                forecasts=row.num_forecasts,
+                seconds=row.seconds,
+            )
+            for row in self.live.accuracy()
+        ]
+
+
+def load_live_predictor(path: str, config: LiveConfig, manifest: Manifest) -> LivePredictor:
+    """Raises ConfigError where the file holds no predictors, or none of this model or for this distance."""
+    try:
+        return live_predictor(PredictorSet.load(path), config, manifest)
+    except (OSError, PredictorFormatError) as error:
+        raise ConfigError(f"predictors: {error}") from error
 
 
 def live_predictor(predictors: PredictorSet, config: LiveConfig, manifest: Manifest) -> LivePredictor:

@@ -70,6 +70,12 @@ def info_router(service: GatewayService) -> APIRouter:
             }
         )
 
+    @router.get("/v1/predictors")
+    async def list_predictors() -> Response:
+        """How each layer's load is forecast, and how well."""
+        stats = await service.client().stats()
+        return _json({"object": "list", "model": service.model().info.model_id, "data": stats.predictions})
+
     return router
 
 

@@ -160,6 +160,7 @@ class _EngineCollector(Collector):
         )
         yield self._dispatch_seconds(model, stats)
         yield from self._workers(model, stats)
+        yield from self._predictions(model, stats)
 
     def _dispatch_seconds(self, model: list[str], stats: EngineStats) -> Metric:
         family = HistogramMetricFamily(
@@ -188,6 +189,37 @@ class _EngineCollector(Collector):
             instances.add_metric([*model, status.name], float(status.instances))
             resident.add_metric([*model, status.name], float(status.resident_bytes))
         yield from (up, instances, resident)
+
+    def _predictions(self, model: list[str], stats: EngineStats) -> Iterator[Metric]:
+        """By layer; nothing where nothing is predicted."""
+        if not stats.predictions:
+            return
+        labels = ["model_name", "layer"]
+        for name, field, documentation in _PREDICTION_GAUGES:
+            gauge = GaugeMetricFamily(f"moeless_{name}", documentation, labels=labels)
+            for status in stats.predictions:
+                gauge.add_metric([*model, str(status.layer)], getattr(status, field))
+            yield gauge
+        active = GaugeMetricFamily(
+            "moeless_predictor_active", "0 while popularity stands in for the predictor.", labels=[*labels, "kind"]
+        )
+        forecasts = CounterMetricFamily("moeless_forecasts", "Forecasts of the layer's load.", labels=labels)
+        seconds = CounterMetricFamily("moeless_forecast_seconds", "Time that they took.", labels=labels)
+        for status in stats.predictions:
+            layer = [*model, str(status.layer)]
+            active.add_metric([*layer, status.kind], float(status.active))
+            forecasts.add_metric(layer, float(status.forecasts))
+            seconds.add_metric(layer, status.seconds)
+        yield from (active, forecasts, seconds)
+
+
+_PREDICTION_GAUGES = (
+    ("forecast_recall", "recall", "Share of the tokens' experts that were foretold; of the last measured steps."),
+    ("forecast_load_error", "load_error", "Relative L1 error of the layer's forecast load."),
+    ("popularity_load_error", "popularity_error", "The same if popularity had forecast it."),
+    ("forecast_coverage", "coverage", "Share of the experts whose load was at most the calibrated bound."),
+)
+"""Name, field of PredictionStatus, and what it says."""
 
 
 def _gauge(name: str, documentation: str, model: list[str], value: float) -> Metric:

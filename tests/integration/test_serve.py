@@ -18,7 +18,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from moeless.deployments.environment import free_port
+from moeless_predictors.fitting import FitConfig, fit_predictors
 from moeless_predictors.traces import RoutingTrace
+from moeless_predictors.traces.synthetic import synthetic_trace
 from tests.families import VOCAB_SIZE, make_tokenizer
 from tests.support.served import Served, serving, wait_until
 from tests.unit.engine.routed import reference_routing
@@ -61,9 +63,20 @@ def reference(checkpoint: Path) -> tuple[MixtralForCausalLM, AutoTokenizer]:
 
 
 @pytest.fixture(scope="module")
-def two_workers(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def predictors(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the checkpoint's shape, learned from other routing."""
+    path = tmp_path_factory.mktemp("predictors") / "tiny.safetensors"
+    trace = synthetic_trace(num_sequences=12, tokens_per_sequence=30, num_layers=2, num_experts=4, top_k=2)
+    config = FitConfig(kinds=("history",), distances=(1,), history={"epochs": 1, "min_steps": 1}, batch_sizes=(1, 8))
+    fit_predictors(trace, config).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def two_workers(checkpoint: Path, predictors: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     log = tmp_path_factory.mktemp("logs") / "serve.log"
-    with serving(checkpoint, "--workers", "2", "--served-model-name", "tiny", log=log) as served:
+    options = ("--workers", "2", "--served-model-name", "tiny", "--predictors", str(predictors))
+    with serving(checkpoint, *options, log=log) as served:
         yield served
 
 
@@ -118,6 +131,15 @@ def test_metrics_count_the_workers_tokens(two_workers: Served) -> None:
     text = httpx.get(f"{two_workers.url}/metrics").text
     assert 'moeless_worker_tokens_total{model_name="tiny",worker="worker-0"}' in text
     assert 'moeless_worker_tokens_total{model_name="tiny",worker="worker-1"}' in text
+
+
+def test_forecasts_are_made_and_measured_beside_serving(two_workers: Served) -> None:
+    two_workers.complete("tiny", PROMPT, max_tokens=40)
+    (row,) = httpx.get(f"{two_workers.url}/v1/predictors").json()["data"]
+    assert (row["layer"], row["distance"], row["kind"]) == (1, 1, "history")
+    assert row["forecasts"] >= 40
+    assert 0 < row["recall"] <= 1
+    assert 'moeless_forecasts_total{layer="1",model_name="tiny"}' in httpx.get(f"{two_workers.url}/metrics").text
 
 
 def test_a_recording_of_a_chat_is_the_models_routing(

@@ -22,6 +22,7 @@ from moeless.core.generation import (
     GenerationDelta,
     GenerationRequest,
     ModelInfo,
+    PredictionStatus,
     TokenLogprob,
     WorkerStatus,
 )
@@ -90,6 +91,21 @@ STATS = EngineStats(
     workers=[
         WorkerStatus(name="worker-0", alive=True, transport="shm", instances=2, resident_bytes=200, tokens_served=40),
         WorkerStatus(name="worker-1", alive=False, transport="tcp", instances=1, resident_bytes=100, tokens_served=60),
+    ],
+    predictions=[
+        PredictionStatus(
+            layer=2,
+            distance=1,
+            kind="history",
+            reason="history: 0.84, the best",
+            active=False,
+            recall=0.5,
+            load_error=0.75,
+            popularity_error=0.625,
+            coverage=0.875,
+            forecasts=40,
+            seconds=0.25,
+        )
     ],
 )
 

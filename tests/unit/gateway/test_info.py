@@ -36,6 +36,15 @@ async def test_version_and_health(engine: ScriptedEngine) -> None:
 
 
 @pytest.mark.anyio
+async def test_predictors_are_listed_with_the_reason_of_their_choice(engine: ScriptedEngine) -> None:
+    async with gateway_for(create_app(engine, GatewayConfig())) as gateway:
+        body = (await gateway.http.get("/v1/predictors")).json()
+    assert body["object"] == "list"
+    (row,) = body["data"]
+    assert (row["layer"], row["kind"], row["active"], row["reason"]) == (2, "history", False, "history: 0.84, the best")
+
+
+@pytest.mark.anyio
 async def test_experts_are_listed_with_their_workers_and_totals(engine: ScriptedEngine) -> None:
     async with gateway_for(create_app(engine, GatewayConfig())) as gateway:
         body = (await gateway.http.get("/v1/experts")).json()

@@ -17,6 +17,7 @@ PROTECTED = [
     ("GET", "/v1/models"),
     ("GET", f"/v1/models/{MODEL_ID}"),
     ("GET", "/v1/experts"),
+    ("GET", "/v1/predictors"),
     ("GET", "/metrics"),
     ("GET", "/version"),
     ("GET", "/docs"),

@@ -69,6 +69,19 @@ async def test_the_engines_figures_are_exposed(engine: ScriptedEngine) -> None:
 
 
 @pytest.mark.anyio
+async def test_forecasts_are_exposed_by_layer(engine: ScriptedEngine) -> None:
+    async with gateway_for(create_app(engine, GatewayConfig())) as gateway:
+        samples = await scrape(gateway)
+    assert value(samples, "forecast_recall", layer="2") == 0.5
+    assert value(samples, "forecast_load_error", layer="2") == 0.75
+    assert value(samples, "popularity_load_error", layer="2") == 0.625
+    assert value(samples, "forecast_coverage", layer="2") == 0.875
+    assert value(samples, "predictor_active", layer="2", kind="history") == 0
+    assert value(samples, "forecasts_total", layer="2") == 40
+    assert value(samples, "forecast_seconds_total", layer="2") == 0.25
+
+
+@pytest.mark.anyio
 async def test_requests_are_counted(engine: ScriptedEngine) -> None:
     async with gateway_for(create_app(engine, GatewayConfig())) as gateway:
         before = await scrape(gateway)
