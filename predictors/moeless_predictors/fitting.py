@@ -21,7 +21,7 @@ from moeless_predictors.history import HistoryPredictor
 from moeless_predictors.popularity import PopularityPredictor
 from moeless_predictors.predictor_set import KINDS, PairPredictor, PredictorSet
 from moeless_predictors.quantile import LoadQuantile, draw_batches
-from moeless_predictors.selector import Candidate, choose
+from moeless_predictors.selector import Candidate, Choice, choose
 from moeless_predictors.traces import PREFILL, RoutingTrace
 from moeless_predictors.transition import TransitionPredictor
 
@@ -197,31 +197,47 @@ def fit_kinds(
     return fitted
 
 
+def measured(
+    fitted: Mapping[str, LoadPredictor], inputs: LayerInputs, target: int, config: FitConfig, costs: CostMeter
+) -> tuple[Candidate, ...]:
+    """Recall on held-out tokens and cost of the kinds asked for."""
+    routing_TE = inputs.routing(target)
+    return tuple(
+        Candidate(
+            name=kind,
+            score=predictor.score(inputs.features(kind, target), routing_TE),
+            cost_us=costs.microseconds(kind, predictor, inputs.layer),
+        )
+        for kind, predictor in fitted.items()
+        if kind in config.kinds
+    )
+
+
+def choose_among(candidates: tuple[Candidate, ...], layer: int, config: FitConfig) -> Choice:
+    """Raises ValueError if the trace allowed none of the kinds asked for."""
+    if not candidates:
+        raise ValueError(f"kinds must hold one that layer {layer} of the trace allows, got {', '.join(config.kinds)}")
+    return choose(candidates, config.tolerance)
+
+
 def choose_and_calibrate(
     fitted: Mapping[str, LoadPredictor], inputs: LayerInputs, target: int, config: FitConfig, costs: CostMeter
 ) -> PairPredictor:
     """Measure each predictor on held-out tokens, choose among the kinds asked for, and calibrate the chosen one."""
-    routing_TE = inputs.routing(target)
-    candidates = []
-    for kind, predictor in fitted.items():
-        if kind in config.kinds:
-            score = predictor.score(inputs.features(kind, target), routing_TE)
-            cost_us = costs.microseconds(kind, predictor, inputs.layer)
-            candidates.append(Candidate(name=kind, score=score, cost_us=cost_us))
-    if not candidates:
-        raise ValueError(f"kinds must hold one that layer {inputs.layer} of the trace allows, got {config.kinds}")
-    choice = choose(candidates, config.tolerance)
+    candidates = measured(fitted, inputs, target, config, costs)
+    choice = choose_among(candidates, inputs.layer, config)
     chosen = fitted[choice.name]
     popularity = fitted["popularity"]
     assert isinstance(popularity, PopularityPredictor)
+    probabilities_TE = chosen.predict_proba(inputs.features(choice.name, target))
     return PairPredictor(
         layer=inputs.layer,
         distance=target - inputs.layer,
         choice=choice,
-        candidates=tuple(candidates),
+        candidates=candidates,
         predictor=chosen,
         popularity=popularity,
-        quantile=calibrate(chosen.predict_proba(inputs.features(choice.name, target)), routing_TE, config),
+        quantile=calibrate(probabilities_TE, inputs.routing(target), config),
     )
 
 
