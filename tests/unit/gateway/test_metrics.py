@@ -132,7 +132,7 @@ async def test_no_label_holds_a_request(engine: ScriptedEngine) -> None:
         await gateway.http.post("/v1/completions", json=completion("a secret prompt", user="annabella"))
         text = (await gateway.http.get("/metrics")).text
     names = {name for sample_name, labels in parse(text) for name, _ in labels if sample_name.startswith("moeless_")}
-    assert names == {"model_name", "finished_reason", "le", "worker"}
+    assert names == {"model_name", "finished_reason", "le", "worker", "layer", "kind"}
     assert "cmpl-" not in text
     assert "secret" not in text
     assert "annabella" not in text
