@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -14,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from moeless.cli_errors import told_in_one_line
 from moeless.cli_record import record
 from moeless.core.errors import ConfigError
 
@@ -59,7 +58,7 @@ def import_(
         num_experts=num_experts,
         source=origin,
     )
-    with _told_in_one_line():
+    with told_in_one_line():
         imported = import_trace(source, options)
         imported.trace.save(out)
     for notice in imported.notices:
@@ -77,7 +76,7 @@ def info(
     from moeless_predictors.traces import ArrivalTrace, RoutingTrace, kind_of
     from moeless_predictors.traces.statistics import arrival_statistics, routing_statistics
 
-    with _told_in_one_line():
+    with told_in_one_line():
         figures: dict[str, Any]
         if kind_of(trace) == "arrivals":
             if heatmap is not None:
@@ -189,18 +188,3 @@ def _cell(value: float | None) -> str:
 
 def _say(text: str) -> None:
     _stdout.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-@contextmanager
-def _told_in_one_line() -> Iterator[None]:
-    """Turn what is wrong with a user's files into the error that the command line prints as one line."""
-    from moeless_predictors.traces import TraceFormatError
-
-    try:
-        yield
-    except TraceFormatError as error:
-        raise ConfigError(str(error)) from error
-    except OSError as error:
-        raise ConfigError(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from error
-    except ModuleNotFoundError as error:
-        raise ConfigError(str(error)) from error
