@@ -96,13 +96,13 @@ class HistoryPredictor(LoadPredictor):
         X_nF, y_nE = self._start_fit(X, y, top_k=self.top_k, reset=False)
         X_nF = X_nF.astype(np.float32, copy=False)
         chosen_nE = _as_labels(y_nE)
-        network = self._network(len(X_nF))
+        network = self._network(1)
         # One call to have the arrays made, whose effect is then overwritten by what was learned before.
         network.partial_fit(X_nF[:1], chosen_nE[:1], classes=np.arange(chosen_nE.shape[1]))
         learned = (self.weights_in_FU_, self.weights_out_UE_, self.bias_U_, self.bias_E_)
         for array, before in zip((*network.coefs_, *network.intercepts_), learned, strict=True):
             array[..., : before.shape[-1]] = before
-        network.partial_fit(X_nF, chosen_nE)
+        network.set_params(batch_size=min(self.batch_size, len(X_nF))).partial_fit(X_nF, chosen_nE)
         self._take([*network.coefs_, *network.intercepts_])
         return self
 

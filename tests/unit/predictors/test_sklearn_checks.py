@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.base import clone
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from moeless_predictors.base import LoadPredictor
+from moeless_predictors.gate import GatePredictor
+from moeless_predictors.history import HistoryPredictor
 from moeless_predictors.popularity import PopularityPredictor
 from moeless_predictors.transition import TransitionPredictor
 from tests.unit.predictors.support import Routing, routings
@@ -23,6 +25,8 @@ ARRAY_PREDICTORS = [
     TransitionPredictor(),
     TransitionPredictor(half_life_tokens=20),
     TransitionPredictor(combine="product"),
+    HistoryPredictor(epochs=2, min_steps=1, hidden_units=8),
+    GatePredictor(num_steps=10),
 ]
 
 each_predictor = pytest.mark.parametrize("predictor", ARRAY_PREDICTORS, ids=repr)
@@ -35,6 +39,7 @@ def test_it_is_a_scikit_learn_estimator(estimator: LoadPredictor, check: Callabl
 
 
 @each_predictor
+@settings(deadline=None, max_examples=50)
 @given(routing=routings())
 def test_probabilities_are_between_zero_and_one_and_sum_to_k(predictor: LoadPredictor, routing: Routing) -> None:
     proba_nE = _fitted(predictor, routing).predict_proba(routing.X_nS)
@@ -45,6 +50,7 @@ def test_probabilities_are_between_zero_and_one_and_sum_to_k(predictor: LoadPred
 
 
 @each_predictor
+@settings(deadline=None, max_examples=50)
 @given(routing=routings())
 def test_loads_are_never_negative_and_sum_to_tokens_times_k(predictor: LoadPredictor, routing: Routing) -> None:
     load_E = _fitted(predictor, routing).predict_load(routing.X_nS)
@@ -54,6 +60,7 @@ def test_loads_are_never_negative_and_sum_to_tokens_times_k(predictor: LoadPredi
 
 
 @each_predictor
+@settings(deadline=None, max_examples=50)
 @given(routing=routings())
 def test_loads_are_the_sums_of_the_probabilities(predictor: LoadPredictor, routing: Routing) -> None:
     fitted = _fitted(predictor, routing)
@@ -62,6 +69,7 @@ def test_loads_are_the_sums_of_the_probabilities(predictor: LoadPredictor, routi
 
 
 @each_predictor
+@settings(deadline=None, max_examples=50)
 @given(routing=routings())
 def test_the_top_k_are_different_experts(predictor: LoadPredictor, routing: Routing) -> None:
     experts_nk = _fitted(predictor, routing).predict_topk(routing.X_nS)
@@ -72,6 +80,7 @@ def test_the_top_k_are_different_experts(predictor: LoadPredictor, routing: Rout
 
 
 @each_predictor
+@settings(deadline=None, max_examples=50)
 @given(routing=routings(), seed=st.integers(0, 100))
 def test_tokens_are_predicted_alike_in_any_order(predictor: LoadPredictor, routing: Routing, seed: int) -> None:
     fitted = _fitted(predictor, routing)

@@ -45,7 +45,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("predictor", ARRAY_PREDICTORS, ids=repr)
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(routing=routings())
 def test_a_loaded_predictor_predicts_the_same_bits(
     predictor: BaseEstimator, routing: Routing, tmp_path_factory: pytest.TempPathFactory
@@ -70,7 +70,7 @@ def test_a_loaded_predictor_learns_on_as_the_original_would(predictor: BaseEstim
     assert loaded.predict_proba(first.X_nS).tobytes() == fitted.predict_proba(first.X_nS).tobytes()
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), quantile=st.sampled_from([0.9, (0.5, 0.9)]))
 def test_a_loaded_quantile_gives_the_same_bounds(
     seed: int, quantile: float | tuple[float, ...], tmp_path_factory: pytest.TempPathFactory
