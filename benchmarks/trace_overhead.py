@@ -1,9 +1,9 @@
 """What recording a routing trace costs a decode step.
 
 `python -m benchmarks trace_overhead` decodes batches with the continuous engine, its experts in process, and records
-every second step or so: of each two steps one, drawn at random, is recorded and the other is not, so that whatever
-else slows the machine slows both. Printed are the medians, and the median of the pairs' ratios with the 95 %
-interval that a bootstrap over the pairs gives.
+sixteen steps of every thirty-two, before or after the others as drawn, so that whatever else slows the machine slows
+both. Sixteen is how often the recorder puts away what it has: each turn holds that cost once. Printed are the medians,
+and the median of the pairs' ratios with the 95 % interval that a bootstrap over the pairs gives.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import argparse
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -29,7 +29,8 @@ from moeless.core.generation import GenerationDelta, GenerationRequest, Sampling
 from moeless.core.recording import RecordingOptions
 from moeless.engine.build import build_engine
 from moeless.engine.config import EngineConfig
-from moeless.engine.recording import RoutingRecorder
+from moeless.engine.observing import StepObservers
+from moeless.engine.recording import WRITE_EVERY, RoutingRecorder
 from moeless.packages.backbone import experts_modules
 from moeless.packages.source import resolve_model
 from moeless_predictors.traces import TraceMetadata
@@ -60,14 +61,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--pairs", type=int, default=600, help="pairs of steps for each model and batch")
+    parser.add_argument("--pairs", type=int, default=150, help="pairs of turns for each model and batch")
     parser.add_argument("--hidden-layers", type=int, nargs="*", default=[], help="record these layers' inputs too")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="where to keep the random models; a temporary folder by default")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--quick", action="store_true", help="few steps")
+    parser.add_argument("--quick", action="store_true", help="few pairs")
     arguments = parser.parse_args(argv)
-    pairs = 60 if arguments.quick else arguments.pairs
+    pairs = 10 if arguments.quick else arguments.pairs
     options = RecordingOptions(max_tokens=100_000, token_ids=True, hidden_layers=tuple(arguments.hidden_layers))
     torch.set_num_threads(1)  # the generation thread alone computes, with its own number
     figures = []
@@ -79,56 +80,72 @@ def main(argv: list[str] | None = None) -> None:
         arguments.json.write_text(json.dumps([asdict(figure) for figure in figures], indent=2))
 
 
-class Steps:
-    """An engine whose decode steps are timed, recorded or not as drawn."""
+class Switch(Protocol):
+    """What is timed: it watches the steps between `start` and `stop`."""
 
-    def __init__(self, model: Any, metadata: TraceMetadata, options: RecordingOptions, *, threads: int) -> None:
+    def start(self) -> None: ...
+    def stop(self) -> None: ...
+
+
+class Steps:
+    """An engine whose decode steps are timed, watched or not as drawn.
+
+    Args:
+        new_switch: makes what watches, for each run.
+        steps_a_turn: how many steps are watched, or not, before it is the other's turn.
+    """
+
+    def __init__(
+        self, model: Any, new_switch: Callable[[StepObservers], Switch], *, threads: int, steps_a_turn: int = 1
+    ) -> None:
         self.vocab_size: int = model.config.get_text_config().vocab_size
         config = EngineConfig(num_threads=threads, prefix_sharing=False, max_batch_tokens=1024, kv_cache_bytes=64 << 20)
         self._engine = build_engine(model, word_tokenizer(self.vocab_size), config, self._on_step)
         experts: Any = next(iter(experts_modules(model)))
         experts.moeless_dispatcher.set_observer(self._engine.observers)
-        self._metadata, self._options = metadata, options
-        self._recorder = self._new_recorder()
+        self.new_switch = new_switch
+        self._switch = new_switch(self._engine.observers)
         self._random = np.random.default_rng(0)
         self._batch = 0
         self._left = 0
         self._done = threading.Event()
         self._order = [False, True]
         self._began_s = 0.0
+        self._steps_a_turn = steps_a_turn
+        self._turn_s: list[float] = []
         self._pair: dict[bool, float] = {}
         self.pairs: list[tuple[float, float]] = []
         self._engine.start()
 
     def run(self, prompts: list[list[int]]) -> None:
-        """Decode a batch; appends to `pairs` (plain, recorded) in seconds."""
-        self._recorder = self._new_recorder()
+        """Decode a batch; appends to `pairs` (plain, watched) in seconds a step."""
+        self._switch = self.new_switch(self._engine.observers)
         self._batch = self._left = len(prompts)
         self._done.clear()
         sampling = SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
         for index, prompt in enumerate(prompts):
             self._engine.submit(GenerationRequest(request_id=str(index), prompt_token_ids=prompt, sampling=sampling))
         self._done.wait()
-        self._recorder.stop()
-
-    def _new_recorder(self) -> RoutingRecorder:
-        return RoutingRecorder(self._engine.observers, self._metadata, self._options)
+        self._switch.stop()
 
     def _on_step(self, deltas: list[GenerationDelta]) -> None:
-        """In the generation thread, after each step: note how long it took, and draw whether to record the next."""
+        """In the generation thread, after each step: note how long it took, and draw whether to watch the next."""
         took_s = time.perf_counter() - self._began_s
         is_whole = len(deltas) == self._batch and all(d.num_tokens == 1 and d.finish_reason is None for d in deltas)
         if is_whole and self._began_s:
-            self._pair[self._order[len(self._pair)]] = took_s
+            self._turn_s.append(took_s)
+            if len(self._turn_s) == self._steps_a_turn:
+                self._pair[self._order[len(self._pair)]] = sum(self._turn_s) / self._steps_a_turn
+                self._turn_s = []
             if len(self._pair) == 2:
                 self.pairs.append((self._pair[False], self._pair[True]))
                 self._pair = {}
                 self._random.shuffle(self._order)
         else:
-            self._pair = {}
-        self._recorder.stop()
+            self._pair, self._turn_s = {}, []
+        self._switch.stop()
         if self._order[len(self._pair)]:
-            self._recorder.start()
+            self._switch.start()
         self._left -= sum(delta.finish_reason is not None for delta in deltas)
         if self._left == 0:
             self._began_s = 0.0
@@ -153,7 +170,12 @@ def stepping(name: str, *, threads: int, folder: Path | None, options: Recording
             num_layers=manifest.num_moe_layers,
             hidden_size=manifest.layers[0].layout.hidden_size,
         )
-        steps = Steps(model.by_moeless(torch.float32), metadata, options, threads=threads)
+        steps = Steps(
+            model.by_moeless(torch.float32),
+            lambda observers: RoutingRecorder(observers, metadata, options),
+            threads=threads,
+            steps_a_turn=WRITE_EVERY,
+        )
         try:
             yield steps
         finally:

@@ -181,12 +181,17 @@ class Dispatcher:
     def _forward_local(
         self, layer: int, hidden_TH: torch.Tensor, top_k_index_Tk: torch.Tensor, top_k_weights_Tk: torch.Tensor
     ) -> torch.Tensor:
-        self._tell_observer(layer, hidden_TH, top_k_index_Tk, top_k_weights_Tk)
-        if hidden_TH.is_cuda and self._local.pool.is_full(layer):
+        is_watched = self._observer is not None and self._observer.is_watching
+        is_resident = hidden_TH.is_cuda and self._local.pool.is_full(layer)
+        if is_watched or not is_resident:
+            experts_Tk = top_k_index_Tk.cpu().numpy()
+        if self._observer is not None and is_watched:
+            self._observer.observe_layer(layer, hidden_TH, experts_Tk, _float_array(top_k_weights_Tk))
+        if is_resident:
             self.metrics.count_local(LOCAL_WORKER, top_k_index_Tk.numel())
             return self._local.forward_resident(layer, hidden_TH, top_k_index_Tk, top_k_weights_Tk)
         num_tokens, top_k = top_k_index_Tk.shape
-        experts_n = top_k_index_Tk.cpu().numpy().reshape(-1)
+        experts_n = experts_Tk.reshape(-1)
         weights_n = top_k_weights_Tk.reshape(-1)
         if num_tokens == 1:  # pairs of one row need no order: each gets its own product
             rows_n = np.zeros(top_k, dtype=np.int64)
@@ -197,14 +202,6 @@ class Dispatcher:
         out_TH = self._local.partial_sums(layer, hidden_TH, rows_n, experts_n, weights_n)
         self.metrics.count_local(LOCAL_WORKER, num_tokens * top_k)
         return out_TH
-
-    def _tell_observer(
-        self, layer: int, hidden_TH: torch.Tensor, top_k_index_Tk: torch.Tensor, top_k_weights_Tk: torch.Tensor
-    ) -> None:
-        if self._observer is not None and self._observer.is_watching:
-            self._observer.observe_layer(
-                layer, hidden_TH, top_k_index_Tk.cpu().numpy(), top_k_weights_Tk.float().cpu().numpy()
-            )
 
     def _exchange(self, compiled: CompiledLayer, routing: _Routing, groups: list[WorkerGroup]) -> torch.Tensor:
         """Send to all, compute the local part meanwhile, collect and add in worker order."""
@@ -315,6 +312,13 @@ class Dispatcher:
             raise FunctionUnavailableError(f"no instance could compute {names}: {error}") from error
         self.metrics.count_local(LOCAL_WORKER, len(group.experts_n))
         return partial_RH
+
+
+def _float_array(tensor: torch.Tensor) -> FloatArray:
+    """In float32, on the host; a view where it is both already."""
+    if tensor.dtype is torch.float32 and not tensor.is_cuda:
+        return tensor.numpy()
+    return tensor.float().cpu().numpy()
 
 
 def _add(out_TH: torch.Tensor, group: WorkerGroup, partial_RH: torch.Tensor) -> None:

@@ -48,7 +48,9 @@ class StepObserver(Protocol):
         ...
 
     def observe_layer(self, layer: int, hidden_TH: Tensor, experts_Tk: IntArray, weights_Tk: FloatArray) -> None:
-        """A MoE layer's input and what its gate chose, padding included; the arrays must not be kept or changed.
+        """A MoE layer's input and what its gate chose, padding included.
+
+        Nothing of it may be changed. The arrays may be kept, as nobody writes to them again; the hidden states may not.
 
         Called when the layer's work is on its way to the workers (or, in process, before it is computed) and before
         answers are collected: what an observer computes here overlaps the layer.

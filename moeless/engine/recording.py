@@ -8,7 +8,9 @@ Shapes: N rows recorded, T rows of a step, L MoE layers, k experts per token, H 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -24,12 +26,15 @@ from moeless.engine.sequence import Sequence
 from moeless.functions.pool import IntArray
 from moeless_predictors.traces import DECODE, PREFILL, RoutingTrace, TraceMetadata
 
+WRITE_EVERY = 16
+"""Steps whose routing is kept as it came before it is copied to its place."""
+_MAX_ROWS_UNWRITTEN = 1024
 _MAX_FLOAT16 = 65504.0
 
 
 def row_bytes(metadata: TraceMetadata, options: RecordingOptions) -> int:
     """Bytes that one recorded row takes in memory."""
-    per_choice = _expert_dtype(metadata.num_experts).itemsize + 2
+    per_choice = _expert_dtype(metadata.num_experts).itemsize + 4
     hidden = 2 * len(options.hidden_layers) * (metadata.hidden_size or 0)
     span_and_token = 4 * 4 + (4 if options.token_ids else 0)  # at most as many spans as rows
     return metadata.num_layers * metadata.top_k * per_choice + hidden + span_and_token
@@ -48,12 +53,12 @@ def check_options(options: RecordingOptions, metadata: TraceMetadata) -> None:
 
 
 class _Columns:
-    """The rows so far, in the order in which they were computed; the first `num_rows` never change again."""
+    """The rows so far, in the order in which they were computed."""
 
     def __init__(self, metadata: TraceMetadata, options: RecordingOptions) -> None:
         n, choices = options.max_tokens, (metadata.num_layers, metadata.top_k)
         self.experts_NLk = np.empty((n, *choices), dtype=_expert_dtype(metadata.num_experts))
-        self.weights_NLk = np.empty((n, *choices), dtype=np.float16)
+        self.weights_NLk = np.empty((n, *choices), dtype=np.float32)
         self.token_ids_N = np.empty(n, dtype=np.int32) if options.token_ids else None
         self.spans_N4 = np.empty((n, 4), dtype=np.int32)
         """Whose the rows are, span by span: sequence, first position, number of rows, step."""
@@ -61,23 +66,87 @@ class _Columns:
             layer: np.empty((n, metadata.hidden_size or 0), dtype=np.float16) for layer in options.hidden_layers
         }
         self.num_rows = 0
-        self.num_spans = 0
+        """Of all steps that have ended; those of `steps` are not written yet, but for their hidden states."""
+        self.num_steps = 0
         self.prompt_lengths: list[int] = []
         """By sequence."""
+        self._steps: list[_Step] = []
+        self._num_written = 0
+        self._num_spans = 0
+
+    def add(self, step: _Step) -> None:
+        """Take a step that has ended."""
+        self._steps.append(step)
+        self.num_rows += step.num_rows
+        self.num_steps += 1
+        if len(self._steps) >= WRITE_EVERY or self.num_rows - self._num_written >= _MAX_ROWS_UNWRITTEN:
+            self.write()
+
+    def write(self) -> None:
+        """Copy the steps that are not written yet, all at once: numpy's calls cost more than the few rows of a step."""
+        if not self._steps:
+            return
+        steps, self._steps = self._steps, []
+        start, stop = self._num_written, self.num_rows
+        for layer in range(self.experts_NLk.shape[1]):
+            self.experts_NLk[start:stop, layer] = np.concatenate([step.experts_LTk[layer][step.rows] for step in steps])
+            self.weights_NLk[start:stop, layer] = np.concatenate([step.weights_LTk[layer][step.rows] for step in steps])
+        spans = [
+            (sequence, span.first_position, span.num_rows, step.number)
+            for step in steps
+            for sequence, span in zip(step.sequences_S, step.spans, strict=True)
+        ]
+        self.spans_N4[self._num_spans : self._num_spans + len(spans)] = spans
+        if self.token_ids_N is not None:
+            found = [s.sequence.token_ids(s.first_position, s.num_rows) for step in steps for s in step.spans]
+            self.token_ids_N[start:stop] = list(chain.from_iterable(found))
+        self._num_written = stop
+        self._num_spans += len(spans)
+
+    def to_trace(self, metadata: TraceMetadata) -> RoutingTrace:
+        """Sort the rows by sequence and position, each position once, and cut the sequences at their gaps."""
+        self.write()
+        spans_S4 = self.spans_N4[: self._num_spans].astype(np.int64)
+        lengths_S = spans_S4[:, 2]
+        sequences, firsts, _, steps = np.repeat(spans_S4, lengths_S, axis=0).T
+        ends_S = np.cumsum(lengths_S)
+        positions = firsts + np.arange(ends_S[-1]) - np.repeat(ends_S - lengths_S, lengths_S)
+        rows = np.lexsort((positions, sequences))  # stable: of a position that was computed twice, the first is first
+        is_same = np.diff(sequences[rows]) == 0
+        steps_ahead = np.diff(positions[rows])
+        rows = rows[np.concatenate(([True], ~is_same | (steps_ahead > 0)))]
+        begins = np.concatenate(([True], (np.diff(sequences[rows]) != 0) | (np.diff(positions[rows]) != 1)))
+        starts = np.flatnonzero(begins)
+        is_prompt = positions[rows] < np.array(self.prompt_lengths)[sequences[rows]]
+        return RoutingTrace.from_arrays(
+            metadata,
+            experts_TLk=self.experts_NLk[rows],
+            weights_TLk=self.weights_NLk[rows],
+            sequence_lengths_S=np.diff(starts, append=len(rows)),
+            phase_T=np.where(is_prompt, PREFILL, DECODE).astype(np.uint8),
+            positions_T=positions[rows],
+            token_ids_T=None if self.token_ids_N is None else self.token_ids_N[rows],
+            steps_T=steps[rows],
+            hidden={layer: states_NH[rows] for layer, states_NH in self.hidden.items()},
+            where="recording",
+        )
 
 
 @dataclass(slots=True)
-class _OpenStep:
-    """A step that is being computed: its rows are behind those that `columns` has, and count once it has ended."""
+class _Step:
+    """A step: what it routed belongs to `columns` once it has ended."""
 
     columns: _Columns
-    experts_TLk: IntArray
-    """Where they go in `columns`."""
-    weights_TLk: NDArray[np.float16]
+    number: int
+    spans: list[RowSpan]
+    sequences_S: list[int]
+    """Number of each span's sequence."""
+    num_rows: int
     rows: slice | IntArray
     """Those of the step that belong to somebody."""
-    num_spans: int
-    num_layers_seen: int = 0
+    experts_LTk: list[IntArray] = field(default_factory=list)
+    """Of the layers so far, not copied yet, padding included."""
+    weights_LTk: list[FloatArray] = field(default_factory=list)
 
 
 class RoutingRecorder:
@@ -96,8 +165,9 @@ class RoutingRecorder:
         self._observers = observers
         self._metadata = metadata
         self._options = options
+        self._lock = threading.Lock()
         self._columns: _Columns | None = _Columns(metadata, options)
-        self._step: _OpenStep | None = None
+        self._step: _Step | None = None
         self._sequence_of: dict[str, int] = {}
         self.num_tokens = 0
         self.num_steps = 0
@@ -122,10 +192,11 @@ class RoutingRecorder:
         Raises: ValueError if there is nothing to take.
         """
         self.stop()
-        columns, self._columns = self._columns, None
+        with self._lock:  # a step that ends now comes whole or not at all
+            columns, self._columns = self._columns, None
         if columns is None or not columns.num_rows:
             raise ValueError("a recording must hold at least one token to become a trace, got none")
-        return _to_trace(columns, self._metadata)
+        return columns.to_trace(self._metadata)
 
     # -- in the generation thread ----------------------------------------------------------------------------------
 
@@ -133,25 +204,13 @@ class RoutingRecorder:
         columns, self._step = self._columns, None
         if columns is None:
             return
-        # One list and one copy: what is called once a step finds nothing of itself in the processor's caches.
-        found = [(self._number(columns, s.sequence), s.first_position, s.num_rows, self.num_steps) for s in spans]
         num_rows = sum([span.num_rows for span in spans])
-        start, stop = columns.num_rows, columns.num_rows + num_rows
-        if stop > self._options.max_tokens:
+        if columns.num_rows + num_rows > self._options.max_tokens:
             self.is_full = True
             self.stop()
             return
-        columns.spans_N4[columns.num_spans : columns.num_spans + len(spans)] = found
-        if columns.token_ids_N is not None:
-            ids = [i for span in spans for i in span.sequence.token_ids(span.first_position, span.num_rows)]
-            columns.token_ids_N[start:stop] = ids
-        self._step = _OpenStep(
-            columns,
-            columns.experts_NLk[start:stop],
-            columns.weights_NLk[start:stop],
-            rows_in(spans),
-            len(spans),
-        )
+        sequences_S = [self._number(columns, span.sequence) for span in spans]
+        self._step = _Step(columns, columns.num_steps, spans, sequences_S, num_rows, rows_in(spans))
 
     def observe_layer(self, layer: int, hidden_TH: Tensor, experts_Tk: IntArray, weights_Tk: FloatArray) -> None:
         step = self._step
@@ -162,23 +221,24 @@ class RoutingRecorder:
             self._step = None
             self.stop()
             return
-        rows = step.rows
-        step.experts_TLk[:, layer] = experts_Tk[rows]
-        step.weights_TLk[:, layer] = weights_Tk[rows]
+        assert layer == len(step.experts_LTk)
+        step.experts_LTk.append(experts_Tk)
+        step.weights_LTk.append(weights_Tk)
         if layer in step.columns.hidden:
+            rows = step.rows
             states_TH = hidden_TH[rows if isinstance(rows, slice) else torch.from_numpy(rows).to(hidden_TH.device)]
             states_TH = states_TH.to(torch.float16).clamp(-_MAX_FLOAT16, _MAX_FLOAT16)
             start = step.columns.num_rows
-            step.columns.hidden[layer][start : start + len(states_TH)] = states_TH.cpu().numpy()
-        step.num_layers_seen += 1
+            step.columns.hidden[layer][start : start + step.num_rows] = states_TH.cpu().numpy()
 
     def end_step(self) -> None:
         step, self._step = self._step, None
-        if step is not None and step.num_layers_seen == self._metadata.num_layers:
-            step.columns.num_spans += step.num_spans
-            step.columns.num_rows += len(step.experts_TLk)
-            self.num_tokens = step.columns.num_rows
-            self.num_steps += 1
+        if step is None or len(step.experts_LTk) < self._metadata.num_layers:
+            return
+        with self._lock:
+            if step.columns is self._columns:
+                step.columns.add(step)
+                self.num_tokens, self.num_steps = step.columns.num_rows, step.columns.num_steps
 
     def forget(self, request_id: str) -> None:
         """A later request of the same name is another sequence."""
@@ -190,34 +250,6 @@ class RoutingRecorder:
             number = self._sequence_of[sequence.request_id] = len(columns.prompt_lengths)
             columns.prompt_lengths.append(sequence.num_prompt_tokens)
         return number
-
-
-def _to_trace(columns: _Columns, metadata: TraceMetadata) -> RoutingTrace:
-    """Sort the rows by sequence and position, each position once, and cut the sequences at their gaps."""
-    spans_S4 = columns.spans_N4[: columns.num_spans].astype(np.int64)
-    lengths_S = spans_S4[:, 2]
-    sequences, firsts, _, steps = np.repeat(spans_S4, lengths_S, axis=0).T
-    ends_S = np.cumsum(lengths_S)
-    positions = firsts + np.arange(ends_S[-1]) - np.repeat(ends_S - lengths_S, lengths_S)
-    rows = np.lexsort((positions, sequences))  # stable: of a position that was computed twice, the first comes first
-    is_same = np.diff(sequences[rows]) == 0
-    steps_ahead = np.diff(positions[rows])
-    rows = rows[np.concatenate(([True], ~is_same | (steps_ahead > 0)))]
-    begins = np.concatenate(([True], (np.diff(sequences[rows]) != 0) | (np.diff(positions[rows]) != 1)))
-    starts = np.flatnonzero(begins)
-    is_prompt = positions[rows] < np.array(columns.prompt_lengths)[sequences[rows]]
-    return RoutingTrace.from_arrays(
-        metadata,
-        experts_TLk=columns.experts_NLk[rows],
-        weights_TLk=columns.weights_NLk[rows],
-        sequence_lengths_S=np.diff(starts, append=len(rows)),
-        phase_T=np.where(is_prompt, PREFILL, DECODE).astype(np.uint8),
-        positions_T=positions[rows],
-        token_ids_T=None if columns.token_ids_N is None else columns.token_ids_N[rows],
-        steps_T=steps[rows],
-        hidden={layer: states_NH[rows] for layer, states_NH in columns.hidden.items()},
-        where="recording",
-    )
 
 
 def _expert_dtype(num_experts: int) -> np.dtype[np.unsignedinteger[Any]]:

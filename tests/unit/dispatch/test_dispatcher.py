@@ -143,10 +143,12 @@ class Told:
         self.is_watching = True
         self.layers: list[tuple[int, torch.Tensor, list[list[int]], list[list[float]]]] = []
         self.seen: list[object] = []
+        self.kept: list[tuple[Any, Any]] = []
         self._look = look
 
     def observe_layer(self, layer: int, hidden_TH: torch.Tensor, experts_Tk: Any, weights_Tk: Any) -> None:
         self.layers.append((layer, hidden_TH, experts_Tk.tolist(), weights_Tk.tolist()))
+        self.kept.append((experts_Tk, weights_Tk))
         self.seen.append(self._look())
 
 
@@ -175,6 +177,8 @@ def test_an_observer_that_watches_is_told_what_is_routed(
     assert (layer, experts) == (1, experts_Tk.tolist())
     assert seen_TH is hidden_TH
     assert weights == weights_Tk.to(dtype).float().tolist()
+    ((kept_experts, kept_weights),) = told.kept  # nobody writes to what was told
+    assert (kept_experts.tolist(), kept_weights.tolist()) == (experts, weights)
 
 
 def test_an_observer_is_told_once_the_work_is_on_its_way_and_before_any_of_it_is_waited_for(

@@ -34,6 +34,8 @@ class Watcher:
         self.events: list[str] = []
         self.forgotten: list[str] = []
         self._spans: list[RowSpan] = []
+        self.kept: list[tuple[np.ndarray, np.ndarray]] = []
+        """Arrays as they were told, and copies made then."""
 
     def begin_step(self, spans: list[RowSpan]) -> None:
         self.events.append("begin")
@@ -49,6 +51,7 @@ class Watcher:
 
     def observe_layer(self, layer: int, hidden_TH: Tensor, experts_Tk: np.ndarray, weights_Tk: np.ndarray) -> None:
         self.events.append(f"layer {layer}")
+        self.kept += [(experts_Tk, experts_Tk.copy()), (weights_Tk, weights_Tk.copy())]
         for span in self._spans:
             for i in range(span.num_rows):
                 row = span.first_row + i
@@ -102,6 +105,7 @@ def test_each_row_is_told_as_its_sequences_position(name: str, load_family: Load
         assert watcher.positions(str(length)) == list(range(len(token_ids) - 1))
         assert_routing_is_the_models(family, watcher, str(length), token_ids[:-1])
     assert set(watcher.num_computed.values()) == {1}
+    assert all(np.array_equal(told, copy) for told, copy in watcher.kept)
 
 
 @pytest.mark.parametrize("name", KINDS)

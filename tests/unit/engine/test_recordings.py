@@ -29,7 +29,7 @@ from tests.unit.engine.support import request
 
 METADATA = TraceMetadata(model="m", num_experts=8, top_k=2, num_layers=2, hidden_size=4)
 TEXTS = TokenTexts(make_tokenizer())
-ROW_BYTES = 2 * 2 * 3 + 2 * 4 + 8
+ROW_BYTES = 2 * 2 * 5 + 2 * 4 + 8
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def observers() -> StepObservers:
 
 @pytest.fixture
 def recordings(observers: StepObservers) -> Iterator[Recordings]:
-    made = Recordings(observers, METADATA, max_bytes=100_000)
+    made = Recordings(observers, METADATA, max_bytes=200_000)
     yield made
     made.close()
 
@@ -146,8 +146,8 @@ def test_an_empty_recording_has_no_file(recordings: Recordings) -> None:
         ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
         ({"max_tokens": 10, "hidden_layers": (0, 2)}, "hidden_layers must be from 0 to 1, got 2"),
         ({"max_tokens": 10, "hidden_layers": (1, 1)}, r"hidden_layers must differ, got \[1, 1\]"),
-        ({"max_tokens": 10_000}, f"max_tokens must be at most {100_000 // ROW_BYTES} with rows of {ROW_BYTES} bytes"),
-        ({"max_tokens": 3000, "hidden_layers": (0,)}, f"max_tokens must be at most {100_000 // (ROW_BYTES + 8)}"),
+        ({"max_tokens": 10_000}, f"max_tokens must be at most {200_000 // ROW_BYTES} with rows of {ROW_BYTES} bytes"),
+        ({"max_tokens": 5000, "hidden_layers": (0,)}, f"max_tokens must be at most {200_000 // (ROW_BYTES + 8)}"),
     ],
 )
 def test_options_out_of_range_are_refused_by_name(recordings: Recordings, options: dict[str, Any], told: str) -> None:
