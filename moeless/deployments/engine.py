@@ -46,6 +46,7 @@ from moeless.packages.backbone import load_backbone
 from moeless.packages.files import dtype_of_name
 from moeless.packages.packed_model import PackedModel
 from moeless_predictors.live import LiveConfig
+from moeless_predictors.threads import keep_to_one_blas_thread
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +128,7 @@ class EngineDeployment:
         if settings.predictors_path is not None:
             live_config = LiveConfig(distance=settings.predict_distance)
             live = load_live_predictor(settings.predictors_path, live_config, packed.manifest)
+            keep_to_one_blas_thread()
             self._prediction = PredictionObserver(live)
             self._engine.observers.add(self._prediction)
         self._engine.start()

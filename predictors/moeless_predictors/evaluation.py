@@ -33,6 +33,7 @@ from moeless_predictors.metrics import coverage, recall_at_k, relative_l1, strag
 from moeless_predictors.predictor_set import PredictorSet
 from moeless_predictors.quantile import LoadBatches, LoadQuantile, draw_batches
 from moeless_predictors.selector import Candidate
+from moeless_predictors.threads import one_blas_thread
 from moeless_predictors.traces import RoutingTrace
 
 SELECTED = "selected"
@@ -161,33 +162,34 @@ def evaluate(
     )
     measures: list[PairMeasures] = []
     done = 0
-    for ours, others, tested in zip(
-        *(inputs_by_layer(part, config.fit) for part in (learning, held_out, test)), strict=True
-    ):
-        for distance in sorted({d for layer, d in pairs if layer == ours.layer}):
-            target = ours.layer + distance
-            fitted = fit_kinds(learning, ours, target, config.fit, gate=(gates or {}).get(target))
-            candidates = measured(fitted, others, target, config.fit, costs)
-            choice = choose_among(candidates, ours.layer, config.fit)
-            found: dict[str, PairMeasures] = {}
-            for candidate in candidates:
-                predictor = fitted[candidate.name]
-                probabilities_TE = predictor.predict_proba(others.features(candidate.name, target))
-                quantile = calibrate(probabilities_TE, others.routing(target), config.fit)
-                found[candidate.name] = _measure(
-                    predictor.predict_proba(tested.features(candidate.name, target)),
-                    predictor.predict_topk(tested.features(candidate.name, target)),
-                    tested,
-                    distance,
-                    candidate,
-                    quantile,
-                    config,
-                )
-            measures += found.values()
-            measures.append(_selected(found[choice.name], choice.reason))
-            done += 1
-            if on_progress is not None:
-                on_progress(done, len(pairs))
+    with one_blas_thread():
+        for ours, others, tested in zip(
+            *(inputs_by_layer(part, config.fit) for part in (learning, held_out, test)), strict=True
+        ):
+            for distance in sorted({d for layer, d in pairs if layer == ours.layer}):
+                target = ours.layer + distance
+                fitted = fit_kinds(learning, ours, target, config.fit, gate=(gates or {}).get(target))
+                candidates = measured(fitted, others, target, config.fit, costs)
+                choice = choose_among(candidates, ours.layer, config.fit)
+                found: dict[str, PairMeasures] = {}
+                for candidate in candidates:
+                    predictor = fitted[candidate.name]
+                    probabilities_TE = predictor.predict_proba(others.features(candidate.name, target))
+                    quantile = calibrate(probabilities_TE, others.routing(target), config.fit)
+                    found[candidate.name] = _measure(
+                        predictor.predict_proba(tested.features(candidate.name, target)),
+                        predictor.predict_topk(tested.features(candidate.name, target)),
+                        tested,
+                        distance,
+                        candidate,
+                        quantile,
+                        config,
+                    )
+                measures += found.values()
+                measures.append(_selected(found[choice.name], choice.reason))
+                done += 1
+                if on_progress is not None:
+                    on_progress(done, len(pairs))
     return _evaluation(trace, learning.num_tokens, test, measures)
 
 

@@ -22,6 +22,7 @@ from moeless_predictors.popularity import PopularityPredictor
 from moeless_predictors.predictor_set import KINDS, PairPredictor, PredictorSet
 from moeless_predictors.quantile import LoadQuantile, draw_batches
 from moeless_predictors.selector import Candidate, Choice, choose
+from moeless_predictors.threads import one_blas_thread
 from moeless_predictors.traces import PREFILL, RoutingTrace
 from moeless_predictors.transition import TransitionPredictor
 
@@ -141,15 +142,16 @@ def fit_predictors(
         raise ValueError(f"distances must hold one below the {trace.num_layers} layers, got {config.distances}")
     costs = CostMeter(config.features, num_layers=trace.num_layers, num_experts=trace.num_experts, top_k=trace.top_k)
     pairs: dict[tuple[int, int], PairPredictor] = {}
-    for ours, theirs in zip(inputs_by_layer(learning, config), inputs_by_layer(held_out, config), strict=True):
-        for distance in sorted(set(config.distances)):
-            target = ours.layer + distance
-            if target >= trace.num_layers:
-                continue
-            fitted = fit_kinds(learning, ours, target, config, gate=(gates or {}).get(target))
-            pairs[ours.layer, distance] = choose_and_calibrate(fitted, theirs, target, config, costs)
-            if on_progress is not None:
-                on_progress(len(pairs), len(pairs_of))
+    with one_blas_thread():
+        for ours, theirs in zip(inputs_by_layer(learning, config), inputs_by_layer(held_out, config), strict=True):
+            for distance in sorted(set(config.distances)):
+                target = ours.layer + distance
+                if target >= trace.num_layers:
+                    continue
+                fitted = fit_kinds(learning, ours, target, config, gate=(gates or {}).get(target))
+                pairs[ours.layer, distance] = choose_and_calibrate(fitted, theirs, target, config, costs)
+                if on_progress is not None:
+                    on_progress(len(pairs), len(pairs_of))
     return PredictorSet(
         model=trace.metadata.model,
         num_layers=trace.num_layers,
