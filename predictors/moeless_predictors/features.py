@@ -31,6 +31,8 @@ from moeless_predictors.traces import PREFILL, RoutingTrace
 
 MEAN_SCALE = 3.0
 """Brings the running mean, some k/E, nearer to the size of the other features."""
+_MAX_SCORE = 80.0
+"""Whose exponential float32 still holds."""
 LEAST_SHARE = 0.005
 """Of retrieval's softmax. What is below it, live, need not be looked up: that is most of a window."""
 
@@ -66,6 +68,10 @@ class FeatureConfig:
         for name in ("context_weight", "sharpness"):
             if getattr(self, name) < 0:
                 raise ValueError(f"features.{name} must be at least 0, got {getattr(self, name)}")
+        if self.sharpness * (1 + self.context_weight) > _MAX_SCORE:
+            raise ValueError(
+                f"features.sharpness must be at most {_MAX_SCORE} / (1 + context_weight), got {self.sharpness}"
+            )
 
     def above(self, layer: int) -> list[int]:
         """The layers whose choices for the token itself are features of source layer `layer`."""

@@ -12,6 +12,7 @@ from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.special import expit
 from sklearn.neural_network import MLPClassifier
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
@@ -113,11 +114,8 @@ class HistoryPredictor(LoadPredictor):
         np.maximum(hidden_nU, 0, out=hidden_nU)
         logits_nE = hidden_nU @ self.weights_out_UE_
         logits_nE += self.bias_E_
-        np.negative(logits_nE, out=logits_nE)
-        np.clip(logits_nE, -80, 80, out=logits_nE)
-        np.exp(logits_nE, out=logits_nE)
-        logits_nE += 1
-        return np.reciprocal(logits_nE, out=logits_nE)
+        chances_nE: FloatArray = expit(logits_nE, out=logits_nE)
+        return chances_nE
 
     def _probabilities(self, X_nF: FloatArray) -> FloatArray:
         return self.predict_raw(X_nF.astype(np.float32, copy=False)).astype(np.float64)

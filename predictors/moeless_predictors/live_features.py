@@ -145,7 +145,9 @@ class LiveFeatures:
             )
             assert len(before) == NUM_BEFORE
             rows_q = slice(None) if self._has_past_everywhere else self._past_rows_q
-            features_nF[rows_q, num_above:] = np.concatenate(before, axis=1)
+            for block, values_qE in enumerate(before):
+                start = num_above + block * num_experts
+                features_nF[rows_q, start : start + num_experts] = values_qE
         return features_nF
 
     def _retrieved(self, layer: int, target: int) -> FloatArray:
@@ -153,8 +155,7 @@ class LiveFeatures:
         scale = self._config.sharpness * self._config.overlap_scale(layer, self._top_k)
         powers_qW = self._overlaps_qW * np.float32(scale)
         powers_qW += self._context_qW
-        powers_qW -= powers_qW.max(axis=1, keepdims=True)
-        np.exp(powers_qW, out=powers_qW)
+        np.exp(powers_qW, out=powers_qW)  # scores are from 0 to some tens: nothing overflows
         sums_q1 = powers_qW.sum(axis=1, keepdims=True)
         place_m = np.flatnonzero(powers_qW >= sums_q1 * np.float32(LEAST_SHARE))
         row_m, column_m = np.divmod(place_m, powers_qW.shape[1])
