@@ -119,7 +119,9 @@ def test_bit_sets_hold_the_experts() -> None:
     assert bits.tolist() == [[1 | 1 << 63, 1, 2]]
 
 
-@pytest.mark.parametrize(("name", "value"), [("window", 0), ("layer_decay", 0.0), ("sharpness", -1.0), ("sharpness", 60.0)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("window", 0), ("layer_decay", 0.0), ("sharpness", -1.0), ("sharpness", 60.0)]
+)
 def test_a_setting_out_of_range_is_named(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"features.{name} must be .* got {value}"):
         FeatureConfig(**{name: value})
