@@ -1,0 +1,353 @@
+"""What things cost in seconds: an expert's tokens, the backbone's step, the exchange with workers, a load.
+
+Used by simulate, and by planners that weigh a move's gain against its cost. Pure.
+
+Two topologies. Hub: the engine keeps the hidden states, sends each worker one message a layer and gets partial sums
+back. All-to-all: every worker computes attention for its part of the batch and sends tokens to the workers of their
+experts (expert parallelism).
+
+Shapes: L MoE layers, W workers, K knots.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from moeless.core.cluster import Cluster
+from moeless.core.errors import ConfigError
+
+FloatArray = NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertTime:
+    """Seconds that one instance takes for a call of so many tokens: piecewise linear between knots.
+
+    Below the first knot as at it (reading the weights is what costs), above the last with its slope; a call of no
+    tokens costs nothing.
+    """
+
+    tokens_K: tuple[float, ...]
+    seconds_K: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.tokens_K) < 2 or len(self.tokens_K) != len(self.seconds_K):
+            raise ConfigError(
+                f"expert_time must have at least two knots, each with tokens and seconds, got {self.tokens_K} and "
+                f"{self.seconds_K}"
+            )
+        if not (np.isfinite(self.tokens_K).all() and np.isfinite(self.seconds_K).all()):
+            raise ConfigError(f"expert_time: knots must be finite, got {self.tokens_K} and {self.seconds_K}")
+        if not (self.tokens_K[0] >= 1 and (np.diff(self.tokens_K) > 0).all()):
+            raise ConfigError(f"expert_time: tokens of the knots must rise from at least 1, got {self.tokens_K}")
+        if not (self.seconds_K[0] > 0 and (np.diff(self.seconds_K) >= 0).all()):
+            raise ConfigError(f"expert_time: seconds of the knots must be > 0 and never fall, got {self.seconds_K}")
+
+    @classmethod
+    def from_knots(cls, knots: Sequence[tuple[float, float]]) -> Self:
+        """Of (tokens, seconds) pairs in any order."""
+        ordered = sorted(knots)
+        return cls(tuple(float(tokens) for tokens, _ in ordered), tuple(float(seconds) for _, seconds in ordered))
+
+    @classmethod
+    def from_roofline(
+        cls, *, expert_bytes: float, flops_per_token: float, bytes_per_s: float, flops_per_s: float, call_s: float
+    ) -> Self:
+        """The larger of reading the weights and computing, and `call_s` beside either.
+
+        Args:
+            bytes_per_s, flops_per_s: what the device reaches, not its data sheet.
+        """
+        reading_s = expert_bytes / bytes_per_s
+        knee = max(2.0, reading_s * flops_per_s / flops_per_token)
+        return cls.from_knots([(tokens, call_s + max(reading_s, tokens * flops_per_token / flops_per_s))
+                               for tokens in (1.0, knee, 4 * knee)])  # fmt: skip
+
+    @classmethod
+    def from_gemm_table(cls, path: str | os.PathLike[str]) -> Self:
+        """Of a CSV with a row for each matrix product of an expert: `tokens_per_expert`, `us_per_expert_gemm`.
+
+        Raises: ConfigError that names file, line and column.
+        """
+        seconds_by_tokens: dict[float, float] = defaultdict(float)
+        with open(path, newline="") as file:
+            for row in csv.DictReader(file):
+                try:
+                    seconds_by_tokens[float(row["tokens_per_expert"])] += float(row["us_per_expert_gemm"]) * 1e-6
+                except (KeyError, TypeError, ValueError) as error:
+                    raise ConfigError(
+                        f"{path}: each row must have the numbers tokens_per_expert and us_per_expert_gemm, got {row}"
+                    ) from error
+        return cls.from_knots(list(seconds_by_tokens.items()))
+
+    def __call__(self, tokens: ArrayLike) -> FloatArray:
+        """Seconds, of the shape of `tokens` (>= 0)."""
+        given = np.asarray(tokens, dtype=np.float64)
+        seconds: FloatArray = np.interp(given, self.tokens_K, self.seconds_K)
+        last = self.tokens_K[-1]
+        if given.size and given.max() > last:
+            seconds = seconds + np.maximum(given - last, 0.0) * self.last_slope
+        return seconds * (given > 0)
+
+    @property
+    def last_slope(self) -> float:
+        """Seconds per token above the last knot."""
+        return (self.seconds_K[-1] - self.seconds_K[-2]) / (self.tokens_K[-1] - self.tokens_K[-2])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BackboneTime:
+    """Seconds of everything but the routed experts, in one engine step."""
+
+    step_s: float
+    """Whatever the batch: launching, reading the weights."""
+    token_s: float
+    """For each token."""
+    decode_context_s: float
+    """For each decoded token and each token before it: reading the KV cache."""
+    prefill_context_s: float
+    """The same for tokens of prompts: computing attention."""
+
+    def __post_init__(self) -> None:
+        for name in ("step_s", "token_s", "decode_context_s", "prefill_context_s"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"backbone.{name} must be at least 0, got {getattr(self, name)}")
+
+    def seconds(self, *, num_tokens: float, decode_context: float, prefill_context: float, devices: float) -> float:
+        """Of a step.
+
+        Args:
+            decode_context, prefill_context: sum over the tokens of the phase of their positions.
+            devices: that share the batch; `step_s` is every one's.
+        """
+        shared = (
+            num_tokens * self.token_s
+            + decode_context * self.decode_context_s
+            + prefill_context * self.prefill_context_s
+        )
+        return self.step_s + shared / devices
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExchangeTime:
+    """What sending to workers costs beside bytes over bandwidth, each way."""
+
+    hub_s: float
+    """Of a hub's exchange, however many workers it touches."""
+    message_s: float
+    """For each worker touched, one message after the other at the engine."""
+    all_to_all_s: float
+    """Of an all-to-all exchange."""
+    combine_ratio: float = 1.0
+    """Bytes of a token's partial sum over those of its hidden state: 2 if it goes out in FP8 and back in BF16."""
+
+    def __post_init__(self) -> None:
+        for name in ("hub_s", "message_s", "all_to_all_s"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"exchange.{name} must be at least 0, got {getattr(self, name)}")
+        if not self.combine_ratio > 0:
+            raise ConfigError(f"exchange.combine_ratio must be above 0, got {self.combine_ratio}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CostProfile:
+    """The costs of one model on one kind of worker."""
+
+    name: str
+    source: str
+    """Where the figures come from, in words."""
+    expert_time: ExpertTime
+    """On a worker of speed 1."""
+    backbone: BackboneTime
+    exchange: ExchangeTime
+    load_s: float = 0.0
+    """Of a load beside its bytes: finding, allocating, copying's start."""
+    worker_start_s: tuple[float, float] = (10.0, 40.0)
+    """Least and most that a new worker takes until it can load: process, device context, framework."""
+
+    def __post_init__(self) -> None:
+        if not self.load_s >= 0:
+            raise ConfigError(f"profile {self.name}: load_s must be at least 0, got {self.load_s}")
+        least, most = self.worker_start_s
+        if not 0 <= least <= most:
+            raise ConfigError(
+                f"profile {self.name}: worker_start_s must be from a least >= 0 to a most, got {self.worker_start_s}"
+            )
+
+    def load_time(self, num_bytes: float, bytes_per_s: float) -> float:
+        """Seconds of loading one instance over a link that gives it `bytes_per_s`."""
+        return self.load_s + num_bytes / bytes_per_s
+
+
+def hub_seconds(
+    tokens_LW: FloatArray,
+    cluster: Cluster,
+    exchange: ExchangeTime,
+    *,
+    token_bytes: float,
+    engine_node: int = 0,
+    engine_links: float = 1.0,
+    free_link_W: FloatArray | None = None,
+) -> FloatArray:
+    """Seconds, shape (L,), of one engine's messages to its workers in each layer, or of their answers.
+
+    The engine's links and each worker's carry their bytes at once; the slowest decides.
+
+    Args:
+        tokens_LW: distinct tokens that each worker gets; one with none gets no message.
+        token_bytes: of one token, that way.
+        engine_node: index of the node the engine is on; workers of others are reached by `remote_bytes_per_s`.
+        engine_links: so many links of a worker's bandwidth leave the engine.
+        free_link_W: share of each worker's bandwidth that transfers leave, in (0, 1]; default: all.
+    """
+    is_near_W = cluster.node_W == engine_node
+    bandwidth_W = np.where(is_near_W, cluster.local_bytes_per_s, cluster.remote_bytes_per_s)
+    worker_s_LW = tokens_LW * (token_bytes / (bandwidth_W if free_link_W is None else bandwidth_W * free_link_W))
+    near_L, far_L = tokens_LW @ is_near_W.astype(np.float64), tokens_LW @ (~is_near_W).astype(np.float64)
+    engine_s_L = np.maximum(near_L / cluster.local_bytes_per_s, far_L / cluster.remote_bytes_per_s)
+    touched_L = (tokens_LW > 0).sum(axis=1)
+    seconds_L: FloatArray = (touched_L > 0) * (
+        exchange.hub_s
+        + touched_L * exchange.message_s
+        + np.maximum(worker_s_LW.max(axis=1), engine_s_L * (token_bytes / engine_links))
+    )
+    return seconds_L
+
+
+def all_to_all_seconds(
+    tokens_LW: FloatArray,
+    cluster: Cluster,
+    exchange: ExchangeTime,
+    *,
+    token_bytes: float,
+    free_link_W: FloatArray | None = None,
+) -> FloatArray:
+    """Seconds, shape (L,), of one exchange among the workers in each layer.
+
+    Tokens start evenly spread over the workers, so a worker's own part stays. Bytes within and between nodes travel
+    at once, sending beside receiving; the slowest worker decides.
+
+    Args:
+        tokens_LW: distinct tokens that each worker computes.
+        token_bytes: of one token.
+        free_link_W: share of each worker's bandwidth that transfers leave, in (0, 1]; default: all.
+    """
+    num_workers = cluster.num_workers
+    node_W = cluster.node_W
+    near_W = np.bincount(node_W)[node_W] - 1
+    far_W = num_workers - 1 - near_W
+    free_W = 1.0 if free_link_W is None else free_link_W
+    # Seconds for each token that a worker gets: the slower of its two links.
+    per_token_W = (
+        np.maximum(near_W / cluster.local_bytes_per_s, far_W / cluster.remote_bytes_per_s) * token_bytes / num_workers
+    ) / free_W
+    sent_L1 = tokens_LW.mean(axis=1, keepdims=True)
+    seconds_L: FloatArray = (sent_L1[:, 0] > 0) * (
+        exchange.all_to_all_s + (np.maximum(tokens_LW, sent_L1) * per_token_W).max(axis=1)
+    )
+    return seconds_L
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Device:
+    """What a device reaches of its data sheet's bandwidth and half-precision rate."""
+
+    name: str
+    bytes_per_s: float
+    flops_per_s: float
+
+
+# 768 GB/s and 155 dense BF16 TFLOPS on the data sheet; 80 and 60 % of them.
+_A6000 = _Device(name="A6000", bytes_per_s=614e9, flops_per_s=93e12)
+_LAUNCH_S = 30e-6
+"""Of a backbone layer's kernels."""
+
+
+def _roofline_profile(
+    name: str,
+    device: _Device,
+    *,
+    num_layers: int,
+    expert_parameters: float,
+    backbone_parameters: float,
+    kv_bytes: float,
+    attention_flops: float,
+    bytes_per_parameter: float = 2.0,
+) -> CostProfile:
+    """Arguments after the device are for one layer; `kv_bytes` and `attention_flops` for each token of context."""
+    return CostProfile(
+        name=name,
+        source=f"roofline of the model's sizes on {device.name}: {device.bytes_per_s / 1e9:g} GB/s, "
+        f"{device.flops_per_s / 1e12:g} TFLOPS reached; start-up 10 to 40 s as observed of processes, CUDA contexts "
+        "and frameworks",
+        expert_time=ExpertTime.from_roofline(
+            expert_bytes=expert_parameters * bytes_per_parameter,
+            flops_per_token=2 * expert_parameters,
+            bytes_per_s=device.bytes_per_s,
+            flops_per_s=device.flops_per_s,
+            call_s=5e-6,
+        ),
+        backbone=BackboneTime(
+            step_s=num_layers * (_LAUNCH_S + backbone_parameters * bytes_per_parameter / device.bytes_per_s),
+            token_s=num_layers * 2 * backbone_parameters / device.flops_per_s,
+            decode_context_s=num_layers * kv_bytes / device.bytes_per_s,
+            prefill_context_s=num_layers * attention_flops / device.flops_per_s,
+        ),
+        exchange=ExchangeTime(hub_s=10e-6, message_s=2e-6, all_to_all_s=10e-6),
+        load_s=0.3e-3,
+    )
+
+
+def _h800_deepseek_v3() -> CostProfile:
+    layers, flops_per_s, bytes_per_s = 58, 600e12, 2.7e12
+    parameters = 231e6  # of attention (MLA) and the shared expert, one byte each
+    return CostProfile(
+        name="h800-deepseek-v3",
+        source="DeepGEMM's FP8 figures for the two products of an expert, exchange latencies as the part of DeepEP's "
+        "low-latency figures that its bandwidth does not explain; backbone by roofline at 2.7 TB/s and 600 TFLOPS",
+        expert_time=ExpertTime.from_knots([(64, 19.5e-6), (256, 25.4e-6), (1024, 81.3e-6), (4096, 297e-6)]),
+        backbone=BackboneTime(
+            step_s=layers * (_LAUNCH_S + parameters / bytes_per_s),
+            token_s=layers * 2 * parameters / flops_per_s,
+            decode_context_s=layers * 1152 / bytes_per_s,
+            prefill_context_s=layers * 81920 / flops_per_s,
+        ),
+        exchange=ExchangeTime(hub_s=10e-6, message_s=1e-6, all_to_all_s=15e-6, combine_ratio=2.0),
+        load_s=0.3e-3,
+    )
+
+
+def builtin_profiles() -> Mapping[str, CostProfile]:
+    """Profiles by name, each for one model on one device."""
+    profiles = (
+        _h800_deepseek_v3(),
+        _roofline_profile(
+            "a6000-mixtral-8x7b", _A6000, num_layers=32, expert_parameters=176.2e6, backbone_parameters=41.9e6,
+            kv_bytes=4096, attention_flops=16384,
+        ),
+        _roofline_profile(
+            "a6000-phi-3.5-moe", _A6000, num_layers=32, expert_parameters=78.6e6, backbone_parameters=41.9e6,
+            kv_bytes=4096, attention_flops=16384,
+        ),
+        _roofline_profile(
+            "a6000-llama-4-scout", _A6000, num_layers=48, expert_parameters=125.8e6, backbone_parameters=188.7e6,
+            kv_bytes=4096, attention_flops=20480,
+        ),
+        _roofline_profile(
+            "a6000-gpt-oss-20b", _A6000, num_layers=24, expert_parameters=24.9e6, backbone_parameters=26.5e6,
+            kv_bytes=2048, attention_flops=8192,
+        ),
+        _roofline_profile(
+            "a6000-deepseek-v2-lite", _A6000, num_layers=26, expert_parameters=8.65e6, backbone_parameters=31.1e6,
+            kv_bytes=1152, attention_flops=10240,
+        ),
+    )  # fmt: skip
+    return {profile.name: profile for profile in profiles}
