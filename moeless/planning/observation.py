@@ -1,0 +1,72 @@
+"""What a planner sees, and what it is: the interface of every way to plan, ours and the baselines.
+
+Made by the live loop and the simulator, read by the planners.
+
+Shapes: L MoE layers, E experts per layer, P instances being loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from moeless.core.errors import ConfigError
+from moeless.core.plan import FloatArray, IntArray, Plan
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class Observation:
+    """The load as it was and as it is forecast, at one moment. Arrays must not be written to."""
+
+    time_s: float
+    """Of the moment, on a clock of which only differences count."""
+    mean_LE: FloatArray
+    """Forecast tokens per engine step, over the window that the plan is for."""
+    upper_LE: FloatArray
+    """The same at the policy's forecast quantile."""
+    window_LE: FloatArray
+    """Observed tokens per engine step, mean over the last window: what planners see that look back."""
+    last_used_s_LE: FloatArray
+    """When each function last got a token, on the clock of `time_s`; -inf if it never did."""
+    num_steps: int
+    """Engine steps so far."""
+    pending_keys: IntArray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    """Instances being loaded, shape (P,), as in `Plan.keys_N`: (layer × E + expert) × W + worker."""
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError that names the field: loads are finite and >= 0, and all shapes the same."""
+        if not np.isfinite(self.time_s):
+            raise ConfigError(f"observation.time_s must be finite, got {self.time_s}")
+        if self.num_steps < 0:
+            raise ConfigError(f"observation.num_steps must be at least 0, got {self.num_steps}")
+        if self.mean_LE.ndim != 2:
+            raise ConfigError(f"observation.mean_LE must be of layers × experts, got the shape {self.mean_LE.shape}")
+        for name in ("mean_LE", "upper_LE", "window_LE", "last_used_s_LE"):
+            array_LE: FloatArray = getattr(self, name)
+            if array_LE.shape != self.mean_LE.shape:
+                raise ConfigError(
+                    f"observation.{name} must have the shape of mean_LE, {self.mean_LE.shape}, got {array_LE.shape}"
+                )
+            if name != "last_used_s_LE" and array_LE.size and not 0 <= array_LE.min() <= array_LE.max() < np.inf:
+                raise ConfigError(
+                    f"observation.{name} must be finite and >= 0, got {array_LE.min()} to {array_LE.max()}"
+                )
+        if not (self.last_used_s_LE <= self.time_s).all():
+            raise ConfigError(
+                f"observation.last_used_s_LE must be at most time_s ({self.time_s}), got {self.last_used_s_LE.max()}"
+            )
+
+
+class Planner(Protocol):
+    """Decides a plan. May remember what it saw, but decides from that alone: no clock, no randomness."""
+
+    name: str
+
+    def plan(self, observation: Observation, previous: Plan | None) -> Plan:
+        """The plan to come into force; `previous` itself where nothing changes. None: nothing is hosted yet.
+
+        A new plan's version is above the previous one's.
+        """
+        ...
