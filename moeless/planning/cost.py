@@ -21,7 +21,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moeless.core.cluster import Cluster
+from moeless.core.cluster import Cluster, ModelShape
 from moeless.core.errors import ConfigError
 
 FloatArray = NDArray[np.floating[Any]]
@@ -164,6 +164,7 @@ class CostProfile:
     name: str
     source: str
     """Where the figures come from, in words."""
+    model: ModelShape
     expert_time: ExpertTime
     """On a worker of speed 1."""
     backbone: BackboneTime
@@ -275,28 +276,43 @@ def _roofline_profile(
     name: str,
     device: _Device,
     *,
-    num_layers: int,
+    experts: tuple[int, int, int],
+    hidden_size: int,
     expert_parameters: float,
     backbone_parameters: float,
     kv_bytes: float,
     attention_flops: float,
-    bytes_per_parameter: float = 2.0,
 ) -> CostProfile:
-    """Arguments after the device are for one layer; `kv_bytes` and `attention_flops` for each token of context."""
+    """Of a model in BF16.
+
+    Args:
+        experts: MoE layers, experts of each, top-k.
+        expert_parameters, backbone_parameters: of one expert, and of one layer's other weights.
+        kv_bytes, attention_flops: of one layer, for each token and token of its context.
+    """
+    num_layers, num_experts, top_k = experts
+    expert_bytes = 2 * expert_parameters
     return CostProfile(
         name=name,
+        model=ModelShape(
+            num_layers=num_layers,
+            num_experts=num_experts,
+            top_k=top_k,
+            expert_bytes=int(expert_bytes),
+            hidden_bytes=2 * hidden_size,
+        ),
         source=f"roofline of the model's sizes on {device.name}: {device.bytes_per_s / 1e9:g} GB/s, "
         f"{device.flops_per_s / 1e12:g} TFLOPS reached; start-up 10 to 40 s as observed of processes, CUDA contexts "
         "and frameworks",
         expert_time=ExpertTime.from_roofline(
-            expert_bytes=expert_parameters * bytes_per_parameter,
+            expert_bytes=expert_bytes,
             flops_per_token=2 * expert_parameters,
             bytes_per_s=device.bytes_per_s,
             flops_per_s=device.flops_per_s,
             call_s=5e-6,
         ),
         backbone=BackboneTime(
-            step_s=num_layers * (_LAUNCH_S + backbone_parameters * bytes_per_parameter / device.bytes_per_s),
+            step_s=num_layers * (_LAUNCH_S + 2 * backbone_parameters / device.bytes_per_s),
             token_s=num_layers * 2 * backbone_parameters / device.flops_per_s,
             decode_context_s=num_layers * kv_bytes / device.bytes_per_s,
             prefill_context_s=num_layers * attention_flops / device.flops_per_s,
@@ -311,6 +327,7 @@ def _h800_deepseek_v3() -> CostProfile:
     parameters = 231e6  # of attention (MLA) and the shared expert, one byte each
     return CostProfile(
         name="h800-deepseek-v3",
+        model=ModelShape(num_layers=layers, num_experts=256, top_k=8, expert_bytes=3 * 7168 * 2048, hidden_bytes=7168),
         source="DeepGEMM's FP8 figures for the two products of an expert, exchange latencies as the part of DeepEP's "
         "low-latency figures that its bandwidth does not explain; backbone by roofline at 2.7 TB/s and 600 TFLOPS",
         expert_time=ExpertTime.from_knots([(64, 19.5e-6), (256, 25.4e-6), (1024, 81.3e-6), (4096, 297e-6)]),
@@ -325,28 +342,45 @@ def _h800_deepseek_v3() -> CostProfile:
     )
 
 
+def _cpu_moeless_mini() -> CostProfile:
+    return CostProfile(
+        name="cpu-moeless-mini",
+        model=ModelShape(num_layers=6, num_experts=16, top_k=2, expert_bytes=4 * 3 * 160 * 96, hidden_bytes=4 * 160),
+        source="measured on one core of a cloud server in float32: an expert by its torch operations, the exchange over "
+        "shared memory (benchmarks/exchange.py), the backbone by its forward pass; without the engine's scheduling",
+        expert_time=ExpertTime.from_knots(
+            [(1, 11.5e-6), (4, 13.5e-6), (16, 24e-6), (64, 53e-6), (256, 170e-6), (1024, 676e-6)]
+        ),
+        backbone=BackboneTime(step_s=1.9e-3, token_s=28e-6, decode_context_s=0.0, prefill_context_s=50e-9),
+        exchange=ExchangeTime(hub_s=60e-6, message_s=12e-6, all_to_all_s=60e-6),
+        load_s=0.3e-3,
+        worker_start_s=(2.7, 3.0),
+    )
+
+
 def builtin_profiles() -> Mapping[str, CostProfile]:
     """Profiles by name, each for one model on one device."""
     profiles = (
         _h800_deepseek_v3(),
+        _cpu_moeless_mini(),
         _roofline_profile(
-            "a6000-mixtral-8x7b", _A6000, num_layers=32, expert_parameters=176.2e6, backbone_parameters=41.9e6,
+            "a6000-mixtral-8x7b", _A6000, experts=(32, 8, 2), hidden_size=4096, expert_parameters=176.2e6, backbone_parameters=41.9e6,
             kv_bytes=4096, attention_flops=16384,
         ),
         _roofline_profile(
-            "a6000-phi-3.5-moe", _A6000, num_layers=32, expert_parameters=78.6e6, backbone_parameters=41.9e6,
+            "a6000-phi-3.5-moe", _A6000, experts=(32, 16, 2), hidden_size=4096, expert_parameters=78.6e6, backbone_parameters=41.9e6,
             kv_bytes=4096, attention_flops=16384,
         ),
         _roofline_profile(
-            "a6000-llama-4-scout", _A6000, num_layers=48, expert_parameters=125.8e6, backbone_parameters=188.7e6,
+            "a6000-llama-4-scout", _A6000, experts=(48, 16, 1), hidden_size=5120, expert_parameters=125.8e6, backbone_parameters=188.7e6,
             kv_bytes=4096, attention_flops=20480,
         ),
         _roofline_profile(
-            "a6000-gpt-oss-20b", _A6000, num_layers=24, expert_parameters=24.9e6, backbone_parameters=26.5e6,
+            "a6000-gpt-oss-20b", _A6000, experts=(24, 32, 4), hidden_size=2880, expert_parameters=24.9e6, backbone_parameters=26.5e6,
             kv_bytes=2048, attention_flops=8192,
         ),
         _roofline_profile(
-            "a6000-deepseek-v2-lite", _A6000, num_layers=26, expert_parameters=8.65e6, backbone_parameters=31.1e6,
+            "a6000-deepseek-v2-lite", _A6000, experts=(26, 64, 6), hidden_size=2048, expert_parameters=8.65e6, backbone_parameters=31.1e6,
             kv_bytes=1152, attention_flops=10240,
         ),
     )  # fmt: skip

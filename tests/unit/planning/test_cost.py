@@ -169,6 +169,7 @@ def test_a_start_up_that_ends_before_it_begins_is_refused() -> None:
         CostProfile(
             name="x",
             source="",
+            model=any_profile.model,
             expert_time=any_profile.expert_time,
             backbone=any_profile.backbone,
             exchange=EXCHANGE,
