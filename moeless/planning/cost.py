@@ -346,8 +346,8 @@ def _cpu_moeless_mini() -> CostProfile:
     return CostProfile(
         name="cpu-moeless-mini",
         model=ModelShape(num_layers=6, num_experts=16, top_k=2, expert_bytes=4 * 3 * 160 * 96, hidden_bytes=4 * 160),
-        source="measured on one core of a cloud server in float32: an expert by its torch operations, the exchange over "
-        "shared memory (benchmarks/exchange.py), the backbone by its forward pass; without the engine's scheduling",
+        source="measured on one core of a cloud server in float32: an expert by its torch operations, the exchange "
+        "over shared memory (benchmarks/exchange.py), the backbone by its forward pass; without the engine's scheduling",
         expert_time=ExpertTime.from_knots(
             [(1, 11.5e-6), (4, 13.5e-6), (16, 24e-6), (64, 53e-6), (256, 170e-6), (1024, 676e-6)]
         ),
@@ -364,24 +364,54 @@ def builtin_profiles() -> Mapping[str, CostProfile]:
         _h800_deepseek_v3(),
         _cpu_moeless_mini(),
         _roofline_profile(
-            "a6000-mixtral-8x7b", _A6000, experts=(32, 8, 2), hidden_size=4096, expert_parameters=176.2e6, backbone_parameters=41.9e6,
-            kv_bytes=4096, attention_flops=16384,
+            "a6000-mixtral-8x7b",
+            _A6000,
+            experts=(32, 8, 2),
+            hidden_size=4096,
+            expert_parameters=176.2e6,
+            backbone_parameters=41.9e6,
+            kv_bytes=4096,
+            attention_flops=16384,
         ),
         _roofline_profile(
-            "a6000-phi-3.5-moe", _A6000, experts=(32, 16, 2), hidden_size=4096, expert_parameters=78.6e6, backbone_parameters=41.9e6,
-            kv_bytes=4096, attention_flops=16384,
+            "a6000-phi-3.5-moe",
+            _A6000,
+            experts=(32, 16, 2),
+            hidden_size=4096,
+            expert_parameters=78.6e6,
+            backbone_parameters=41.9e6,
+            kv_bytes=4096,
+            attention_flops=16384,
         ),
         _roofline_profile(
-            "a6000-llama-4-scout", _A6000, experts=(48, 16, 1), hidden_size=5120, expert_parameters=125.8e6, backbone_parameters=188.7e6,
-            kv_bytes=4096, attention_flops=20480,
+            "a6000-llama-4-scout",
+            _A6000,
+            experts=(48, 16, 1),
+            hidden_size=5120,
+            expert_parameters=125.8e6,
+            backbone_parameters=188.7e6,
+            kv_bytes=4096,
+            attention_flops=20480,
         ),
         _roofline_profile(
-            "a6000-gpt-oss-20b", _A6000, experts=(24, 32, 4), hidden_size=2880, expert_parameters=24.9e6, backbone_parameters=26.5e6,
-            kv_bytes=2048, attention_flops=8192,
+            "a6000-gpt-oss-20b",
+            _A6000,
+            experts=(24, 32, 4),
+            hidden_size=2880,
+            expert_parameters=24.9e6,
+            backbone_parameters=26.5e6,
+            kv_bytes=2048,
+            attention_flops=8192,
         ),
         _roofline_profile(
-            "a6000-deepseek-v2-lite", _A6000, experts=(26, 64, 6), hidden_size=2048, expert_parameters=8.65e6, backbone_parameters=31.1e6,
-            kv_bytes=1152, attention_flops=10240,
+            "a6000-deepseek-v2-lite",
+            _A6000,
+            experts=(26, 64, 6),
+            hidden_size=2048,
+            expert_parameters=8.65e6,
+            backbone_parameters=31.1e6,
+            kv_bytes=1152,
+            attention_flops=10240,
         ),
-    )  # fmt: skip
+    )
     return {profile.name: profile for profile in profiles}
