@@ -347,7 +347,7 @@ def _cpu_moeless_mini() -> CostProfile:
         name="cpu-moeless-mini",
         model=ModelShape(num_layers=6, num_experts=16, top_k=2, expert_bytes=4 * 3 * 160 * 96, hidden_bytes=4 * 160),
         source="measured on one core of a cloud server in float32: an expert by its torch operations, the exchange "
-        "over shared memory (benchmarks/exchange.py), the backbone by its forward pass; without the engine's scheduling",
+        "over shared memory (benchmarks/exchange.py), the backbone by its forward pass without scheduling",
         expert_time=ExpertTime.from_knots(
             [(1, 11.5e-6), (4, 13.5e-6), (16, 24e-6), (64, 53e-6), (256, 170e-6), (1024, 676e-6)]
         ),
