@@ -19,11 +19,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from moeless import __version__
+from moeless.cli_policy import policy_app
 from moeless.cli_predict import predict_app
 from moeless.cli_trace import trace_app
 from moeless.core.errors import ConfigError, MoelessError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app.add_typer(policy_app, name="policy")
 app.add_typer(predict_app, name="predict")
 app.add_typer(trace_app, name="trace")
 _stdout = Console()

@@ -1,0 +1,35 @@
+"""What a user sets: bounds, targets, keep-alive, budgets and the names of algorithms, as one tree. docs/policy.md.
+
+The same document is a YAML file, an HTTP body and the `spec` of a Kubernetes resource. It is written in camelCase;
+Python has snake_case.
+"""
+
+from moeless.core.policy.document import load_policy, parse_policy, policy_schema
+from moeless.core.policy.resolve import UNLIMITED, ResolvedPolicy, resolve
+from moeless.core.policy.tree import (
+    BenefitScaler,
+    CvScaler,
+    LossyOptions,
+    MinMaxScaler,
+    Policy,
+    Rule,
+    Scaler,
+    Settings,
+)
+
+__all__ = [
+    "UNLIMITED",
+    "BenefitScaler",
+    "CvScaler",
+    "LossyOptions",
+    "MinMaxScaler",
+    "Policy",
+    "ResolvedPolicy",
+    "Rule",
+    "Scaler",
+    "Settings",
+    "load_policy",
+    "parse_policy",
+    "policy_schema",
+    "resolve",
+]

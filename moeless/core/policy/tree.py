@@ -1,0 +1,182 @@
+"""The policy's tree: frozen pydantic models, from which the JSON schema is made.
+
+Every setting has three levels at which it may be set: for all (`defaults`), for some models, layers or experts
+(`rules`, later ones override earlier ones), or not at all (`BUILTIN`, below).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic.alias_generators import to_camel
+
+from moeless.core.policy.values import MEMORY_PATTERN, RANGES_PATTERN, memory_bytes
+
+MemoryAmount = Annotated[int, Field(ge=0)] | Annotated[str, Field(pattern=MEMORY_PATTERN)]
+Ranges = Annotated[str, Field(pattern=RANGES_PATTERN)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class PolicyModel(BaseModel):
+    """Frozen, strict about types, and closed: a field that is not known is an error."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        alias_generator=to_camel,
+        validate_by_name=True,
+        validate_by_alias=True,
+        use_attribute_docstrings=True,
+    )
+
+
+class CvScaler(PolicyModel):
+    """The MoEless paper's rule: replicas to the highest load per replica until their loads vary by at most cvTarget."""
+
+    name: Literal["cv"]
+
+
+class MinMaxScaler(PolicyModel):
+    """The least possible load of the busiest replica in each layer, with as few instances as that takes."""
+
+    name: Literal["minMax"]
+    worker_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """A replica needs no more relief once its load is at most this share of the mean worker's."""
+
+
+class BenefitScaler(PolicyModel):
+    """One budget for all layers, spent where it shortens the busiest replica's time the most."""
+
+    name: Literal["benefit"]
+    worker_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """A replica needs no more relief once its load is at most this share of the mean worker's."""
+    max_extra_share: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.25
+    """Most replicas beyond one for each function, as a share of the functions in use."""
+
+
+Scaler = Annotated[CvScaler | MinMaxScaler | BenefitScaler, Field(discriminator="name")]
+
+
+class LossyOptions(PolicyModel):
+    """Changes what the model computes: no expert gets more than its capacity of tokens."""
+
+    capacity_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    """γ in the capacity ⌈γ × k × T / E⌉ of T tokens, k experts each, among E experts."""
+    overflow: Literal["drop", "reroute"] = "drop"
+    """What is over capacity, lowest gate weights first: left out, or offered to experts with room."""
+
+    def capacity(self, *, num_tokens: int, top_k: int, num_experts: int) -> int:
+        """Most tokens that an expert computes of a batch."""
+        return math.ceil(self.capacity_factor * top_k * num_tokens / num_experts)
+
+
+class Settings(PolicyModel):
+    """What can be set for all, or by rules. What is not set is as at the level above."""
+
+    # Of functions: a rule may choose experts.
+    min_replicas: Annotated[int, Field(ge=1)] | None = None
+    """Least instances of a function that has any. Built in: 1."""
+    max_replicas: Annotated[int, Field(ge=1)] | None = None
+    """Most instances of a function; it never has more than there are workers. Built in: no limit."""
+    scale_to_zero: bool | None = None
+    """Whether a function may have no instance once its keep-alive is over and none of its tokens are forecast.
+    Built in: true."""
+    keep_alive_seconds: Seconds | None = None
+    """How long a function keeps an instance after its last token. Built in: 30."""
+    forecast_quantile: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Scaling plans for the load that is exceeded this rarely: 0.9 for one window in ten. Built in: 0.9."""
+    scale_up_stabilization_seconds: Seconds | None = None
+    """Replicas are added once as many were wanted for this long. Built in: 0."""
+    scale_down_stabilization_seconds: Seconds | None = None
+    """Replicas are taken away once as many were not wanted for this long. Built in: 10."""
+
+    # Of layers: a rule may choose layers, but not experts.
+    cv_target: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """Coefficient of variation of the loads of a layer's replicas, at or below which none is added (scaler cv; the
+    MoEless paper's V). Built in: 0.2."""
+    layer_memory_budget: MemoryAmount | None = None
+    """Memory for the instances of each layer: bytes, 12Gi, or a share such as 150% of the layer's experts held once.
+    Built in: no limit."""
+
+    # Of the model: a rule may choose neither.
+    memory_budget: MemoryAmount | None = None
+    """Memory for all instances: bytes, 12Gi, or a share such as 25% of all experts held once. Built in: no limit but
+    the workers' memory."""
+    scaler: Scaler | None = None
+    """How replicas are counted. Built in: benefit."""
+    max_moves_per_tick: Annotated[int, Field(ge=0)] | None = None
+    """Most instances that one plan may start only to balance load; those of functions that have none are not counted.
+    Built in: no limit."""
+    benefit_threshold: Annotated[float, Field(ge=0, le=1)] | None = None
+    """A layer's placement stays unless a new one shortens its slowest worker's time by this share. Built in: 0.02."""
+    lossy: LossyOptions | None = None
+    """Built in: off."""
+
+    @field_validator("max_replicas")
+    @classmethod
+    def _max_is_at_least_min(cls, value: int | None, info: ValidationInfo) -> int | None:
+        least = info.data.get("min_replicas")
+        if value is not None and least is not None and value < least:
+            raise ValueError(f"must be >= minReplicas ({least}), got {value}")
+        return value
+
+    @field_validator("layer_memory_budget", "memory_budget", mode="before")
+    @classmethod
+    def _is_an_amount(cls, value: object) -> object:
+        if isinstance(value, str):
+            memory_bytes(value, whole_bytes=1)
+        elif value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+            raise ValueError(f"must be bytes, with a unit (12Gi, 500M) or a share (25%), got {value!r}")
+        return value
+
+
+LAYER_SETTINGS = ("cv_target", "layer_memory_budget")
+MODEL_SETTINGS = ("memory_budget", "scaler", "max_moves_per_tick", "benefit_threshold", "lossy")
+
+BUILTIN = Settings(
+    min_replicas=1,
+    scale_to_zero=True,
+    keep_alive_seconds=30.0,
+    forecast_quantile=0.9,
+    scale_up_stabilization_seconds=0.0,
+    scale_down_stabilization_seconds=10.0,
+    cv_target=0.2,
+    scaler=BenefitScaler(name="benefit"),
+    benefit_threshold=0.02,
+)
+
+
+class Rule(Settings):
+    """Settings for what it chooses: models, and of them layers, and of them experts. What is not chosen by is all."""
+
+    models: tuple[str, ...] | None = Field(default=None, strict=False, min_length=1)
+    """Names of models; * stands for any characters."""
+    layers: Ranges | None = None
+    """MoE layers, numbered from 0: '0-3,7,20-'."""
+    experts: Ranges | None = None
+    """Experts of those layers, in the same way."""
+
+    @model_validator(mode="after")
+    def _settings_fit_the_selector(self) -> Self:
+        of_models = () if self.layers is None and self.experts is None else MODEL_SETTINGS
+        of_layers = () if self.experts is None else LAYER_SETTINGS
+        for name in (*of_layers, *of_models):
+            if getattr(self, name) is not None:
+                scope = "whole models" if name in MODEL_SETTINGS else "whole layers"
+                chosen = f"layers {self.layers!r}" if self.experts is None else f"experts {self.experts!r}"
+                raise ValueError(f"{to_camel(name)} must be set for {scope}, got a rule for {chosen}")
+        return self
+
+
+class Policy(PolicyModel):
+    """How expert functions are scaled and placed."""
+
+    tick_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Time from one plan to the next."""
+    defaults: Settings = Settings()
+    """Settings for all models, layers and experts."""
+    rules: tuple[Rule, ...] = Field(default=(), strict=False)
+    """Exceptions; where two set the same for the same function, the later one counts."""
