@@ -6,9 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from moeless_predictors.features import FeatureConfig
 from moeless_predictors.fitting import FitConfig, fit_predictors
 from moeless_predictors.live import LiveConfig, LivePredictor
-from moeless_predictors.live_features import StepRows
+from moeless_predictors.live_features import LiveFeatures, StepRows
 from moeless_predictors.predictor_set import PredictorSet
 from moeless_predictors.traces import RoutingTrace
 from moeless_predictors.traces.synthetic import synthetic_trace
@@ -108,6 +109,20 @@ def test_a_predictor_worse_than_popularity_is_switched_off_and_tried_again(
         live.end_step()
         decode(live, trace, steps=32)
         assert "predictor tried again layer=2" in caplog.text
+
+
+def test_experts_long_unused_leave_no_subnormal_features() -> None:
+    features = LiveFeatures(FeatureConfig(window=4), num_layers=2, num_experts=8, top_k=2)
+    smallest_normal = np.finfo(np.float32).tiny
+    weights_nk = np.ones((1, 2), dtype=np.float32)
+    for position in range(2200):
+        features.begin_step([StepRows("long", 1, position)])
+        experts_nk = np.array([[6, 7]] if position == 0 else [[0, 1]])
+        features.observe(0, experts_nk, weights_nk)
+        features_nF = features.features(0, 1)
+        assert not ((features_nF > 0) & (features_nF < smallest_normal)).any(), position
+        features.observe(1, experts_nk, weights_nk)
+        features.end_step()
 
 
 def test_a_step_that_is_broken_off_leaves_nothing_behind(trace: RoutingTrace, predictors: PredictorSet) -> None:
