@@ -1,0 +1,100 @@
+"""The load that was seen: what planners look back on.
+
+Shapes: C cells (functions, layer by layer).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeless.core.errors import ConfigError
+
+FloatArray = NDArray[np.floating[Any]]
+IntArray = NDArray[np.integer[Any]]
+
+_SLOTS_PER_WINDOW = 10
+
+
+@dataclass(slots=True)
+class _Slot:
+    begin_s: float
+    sum_C: FloatArray
+    square_C: FloatArray
+    num_steps: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WindowLoad:
+    """Tokens per step of a window; zero where it had no steps."""
+
+    mean_C: FloatArray
+    dispersion_C: FloatArray
+    """Variance over mean of a step's tokens, at least 1 (that of counts that come independently)."""
+    num_steps: int = field(default=0)
+
+
+class LoadHistory:
+    """Loads of the last seconds or steps, to a tenth of the window; one of the two is given."""
+
+    def __init__(self, num_cells: int, *, window_s: float | None = None, window_steps: int | None = None) -> None:
+        if (window_s is None) == (window_steps is None):
+            raise ConfigError(f"window must be given in seconds or in steps, got {window_s} and {window_steps}")
+        if not (window_s or window_steps or 0) > 0:
+            raise ConfigError(f"window must be above 0, got {window_steps if window_s is None else window_s}")
+        self._window_s, self._window_steps = window_s, window_steps
+        self._num_cells = num_cells
+        self._slots: deque[_Slot] = deque()
+        self.last_used_s_C = np.full(num_cells, -np.inf)
+        self.total_C = np.zeros(num_cells)
+        """Tokens since the start."""
+        self.num_steps = 0
+
+    def add(self, counts_C: IntArray, now_s: float) -> None:
+        """Note a step's tokens."""
+        slot = self._slot(now_s)
+        slot.sum_C += counts_C
+        slot.square_C += counts_C.astype(np.float64) ** 2
+        slot.num_steps += 1
+        self.total_C += counts_C
+        self.num_steps += 1
+        self.last_used_s_C[counts_C > 0] = now_s
+
+    def window(self, now_s: float) -> WindowLoad:
+        """The load of the last window."""
+        self._drop_old(now_s)
+        num_steps = sum(slot.num_steps for slot in self._slots)
+        if not num_steps:
+            return WindowLoad(np.zeros(self._num_cells), np.ones(self._num_cells))
+        mean_C = np.sum([slot.sum_C for slot in self._slots], axis=0) / num_steps
+        variance_C = np.sum([slot.square_C for slot in self._slots], axis=0) / num_steps - mean_C**2
+        dispersion_C = np.maximum(1.0, np.divide(variance_C, mean_C, out=np.ones_like(mean_C), where=mean_C > 0))
+        return WindowLoad(mean_C, dispersion_C, num_steps)
+
+    def _slot(self, now_s: float) -> _Slot:
+        last = self._slots[-1] if self._slots else None
+        if self._window_s is not None:
+            is_full = last is None or now_s - last.begin_s >= self._window_s / _SLOTS_PER_WINDOW
+        else:
+            assert self._window_steps is not None
+            is_full = last is None or last.num_steps >= max(1, self._window_steps // _SLOTS_PER_WINDOW)
+        if is_full:
+            self._drop_old(now_s)
+            last = _Slot(now_s, np.zeros(self._num_cells), np.zeros(self._num_cells))
+            self._slots.append(last)
+        assert last is not None
+        return last
+
+    def _drop_old(self, now_s: float) -> None:
+        if self._window_s is not None:
+            while self._slots and self._slots[0].begin_s < now_s - self._window_s:
+                self._slots.popleft()
+            return
+        assert self._window_steps is not None
+        kept = sum(slot.num_steps for slot in self._slots)
+        while self._slots and kept - self._slots[0].num_steps >= self._window_steps:
+            kept -= self._slots.popleft().num_steps

@@ -1,0 +1,134 @@
+"""How long a step's layers take under a plan: which instance gets which tokens, and what each worker is busy for.
+
+Shapes: L MoE layers, E experts, k experts per token, C = L x E cells, W workers, N instances, M sampled tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeless.core.cluster import Cluster
+from moeless.core.plan import Plan
+from moeless.planning.cost import ExpertTime
+
+FloatArray = NDArray[np.floating[Any]]
+IntArray = NDArray[np.integer[Any]]
+
+_GOLDEN = 0.6180339887498949
+"""As in dispatch/grouping.py: single tokens take turns among replicas in proportion to their shares."""
+_SAMPLED_VALUES = 1 << 20
+_MOST_SAMPLED = 256
+
+
+class WorkerLoad(NamedTuple):
+    """What a step asks of the workers, shape (L, W) each."""
+
+    seconds_LW: FloatArray
+    """Of computing."""
+    pairs_LW: FloatArray
+    """(token, expert) pairs."""
+    tokens_LW: FloatArray
+    """Distinct tokens that are sent there."""
+
+
+class Hosting:
+    """A plan in the form that steps are computed with.
+
+    Args:
+        sample_MLk: choices of some tokens, by which is told how many of a worker's pairs are of one token.
+        like: hosting of a plan that differs in few instances, whose share of distinct tokens is taken over.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        cluster: Cluster,
+        expert_time: ExpertTime,
+        sample_MLk: IntArray,
+        *,
+        like: Hosting | None = None,
+    ) -> None:
+        self.plan = plan
+        self._expert_time = expert_time
+        self._shape = (plan.num_layers, plan.num_workers)
+        self._speed_N = cluster.speed_W[plan.worker_N]
+        self._is_even = bool((cluster.speed_W == 1).all())
+        self._cell_N = plan.layer_N.astype(np.int64) * plan.num_experts + plan.expert_N
+        self._place_N = plan.layer_N.astype(np.int64) * plan.num_workers + plan.worker_N
+        self.has_C = np.zeros(plan.num_layers * plan.num_experts, dtype=np.bool_)
+        self.has_C[self._cell_N] = True
+        self.instances_L = np.bincount(plan.layer_N, minlength=plan.num_layers)
+        # Functions with replicas share out by cumulative shares; those of one instance get all.
+        replicas_C = np.bincount(self._cell_N, minlength=len(self.has_C))
+        self._shared = np.flatnonzero(replicas_C[self._cell_N] > 1)
+        upto = np.cumsum(plan.share_N[self._shared])
+        cells = self._cell_N[self._shared]
+        is_first = np.diff(cells, prepend=-1) != 0
+        before = (upto - plan.share_N[self._shared])[is_first]
+        group = np.cumsum(is_first) - 1
+        self._upto = upto - before[group] if len(cells) else upto
+        self._from = np.where(is_first, 0.0, np.concatenate(([0.0], self._upto[:-1]))) if len(cells) else upto
+        is_last = np.diff(cells, append=-1) != 0
+        self._upto[is_last] = 1.0
+        self._distinct_LW: FloatArray = _distinct_share(plan, sample_MLk) if like is None else like._distinct_LW
+
+    def load(self, counts_C: IntArray, *, num_tokens: int, step: int) -> WorkerLoad:
+        """Of a step of `num_tokens` tokens; tokens of functions without an instance are left out."""
+        tokens_N = counts_C[self._cell_N].astype(np.float64)
+        if len(self._shared):
+            # Systematic sampling: whole tokens, all of them, each instance its share in the long run.
+            shared, phase = tokens_N[self._shared], step * _GOLDEN % 1.0
+            tokens_N[self._shared] = np.floor(shared * self._upto + phase) - np.floor(shared * self._from + phase)
+        seconds_N = self._expert_time(tokens_N)
+        if not self._is_even:
+            seconds_N /= self._speed_N
+        size = self._shape[0] * self._shape[1]
+        seconds_LW: NDArray[Any] = np.bincount(self._place_N, weights=seconds_N, minlength=size).reshape(self._shape)
+        pairs_LW: NDArray[Any] = np.bincount(self._place_N, weights=tokens_N, minlength=size).reshape(self._shape)
+        return WorkerLoad(seconds_LW, pairs_LW, np.minimum(pairs_LW * self._distinct_LW, float(num_tokens)))
+
+
+def balanced_load(
+    counts_C: IntArray, cluster: Cluster, expert_time: ExpertTime, *, num_layers: int, top_k: int, num_tokens: int
+) -> WorkerLoad:
+    """The bound of every plan: one call for each function with tokens, and the work spread evenly, as if it were sand.
+
+    A worker gets as many distinct tokens as if every token chose its workers independently.
+    """
+    num_workers = cluster.num_workers
+    work_L = expert_time(counts_C).reshape(num_layers, -1).sum(axis=1) / cluster.speed_W.sum()
+    pairs_L = counts_C.reshape(num_layers, -1).sum(axis=1) / num_workers
+    distinct = num_tokens * (1 - (1 - 1 / num_workers) ** top_k)
+    shape = (num_layers, num_workers)
+    return WorkerLoad(
+        np.broadcast_to(work_L[:, np.newaxis], shape),
+        np.broadcast_to(pairs_L[:, np.newaxis], shape),
+        np.full(shape, distinct),
+    )
+
+
+def sampled_choices(experts_TLk: IntArray, *, num_workers: int, seed: int) -> IntArray:
+    """Choices of some tokens of a trace, as many as tell the distinct ones of each worker at little cost."""
+    num_tokens, num_layers, top_k = experts_TLk.shape
+    size = min(num_tokens, _MOST_SAMPLED, max(16, _SAMPLED_VALUES // (num_layers * top_k * num_workers)))
+    rows = np.sort(np.random.default_rng(seed).choice(num_tokens, size=size, replace=False))
+    return np.asarray(experts_TLk[rows]).astype(np.int64)
+
+
+def _distinct_share(plan: Plan, sample_MLk: IntArray) -> FloatArray:
+    """Distinct tokens over pairs of each worker and layer, shape (L, W); 1 where the sample has none there."""
+    _, shares_LEW = plan.dense()
+    shares = shares_LEW.astype(np.float32)
+    layers_L1 = np.arange(plan.num_layers)[:, np.newaxis]
+    missed_MLW = np.ones((len(sample_MLk), plan.num_layers, plan.num_workers), dtype=np.float32)
+    pairs_LW = np.zeros((plan.num_layers, plan.num_workers))
+    for choice in range(sample_MLk.shape[2]):
+        share_MLW = shares[layers_L1[:, 0], sample_MLk[:, :, choice]]
+        missed_MLW *= 1 - share_MLW
+        pairs_LW += share_MLW.sum(axis=0)
+    distinct_LW = (1 - missed_MLW).sum(axis=0)
+    share_LW: FloatArray = np.divide(distinct_LW, pairs_LW, out=np.ones_like(pairs_LW), where=pairs_LW > 0)
+    return share_LW

@@ -1,0 +1,277 @@
+"""Which instances are on the workers: loads, cold starts, publishing, workers that stop and start; and what it costs.
+
+A changed plan is loaded first and published when all of it is there, as control applies it; until then the old one
+serves and both are resident. A worker loads one instance after the other.
+
+Shapes: L MoE layers, E experts, C = L x E cells, W workers, N instances.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeless.core.cluster import Cluster, ModelShape
+from moeless.core.errors import ConfigError
+from moeless.core.plan import Plan
+from moeless.planning.cost import CostProfile
+from moeless.simulate.hosting import Hosting
+
+FloatArray = NDArray[np.floating[Any]]
+IntArray = NDArray[np.integer[Any]]
+BoolArray = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TransferConfig:
+    """How weights reach workers."""
+
+    transfer_share: float = 0.5
+    """Most of a worker's link that a load takes while it runs, so that less is left for hidden states; 0: loads have
+    a path of their own."""
+    worker_idle_s: float | None = None
+    """A worker that hosts nothing for so long is stopped, and takes the profile's start-up when needed; None: never."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.transfer_share < 1:
+            raise ConfigError(f"transfers.transfer_share must be from 0 to below 1, got {self.transfer_share}")
+        if self.worker_idle_s is not None and not self.worker_idle_s >= 0:
+            raise ConfigError(f"transfers.worker_idle_s must be at least 0, got {self.worker_idle_s}")
+
+
+class Residency:
+    """The workers' memory over virtual time.
+
+    Args:
+        plan: in force, and loaded, at time 0.
+        sample_MLk: as of Hosting.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        cluster: Cluster,
+        profile: CostProfile,
+        config: TransferConfig,
+        sample_MLk: IntArray,
+        *,
+        seed: int,
+    ) -> None:
+        self._cluster, self._profile, self._config, self._sample_MLk = cluster, profile, config, sample_MLk
+        self._model: ModelShape = profile.model
+        self._rng = np.random.default_rng(seed)
+        num_workers = cluster.num_workers
+        self.hosting = Hosting(plan, cluster, profile.expert_time, sample_MLk)
+        self.target: Plan | None = None
+        """The plan that is being loaded, and the instances that have to be."""
+        self.pending_keys: IntArray = np.empty(0, dtype=np.int64)
+        self._resident_W: IntArray = np.bincount(plan.worker_N, minlength=num_workers)
+        self._hosted_meanwhile: set[int] = set()
+        self._capacity_W = cluster.capacity_W(self._model)
+        self._loading_until_W = np.zeros(num_workers)
+        self._empty_since_W = np.where(self._resident_W > 0, np.inf, 0.0)
+        self._stopped_since_W = np.full(num_workers, np.inf)
+        self._now_s = 0.0
+        self.instance_s = 0.0
+        """Integral of the resident instances over time."""
+        self.worker_s = 0.0
+        """The same of the workers that are not stopped."""
+        self.num_loads = self.num_cold_starts = self.num_worker_starts = self.num_evicted = 0
+        self.num_over_memory = 0
+        """Plans whose instances did not fit beside those they replaced: memory was overdrawn while they loaded."""
+        self.peak_instances = int(self._resident_W.sum())
+
+    @property
+    def num_resident(self) -> int:
+        """Instances on workers, those being loaded among them."""
+        return int(self._resident_W.sum())
+
+    @property
+    def num_workers_up(self) -> int:
+        return int(np.isinf(self._stopped_since_W).sum())
+
+    @property
+    def load_bytes_per_s(self) -> float:
+        """That a load from host memory gets."""
+        share, cluster = self._config.transfer_share, self._cluster
+        return min(cluster.load_bytes_per_s, share * cluster.local_bytes_per_s) if share else cluster.load_bytes_per_s
+
+    def free_link_W(self, now_s: float) -> FloatArray | None:
+        """Share of each worker's link that loads leave; None: all of every one."""
+        if not self._config.transfer_share or not (self._loading_until_W > now_s).any():
+            return None
+        taken = self.load_bytes_per_s / self._cluster.local_bytes_per_s
+        return np.where(self._loading_until_W > now_s, 1 - min(taken, self._config.transfer_share), 1.0)
+
+    def advance(self, now_s: float) -> None:
+        """Bring the integrals up to date, and stop workers that were idle for long enough."""
+        if now_s <= self._now_s:
+            return
+        self.instance_s += self.num_resident * (now_s - self._now_s)
+        self._now_s = now_s
+        idle_s = self._config.worker_idle_s
+        if idle_s is not None:
+            stops_W = np.isinf(self._stopped_since_W) & (self._empty_since_W + idle_s <= now_s)
+            self._stopped_since_W[stops_W] = self._empty_since_W[stops_W] + idle_s
+
+    def finish(self, now_s: float) -> None:
+        """Bring everything up to date at the end."""
+        self.advance(now_s)
+        self.worker_s += float(np.minimum(self._stopped_since_W, now_s).sum())
+
+    def change_to(self, plan: Plan, now_s: float, *, bytes_per_s: float | None = None) -> float:
+        """Begin to load what `plan` has and the workers have not.
+
+        Args:
+            bytes_per_s: of a load; default: from host memory, as configured.
+        Returns: when the plan can be published.
+        """
+        assert self.target is None
+        self.advance(now_s)
+        started_N = plan.started_since(self.hosting.plan)
+        self.target, self.pending_keys = plan, plan.keys_N[started_N]
+        loads_W = np.bincount(plan.worker_N[started_N], minlength=self._cluster.num_workers)
+        load_s = self._profile.load_time(self._model.expert_bytes, bytes_per_s or self.load_bytes_per_s)
+        needed_W = loads_W > 0
+        begin_W = self._begin_W(needed_W, now_s)
+        self._loading_until_W = np.where(needed_W, begin_W + loads_W * load_s, self._loading_until_W)
+        self._resident_W = self._resident_W + loads_W
+        self.num_loads += len(started_N)
+        self._note_memory()
+        return float(self._loading_until_W[needed_W].max(initial=now_s))
+
+    def publish(self, now_s: float) -> None:
+        """Let the loaded plan serve and drop what it has not."""
+        assert self.target is not None
+        self.advance(now_s)
+        plan, self.target = self._with_hosted_meanwhile(self.target), None
+        self.pending_keys = self.pending_keys[:0]
+        self.hosting = Hosting(plan, self._cluster, self._profile.expert_time, self._sample_MLk)
+        self._set_resident(np.bincount(plan.worker_N, minlength=self._cluster.num_workers), now_s)
+
+    def host_cold(self, cells: IntArray, last_used_s_C: FloatArray, now_s: float) -> IntArray:
+        """Choose a worker for each function (given as a cell) that has no instance, and put it into the plan.
+
+        The worker with the most free memory, a running one if there is any; where none is free, the function goes
+        whose instance there was unused for longest.
+        Returns: the workers, shape of `cells`.
+        """
+        self.advance(now_s)
+        plan = self.hosting.plan
+        published_W = np.bincount(plan.worker_N, minlength=self._cluster.num_workers)
+        free_W = self._capacity_W - self._resident_W
+        dropped: list[int] = []
+        workers = np.empty(len(cells), dtype=np.int64)
+        for index in range(len(cells)):
+            is_up_W = np.isinf(self._stopped_since_W)
+            open_W = is_up_W & (free_W > 0) if (is_up_W & (free_W > 0)).any() else free_W > 0
+            if open_W.any():
+                worker = int(np.argmax(np.where(open_W, free_W, np.iinfo(np.int64).min)))
+                free_W[worker] -= 1
+            else:
+                worker = int(np.argmax(published_W))
+                dropped.append(self._least_used(worker, last_used_s_C, cells, dropped))
+            workers[index] = worker
+        self._insert(cells, workers, dropped, now_s)
+        return workers
+
+    def load_cold(self, worker: int, begin_s: float) -> float:
+        """Load one instance there, behind what is being loaded; returns when it is there."""
+        needed_W = np.zeros(self._cluster.num_workers, dtype=np.bool_)
+        needed_W[worker] = True
+        begin_W = self._begin_W(needed_W, begin_s)
+        load_s = self._profile.load_time(self._model.expert_bytes, self.load_bytes_per_s)
+        self._loading_until_W[worker] = begin_W[worker] + load_s
+        self.num_loads += 1
+        self.num_cold_starts += 1
+        return float(self._loading_until_W[worker])
+
+    def _insert(self, cells: IntArray, workers: IntArray, dropped: list[int], now_s: float) -> None:
+        plan, num_experts = self.hosting.plan, self._model.num_experts
+        if self.target is not None:
+            self._hosted_meanwhile.update(cells.tolist())
+        stays_N = np.ones(plan.num_instances, dtype=np.bool_)
+        stays_N[dropped] = False
+        share_N = plan.share_N.copy()
+        # What is left of a function that lost an instance gets all of its tokens.
+        cell_N = plan.layer_N * num_experts + plan.expert_N
+        for gone in dropped:
+            left_N = (cell_N == cell_N[gone]) & stays_N
+            if left_N.any():
+                share_N[left_N] = 1 / left_N.sum()
+        kept = replace(
+            plan,
+            layer_N=plan.layer_N[stays_N],
+            expert_N=plan.expert_N[stays_N],
+            worker_N=plan.worker_N[stays_N],
+            share_N=share_N[stays_N],
+        )
+        grown = _with_instances(kept, cells, workers)
+        self.num_evicted += len(dropped)
+        change_W = np.bincount(workers, minlength=plan.num_workers)
+        change_W -= np.bincount(plan.worker_N[dropped], minlength=plan.num_workers)
+        self.hosting = Hosting(grown, self._cluster, self._profile.expert_time, self._sample_MLk, like=self.hosting)
+        self._set_resident(self._resident_W + change_W, now_s)
+
+    def _with_hosted_meanwhile(self, plan: Plan) -> Plan:
+        """Keep what was started cold since the plan was made, where the plan has nothing in its stead."""
+        before = self.hosting.plan
+        cell_N = before.layer_N * self._model.num_experts + before.expert_N
+        has_C = np.zeros(plan.num_layers * plan.num_experts, dtype=np.bool_)
+        has_C[plan.layer_N * plan.num_experts + plan.expert_N] = True
+        kept = np.flatnonzero(np.isin(cell_N, list(self._hosted_meanwhile)) & ~has_C[cell_N])
+        self._hosted_meanwhile.clear()
+        return _with_instances(plan, cell_N[kept], before.worker_N[kept]) if len(kept) else plan
+
+    def _least_used(self, worker: int, last_used_s_C: FloatArray, needed: IntArray, dropped: list[int]) -> int:
+        plan = self.hosting.plan
+        there = np.setdiff1d(np.flatnonzero(plan.worker_N == worker), dropped)
+        cells = plan.layer_N[there] * self._model.num_experts + plan.expert_N[there]
+        usable = ~np.isin(cells, needed)
+        if not usable.any():
+            raise ConfigError(
+                f"cluster: memory_bytes of {self._cluster.workers[worker].name} must hold an instance, "
+                f"got {self._cluster.workers[worker].memory_bytes}"
+            )
+        return int(there[usable][np.argmin(last_used_s_C[cells[usable]])])
+
+    def _begin_W(self, needed_W: BoolArray, now_s: float) -> FloatArray:
+        """When each of the workers can begin to load; starts those that are stopped."""
+        begin_W = np.maximum(self._loading_until_W, now_s)
+        starting = np.flatnonzero(needed_W & np.isfinite(self._stopped_since_W))
+        if len(starting):
+            least, most = self._profile.worker_start_s
+            begin_W[starting] = now_s + self._rng.uniform(least, most, len(starting))
+            # Counted as if it had never stopped, less the time that it was.
+            self.worker_s -= float((now_s - self._stopped_since_W[starting]).sum())
+            self._stopped_since_W[starting] = np.inf
+            self.num_worker_starts += len(starting)
+        self._empty_since_W = np.where(needed_W, np.inf, self._empty_since_W)
+        return begin_W
+
+    def _set_resident(self, resident_W: IntArray, now_s: float) -> None:
+        self._resident_W = resident_W
+        was_empty_W = np.isfinite(self._empty_since_W)
+        self._empty_since_W = np.where(resident_W > 0, np.inf, np.where(was_empty_W, self._empty_since_W, now_s))
+        self._note_memory()
+
+    def _note_memory(self) -> None:
+        self.peak_instances = max(self.peak_instances, self.num_resident)
+        self.num_over_memory += bool((self._resident_W > self._capacity_W).any())
+
+
+def _with_instances(plan: Plan, cells: IntArray, workers: IntArray) -> Plan:
+    """The plan and one instance more of each of the functions, which have none in it."""
+    return Plan.from_instances(
+        version=plan.version,
+        num_layers=plan.num_layers,
+        num_experts=plan.num_experts,
+        num_workers=plan.num_workers,
+        layer_N=np.concatenate([plan.layer_N, cells // plan.num_experts]),
+        expert_N=np.concatenate([plan.expert_N, cells % plan.num_experts]),
+        worker_N=np.concatenate([plan.worker_N, workers]),
+        share_N=np.concatenate([plan.share_N, np.ones(len(cells))]),
+    )

@@ -1,0 +1,83 @@
+"""What is simulated (a scenario), and what is compared on it (policies)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from moeless.core.cluster import Cluster
+from moeless.core.errors import ConfigError
+from moeless.planning.cost import CostProfile
+from moeless.planning.observation import Planner
+from moeless.simulate.batching import BatchingConfig
+from moeless.simulate.forecasts import ForecastConfig, SpanCounts
+from moeless.simulate.residency import TransferConfig
+from moeless.simulate.routing import SequenceRouting
+from moeless_predictors.traces import ArrivalTrace
+
+Topology = Literal["hub", "all_to_all"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Scenario:
+    """A model on a cluster, and requests for it. Raises ConfigError where they do not fit."""
+
+    profile: CostProfile
+    cluster: Cluster
+    routing: SequenceRouting
+    arrivals: ArrivalTrace
+    batching: BatchingConfig = field(default_factory=BatchingConfig)
+    num_engines: int = 1
+    transfers: TransferConfig = field(default_factory=TransferConfig)
+    follow_in_order: bool = False
+    """Requests follow the recorded sequences in their order instead of at random: for traces that drift."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        model, routing = self.profile.model, self.routing
+        shape = (model.num_layers, model.num_experts, model.top_k)
+        if shape != (routing.num_layers, routing.num_experts, routing.top_k):
+            raise ConfigError(
+                f"profile {self.profile.name} is of {shape[0]} layers x {shape[1]} experts, top-{shape[2]}; the "
+                f"routing must be of the same, got {routing.num_layers} x {routing.num_experts}, top-{routing.top_k}"
+            )
+        if self.num_engines < 1:
+            raise ConfigError(f"engine.engines must be at least 1, got {self.num_engines}")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Policy:
+    """A way to plan, with what it is told and when, and how its system moves tokens and weights."""
+
+    name: str
+    planner: Planner
+    topology: Topology = "hub"
+    forecast: ForecastConfig = field(default_factory=ForecastConfig)
+    predicted: SpanCounts | None = None
+    """What fitted predictors say of the routing; needed by the forecast kind predictor."""
+    interval_s: float | None = None
+    """Between plans; or give `interval_steps`. Neither: the first plan stays."""
+    interval_steps: int | None = None
+    window_s: float | None = None
+    """That planners look back on; or give `window_steps`. Neither: ten seconds."""
+    window_steps: int | None = None
+    is_blocking: bool = False
+    """Engines stop while weights move, which then come from other workers over the links between them."""
+    prefetch_layers: int = 0
+    """A function without an instance begins to load so many layers before its own; 0: when its tokens are there."""
+    prefetch_recall: float = 1.0
+    """Share of such functions that are predicted."""
+    is_bound: bool = False
+    """The physical limit: whatever the plan, work is spread evenly, like sand, and the faster topology used."""
+
+    def __post_init__(self) -> None:
+        if self.interval_s is not None and self.interval_steps is not None:
+            raise ConfigError(f"policy {self.name}: interval must be in seconds or in steps, not both")
+        for name in ("interval_s", "interval_steps"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"policy {self.name}: {name} must be above 0, got {value}")
+        if self.prefetch_layers < 0:
+            raise ConfigError(f"policy {self.name}: prefetch_layers must be at least 0, got {self.prefetch_layers}")
+        if not 0 <= self.prefetch_recall <= 1:
+            raise ConfigError(f"policy {self.name}: prefetch_recall must be from 0 to 1, got {self.prefetch_recall}")

@@ -1,0 +1,359 @@
+"""Discrete events in virtual time: requests arrive, engines step, planners plan.
+
+What an engine step's layers take is computed when the step begins, all layers at once; with several engines, each
+layer is an event of its own and queues at the workers. A plan that is published in the middle of a step serves from
+the next step on.
+
+Shapes: L MoE layers, C = L x E cells, W workers, R requests.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeless.core.plan import Plan
+from moeless.planning.observation import Observation
+from moeless.simulate.batching import Batch, Step
+from moeless.simulate.forecasts import Forecaster, SpanCounts
+from moeless.simulate.history import LoadHistory
+from moeless.simulate.hosting import sampled_choices
+from moeless.simulate.recorder import Recorder
+from moeless.simulate.residency import Residency
+from moeless.simulate.results import PolicyResult
+from moeless.simulate.routing import assign_sequences
+from moeless.simulate.scenario import Policy, Scenario
+from moeless.simulate.step import StepCosts, StepTimes
+from moeless.simulate.upcoming import upcoming_load
+
+FloatArray = NDArray[np.floating[Any]]
+IntArray = NDArray[np.integer[Any]]
+
+OnProgress = Callable[[int, int], None]
+"""Called with the requests that are finished, and all of them."""
+
+_DEFAULT_WINDOW_S = 10.0
+_STEP_MEMORY = 0.9
+"""Of the running mean of a step's duration."""
+
+
+class _Event(IntEnum):
+    """In the order in which those of one moment happen."""
+
+    PUBLISH = 0
+    TICK = 1
+    READY = 2
+    """An engine may begin a step; the one it was at is over."""
+    LAYER = 3
+    """A layer's tokens reach the workers."""
+
+
+@dataclass(slots=True)
+class _Engine:
+    batch: Batch
+    is_idle: bool = True
+    times: StepTimes | None = None
+    """Of the step under way."""
+    step_s: float = 0.0
+    """Running mean of the steps' durations."""
+    began_s: float = 0.0
+    layer: int = 0
+    layer_began_s: list[float] = field(default_factory=list)
+    """When each layer of the step began to dispatch."""
+    instances_L: FloatArray = field(default_factory=lambda: np.empty(0))
+
+
+def simulate(
+    scenario: Scenario,
+    policy: Policy,
+    *,
+    slo: tuple[float, float] | None = None,
+    on_progress: OnProgress | None = None,
+) -> PolicyResult:
+    """Replay the scenario's requests under a policy until the last is served.
+
+    Args:
+        slo: most seconds to the first token, and for each token after it.
+    """
+    return _Simulation(scenario, policy, on_progress).run(slo)
+
+
+class _Simulation:
+    def __init__(self, scenario: Scenario, policy: Policy, on_progress: OnProgress | None) -> None:
+        self._scenario, self._policy, self._on_progress = scenario, policy, on_progress
+        self._routing = routing = scenario.routing
+        self._arrivals = arrivals = scenario.arrivals
+        seeds = np.random.SeedSequence(scenario.seed).generate_state(5).tolist()
+        self._sequences_R = assign_sequences(
+            arrivals.num_requests, routing.num_sequences, in_order=scenario.follow_in_order, seed=seeds[0]
+        )
+        self._prompt_R = np.maximum(1, arrivals.prompt_tokens.astype(np.int64))
+        self._output_R = np.maximum(1, arrivals.output_tokens.astype(np.int64))
+        window_s = policy.window_s
+        if window_s is None and policy.window_steps is None:
+            window_s = _DEFAULT_WINDOW_S
+        self._history = LoadHistory(routing.num_cells, window_s=window_s, window_steps=policy.window_steps)
+        self._forecaster = Forecaster(policy.forecast, routing, policy.predicted, seed=seeds[1])
+        self._rng = np.random.default_rng(seeds[2])
+        num_workers = scenario.cluster.num_workers
+        self._residency = Residency(
+            self._first_plan(),
+            scenario.cluster,
+            scenario.profile,
+            scenario.transfers,
+            sampled_choices(routing.trace.experts_TLk, num_workers=num_workers, seed=seeds[3]),
+            seed=seeds[4],
+        )
+        self._costs = StepCosts(scenario, policy, self._residency)
+        self._recorder = Recorder(
+            arrivals,
+            self._residency,
+            num_workers=num_workers,
+            expert_bytes=scenario.profile.model.expert_bytes,
+        )
+        self._engines = [
+            _Engine(Batch(scenario.batching, self._prompt_R, self._output_R)) for _ in range(scenario.num_engines)
+        ]
+        self._worker_free_s_W = np.zeros(num_workers)
+        self._events: list[tuple[float, int, int, int]] = []
+        self._ties = itertools.count()
+        self._next_request = 0
+        self._num_finished = 0
+        self._steps_at_plan = 0
+        self._blocked_until_s = 0.0
+        self._now_s = 0.0
+
+    def run(self, slo: tuple[float, float] | None) -> PolicyResult:
+        if self._policy.interval_s is not None:
+            self._push(self._policy.interval_s, _Event.TICK)
+        arrival_s = self._arrivals.arrival_s
+        num_requests = self._arrivals.num_requests
+        while self._num_finished < num_requests:
+            arrives_s = arrival_s[self._next_request] if self._next_request < num_requests else math.inf
+            if arrives_s <= (self._events[0][0] if self._events else math.inf):
+                self._move_to(float(arrives_s))
+                self._arrive()
+                continue
+            now_s, event, _, engine = heapq.heappop(self._events)
+            self._move_to(now_s)
+            if event == _Event.READY:
+                self._ready(engine)
+            elif event == _Event.LAYER:
+                self._layer_arrives(engine)
+            elif event == _Event.PUBLISH:
+                self._residency.publish(now_s)
+            else:
+                self._plan()
+                assert self._policy.interval_s is not None
+                self._push(now_s + self._policy.interval_s, _Event.TICK)
+        return self._recorder.result(self._policy.name, self._now_s, slo)
+
+    def _move_to(self, now_s: float) -> None:
+        assert now_s >= self._now_s, "virtual time never runs backwards"
+        self._now_s = now_s
+        self._recorder.tick(now_s, sum(len(engine.batch.waiting) for engine in self._engines))
+
+    def _push(self, time_s: float, event: _Event, engine: int = -1) -> None:
+        heapq.heappush(self._events, (time_s, event, next(self._ties), engine))
+
+    def _arrive(self) -> None:
+        request = self._next_request
+        self._next_request += 1
+        self._recorder.arrive(request)
+        number = min(range(len(self._engines)), key=lambda index: self._engines[index].batch.num_requests)
+        engine = self._engines[number]
+        engine.batch.add(request)
+        if engine.is_idle:
+            engine.is_idle = False
+            self._push(self._now_s, _Event.READY, number)
+
+    def _ready(self, number: int) -> None:
+        engine, now_s = self._engines[number], self._now_s
+        if engine.times is not None:
+            self._end_step(engine, engine.times.step)
+        interval = self._policy.interval_steps
+        if interval is not None and self._recorder.num_steps - self._steps_at_plan >= interval:
+            self._steps_at_plan = self._recorder.num_steps
+            self._plan()
+        if now_s < self._blocked_until_s:
+            self._push(self._blocked_until_s, _Event.READY, number)
+            return
+        step = engine.batch.begin_step()
+        if step is None:
+            engine.is_idle = True
+            return
+        self._begin_step(number, step)
+
+    def _begin_step(self, number: int, step: Step) -> None:
+        engine, now_s = self._engines[number], self._now_s
+        counts_C = self._counts(step)
+        self._history.add(counts_C, now_s)
+        cold: dict[int, list[int]] = {}
+        missing = np.flatnonzero((counts_C > 0) & ~self._residency.hosting.has_C)
+        if len(missing):
+            workers = self._residency.host_cold(missing, self._history.last_used_s_C, now_s)
+            for layer, worker in zip((missing // self._routing.num_experts).tolist(), workers.tolist(), strict=True):
+                cold.setdefault(layer, []).append(worker)
+        times = self._costs.times(step, counts_C, engine=number, number=self._recorder.num_steps, now_s=now_s)
+        times.cold = cold
+        engine.times, engine.began_s = times, now_s
+        engine.instances_L = self._residency.hosting.instances_L.astype(np.float64)
+        self._recorder.begin_step(step.num_tokens, times.load)
+        engine.layer, engine.layer_began_s = 0, [now_s + times.backbone_s]
+        if len(self._engines) == 1:
+            self._push(self._all_layers(engine, times), _Event.READY, number)
+        else:
+            self._push(engine.layer_began_s[0] + float(times.dispatch_L[0]), _Event.LAYER, number)
+
+    def _all_layers(self, engine: _Engine, times: StepTimes) -> float:
+        """Of the only engine: no layer waits for another. Returns when the step ends."""
+        layer_L = times.dispatch_L + times.load.seconds_LW.max(axis=1) + times.combine_L
+        if times.cold:
+            began_L = self._now_s + np.cumsum(times.backbone_s + layer_L) - layer_L
+            for layer in sorted(times.cold):
+                ready_s = self._load_cold(times.cold[layer], layer, began_L.tolist())
+                stall_s = max(0.0, ready_s - float(began_L[layer] + times.dispatch_L[layer]))
+                layer_L[layer] += stall_s
+                began_L[layer + 1 :] += stall_s
+        self._recorder.layers_done(layer_L, engine.instances_L)
+        return self._now_s + times.backbone_s * len(layer_L) + float(layer_L.sum())
+
+    def _layer_arrives(self, number: int) -> None:
+        """Of one of several engines: its tokens wait behind those of the others."""
+        engine, now_s = self._engines[number], self._now_s
+        times, layer = engine.times, engine.layer
+        assert times is not None
+        if layer in times.cold:
+            ready_s = self._load_cold(times.cold.pop(layer), layer, engine.layer_began_s)
+            if ready_s > now_s:
+                self._push(ready_s, _Event.LAYER, number)
+                return
+        seconds_W = times.load.seconds_LW[layer]
+        is_used_W = seconds_W > 0
+        done_W = np.maximum(self._worker_free_s_W, now_s) + seconds_W
+        self._worker_free_s_W[is_used_W] = done_W[is_used_W]
+        ends_s = float(done_W[is_used_W].max(initial=now_s)) + float(times.combine_L[layer])
+        self._recorder.layers_done(
+            np.array([ends_s - engine.layer_began_s[layer]]), engine.instances_L[layer : layer + 1]
+        )
+        engine.layer += 1
+        if engine.layer == len(times.dispatch_L):
+            self._push(ends_s, _Event.READY, number)
+            return
+        engine.layer_began_s.append(ends_s + times.backbone_s)
+        self._push(engine.layer_began_s[-1] + float(times.dispatch_L[engine.layer]), _Event.LAYER, number)
+
+    def _load_cold(self, workers: list[int], layer: int, began_s: list[float]) -> float:
+        """Load functions of a layer; those that were predicted began earlier. Returns when all are there."""
+        ahead = self._policy.prefetch_layers
+        ready_s = 0.0
+        for worker in workers:
+            is_predicted = 0 < ahead <= layer and self._rng.random() < self._policy.prefetch_recall
+            ready_s = max(ready_s, self._residency.load_cold(worker, began_s[layer - ahead if is_predicted else layer]))
+        return ready_s
+
+    def _end_step(self, engine: _Engine, step: Step) -> None:
+        now_s = self._now_s
+        started, finished = engine.batch.end_step(step)
+        self._recorder.first_token_s_R[started] = now_s
+        self._recorder.last_token_s_R[finished] = now_s
+        duration_s = now_s - engine.began_s
+        engine.step_s = _STEP_MEMORY * engine.step_s + (1 - _STEP_MEMORY) * duration_s if engine.step_s else duration_s
+        engine.times = None
+        if finished:
+            self._num_finished += len(finished)
+            if self._on_progress is not None:
+                self._on_progress(self._num_finished, self._arrivals.num_requests)
+
+    def _counts(self, step: Step) -> NDArray[np.int64]:
+        """Tokens that the step sends to each function, shape (C,)."""
+        counts_C = np.zeros(self._routing.num_cells, dtype=np.int64)
+        if len(step.requests_n):
+            counts_C += self._routing.of_tokens(self._sequences_R[step.requests_n], step.positions_n)
+        for chunk in step.chunks:
+            counts_C += self._routing.of_span(int(self._sequences_R[chunk.request]), chunk.first, chunk.num_tokens)
+        return counts_C
+
+    def _first_plan(self) -> Plan:
+        """Made before anything is known of the routing: every expert is expected to get the same."""
+        model = self._scenario.profile.model
+        shape = (model.num_layers, model.num_experts)
+        even_LE = np.full(shape, self._scenario.batching.max_batch_tokens * model.top_k / model.num_experts)
+        observation = Observation(
+            time_s=0.0,
+            mean_LE=even_LE,
+            upper_LE=even_LE,
+            window_LE=even_LE,
+            last_used_s_LE=np.full(shape, -np.inf),
+            num_steps=0,
+        )
+        return self._policy.planner.plan(observation, None)
+
+    def _plan(self) -> None:
+        now_s, residency, history = self._now_s, self._residency, self._history
+        if residency.target is not None:
+            return  # one change at a time: the next tick sees what came of it
+        window = history.window(now_s)
+        mean_LE, upper_LE = self._forecaster.forecast(now_s, self._horizon_s(), history, window, self._upcoming)
+        shape = mean_LE.shape
+        before = residency.hosting.plan
+        plan = self._policy.planner.plan(
+            Observation(
+                time_s=now_s,
+                mean_LE=mean_LE,
+                upper_LE=upper_LE,
+                window_LE=window.mean_C.reshape(shape),
+                last_used_s_LE=history.last_used_s_C.reshape(shape),
+                num_steps=self._recorder.num_steps,
+                pending_keys=residency.pending_keys,
+            ),
+            before,
+        )
+        if plan is before:
+            return
+        self._recorder.num_plans += 1
+        if self._policy.is_blocking:
+            ready_s = residency.change_to(plan, now_s, bytes_per_s=self._peer_bytes_per_s())
+            self._recorder.stall_s += ready_s - now_s
+            self._blocked_until_s = ready_s
+        else:
+            ready_s = residency.change_to(plan, now_s)
+        if ready_s > now_s:
+            self._push(ready_s, _Event.PUBLISH)
+        else:
+            residency.publish(now_s)
+
+    def _peer_bytes_per_s(self) -> float:
+        cluster = self._scenario.cluster
+        has_nodes = len({worker.node for worker in cluster.workers}) > 1
+        return min(cluster.local_bytes_per_s, cluster.remote_bytes_per_s) if has_nodes else cluster.local_bytes_per_s
+
+    def _horizon_s(self) -> float:
+        if self._policy.interval_s is not None:
+            return self._policy.interval_s
+        steps_s = [engine.step_s for engine in self._engines if engine.step_s]
+        return (self._policy.interval_steps or 1) * float(np.mean(steps_s)) / len(self._engines) if steps_s else 0.0
+
+    def _upcoming(self, spans: SpanCounts, horizon_s: float) -> tuple[FloatArray, int]:
+        known_s = [engine.step_s for engine in self._engines if engine.step_s]
+        mean_s = float(np.mean(known_s)) if known_s else horizon_s
+        until = int(np.searchsorted(self._arrivals.arrival_s, self._now_s + horizon_s, side="right"))
+        return upcoming_load(
+            spans,
+            [engine.batch for engine in self._engines],
+            range(self._next_request, until),
+            steps=[max(1, math.ceil(horizon_s / max(engine.step_s or mean_s, 1e-9))) for engine in self._engines],
+            sequences_R=self._sequences_R,
+            prompt_tokens_R=self._prompt_R,
+            output_tokens_R=self._output_R,
+            max_batch_tokens=self._scenario.batching.max_batch_tokens,
+            num_cells=self._routing.num_cells,
+        )
