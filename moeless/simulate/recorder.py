@@ -62,10 +62,13 @@ class Recorder:
         self.layers.add(seconds_L)
         self.billed_instance_s += float(seconds_L @ instances_L)
 
-    def tick(self, now_s: float, num_waiting: int) -> None:
-        """Close the interval if it is over; to be called before what happens now is noted."""
-        if now_s - self._begin_s < self._interval_s:
-            return
+    @property
+    def interval_ends_s(self) -> float:
+        """When the interval of the series is over; `end_interval` is due before what happens then is noted."""
+        return self._begin_s + self._interval_s
+
+    def end_interval(self, now_s: float, num_waiting: int) -> None:
+        """Close the interval, which may be a long one if nothing happened."""
         residency = self._residency
         residency.advance(now_s)
         elapsed = now_s - self._begin_s

@@ -67,7 +67,8 @@ class _Engine:
     began_s: float = 0.0
     layer: int = 0
     layer_began_s: list[float] = field(default_factory=list)
-    """When each layer of the step began to dispatch."""
+    """When each layer of the step began to dispatch, and how long those that are over took."""
+    layer_s: list[float] = field(default_factory=list)
     instances_L: FloatArray = field(default_factory=lambda: np.empty(0))
 
 
@@ -122,7 +123,7 @@ class _Simulation:
         self._engines = [
             _Engine(Batch(scenario.batching, self._prompt_R, self._output_R)) for _ in range(scenario.num_engines)
         ]
-        self._worker_free_s_W = np.zeros(num_workers)
+        self._worker_free_s_W = [0.0] * num_workers
         self._events: list[tuple[float, int, int, int]] = []
         self._ties = itertools.count()
         self._next_request = 0
@@ -159,7 +160,8 @@ class _Simulation:
     def _move_to(self, now_s: float) -> None:
         assert now_s >= self._now_s, "virtual time never runs backwards"
         self._now_s = now_s
-        self._recorder.tick(now_s, sum(len(engine.batch.waiting) for engine in self._engines))
+        if now_s >= self._recorder.interval_ends_s:
+            self._recorder.end_interval(now_s, sum(len(engine.batch.waiting) for engine in self._engines))
 
     def _push(self, time_s: float, event: _Event, engine: int = -1) -> None:
         heapq.heappush(self._events, (time_s, event, next(self._ties), engine))
@@ -207,7 +209,7 @@ class _Simulation:
         engine.times, engine.began_s = times, now_s
         engine.instances_L = self._residency.hosting.instances_L.astype(np.float64)
         self._recorder.begin_step(step.num_tokens, times.load)
-        engine.layer, engine.layer_began_s = 0, [now_s + times.backbone_s]
+        engine.layer, engine.layer_began_s, engine.layer_s = 0, [now_s + times.backbone_s], []
         if len(self._engines) == 1:
             self._push(self._all_layers(engine, times), _Event.READY, number)
         else:
@@ -236,16 +238,17 @@ class _Simulation:
             if ready_s > now_s:
                 self._push(ready_s, _Event.LAYER, number)
                 return
-        seconds_W = times.load.seconds_LW[layer]
-        is_used_W = seconds_W > 0
-        done_W = np.maximum(self._worker_free_s_W, now_s) + seconds_W
-        self._worker_free_s_W[is_used_W] = done_W[is_used_W]
-        ends_s = float(done_W[is_used_W].max(initial=now_s)) + float(times.combine_L[layer])
-        self._recorder.layers_done(
-            np.array([ends_s - engine.layer_began_s[layer]]), engine.instances_L[layer : layer + 1]
-        )
+        ends_s = now_s
+        free_s_W = self._worker_free_s_W
+        for worker, seconds in enumerate(times.load.seconds_LW[layer].tolist()):
+            if seconds > 0:
+                free_s_W[worker] = done_s = max(free_s_W[worker], now_s) + seconds
+                ends_s = max(ends_s, done_s)
+        ends_s += float(times.combine_L[layer])
+        engine.layer_s.append(ends_s - engine.layer_began_s[layer])
         engine.layer += 1
         if engine.layer == len(times.dispatch_L):
+            self._recorder.layers_done(np.array(engine.layer_s), engine.instances_L)
             self._push(ends_s, _Event.READY, number)
             return
         engine.layer_began_s.append(ends_s + times.backbone_s)
