@@ -1,0 +1,18 @@
+"""How many instances each function gets. Pure functions of arrays; the results do not depend on what came before
+but where the arguments say so.
+"""
+
+from moeless.planning.scale.benefit import replicas_by_benefit
+from moeless.planning.scale.budget import fit_budgets, least_replicas
+from moeless.planning.scale.greedy import Limits, replicas_by_cv, replicas_min_max
+from moeless.planning.scale.stabilise import Stabiliser
+
+__all__ = [
+    "Limits",
+    "Stabiliser",
+    "fit_budgets",
+    "least_replicas",
+    "replicas_by_benefit",
+    "replicas_by_cv",
+    "replicas_min_max",
+]

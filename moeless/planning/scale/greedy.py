@@ -1,0 +1,198 @@
+"""Replicas one after the other to the highest load per replica, without the loop.
+
+An expert with load x and r replicas has x / r tokens on each. Whoever gives each extra replica to the expert where
+that is highest walks down the sorted list of all x / r: where the walk ends is a question of sorting, for all layers
+at once. Ties go to the expert with the lower index.
+
+Shapes: L MoE layers, E experts per layer, X extra replicas of all layers, layer by layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moeless.core.errors import ConfigError
+from moeless.core.plan import FloatArray, IntArray
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class Limits:
+    """What counts must stay within."""
+
+    least_LE: IntArray
+    """At least 1 for functions with load."""
+    most_LE: IntArray
+    budget_L: IntArray
+    """Instances of each layer."""
+
+    def __post_init__(self) -> None:
+        if (self.least_LE < 0).any() or (self.least_LE > self.most_LE).any():
+            raise ConfigError("limits.least_LE must be from 0 to most_LE for every function")
+        wrong = np.flatnonzero(self.least_LE.sum(axis=1) > self.budget_L)
+        if len(wrong):
+            raise ConfigError(
+                f"limits.budget_L must have room for the least of every layer, got {self.budget_L[wrong[0]]} for the "
+                f"{self.least_LE[wrong[0]].sum()} of layer {wrong[0]}"
+            )
+
+    def rows(self, layers: IntArray) -> Limits:
+        """Of some layers."""
+        return Limits(least_LE=self.least_LE[layers], most_LE=self.most_LE[layers], budget_L=self.budget_L[layers])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class Extras:
+    """Extra replicas in the order in which they are given, layer by layer."""
+
+    layer_X: IntArray
+    expert_X: IntArray
+    replicas_X: IntArray
+    """That the expert has before."""
+    load_X: FloatArray
+    """On each of those, which is what makes the order."""
+    rank_X: IntArray
+    """Place in the order of the layer, from 0."""
+    start_L: IntArray
+    """Where each layer begins."""
+
+    def counts_LE(self, least_LE: IntArray, given_X: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> IntArray:
+        """Least counts and the extras that are given."""
+        num_layers, num_experts = least_LE.shape
+        index_X = self.layer_X[given_X] * num_experts + self.expert_X[given_X]
+        extra = np.bincount(index_X, minlength=num_layers * num_experts)
+        counts_LE: IntArray = least_LE + extra.reshape(least_LE.shape)
+        return counts_LE
+
+
+def extras_in_order(load_LE: FloatArray, limits: Limits, *, room_L: IntArray, enough_L: FloatArray) -> Extras:
+    """The first `room_L` extras of each layer, as far as they relieve replicas with more than `enough_L`.
+
+    Raises: ConfigError if a function has load and may have no instance at all.
+    """
+    if ((load_LE > 0) & (limits.least_LE < 1)).any():
+        raise ConfigError("limits.least_LE must be at least 1 for functions with load")
+    # Extras are those r from least to most with load / r above a threshold, which falls until there are enough.
+    can_grow_LE = (load_LE > 0) & (limits.most_LE > limits.least_LE)
+    total_L = load_LE.sum(axis=1)
+    level_L = np.maximum(total_L / np.maximum(limits.least_LE.sum(axis=1) + room_L, 1), enough_L)
+    ends_LE = _ends(load_LE, level_L, limits)
+    while True:
+        is_short_L = ((ends_LE - limits.least_LE) * can_grow_LE).sum(axis=1) < room_L
+        is_short_L &= (level_L > enough_L) & (can_grow_LE & (ends_LE < limits.most_LE)).any(axis=1)
+        if not is_short_L.any():
+            break
+        level_L = np.where(is_short_L, np.maximum(level_L / 2, enough_L), level_L)
+        ends_LE = _ends(load_LE, level_L, limits)
+    # One more than the threshold says, since it is divided by: comparing what is sorted decides.
+    num_LE = np.where(can_grow_LE, np.minimum(ends_LE + 1, limits.most_LE) - limits.least_LE, 0)
+    layer_X, expert_X = np.nonzero(num_LE)
+    repeats = num_LE[layer_X, expert_X]
+    step_X = np.arange(repeats.sum()) - np.repeat(np.cumsum(repeats) - repeats, repeats)
+    layer_X, expert_X = np.repeat(layer_X, repeats), np.repeat(expert_X, repeats)
+    replicas_X = limits.least_LE[layer_X, expert_X] + step_X
+    load_X = load_LE[layer_X, expert_X] / replicas_X
+
+    is_above_X = load_X > enough_L[layer_X]
+    layer_X, expert_X = layer_X[is_above_X], expert_X[is_above_X]
+    replicas_X, load_X = replicas_X[is_above_X], load_X[is_above_X]
+    order_X = np.argsort(-load_X, kind="stable")
+    order_X = order_X[np.argsort(layer_X[order_X], kind="stable")]
+    layer_X = layer_X[order_X]
+    start_L = np.searchsorted(layer_X, np.arange(len(room_L)))
+    rank_X = np.arange(len(layer_X)) - start_L[layer_X]
+    fits_X = rank_X < room_L[layer_X]
+    return Extras(
+        layer_X=layer_X[fits_X],
+        expert_X=expert_X[order_X][fits_X],
+        replicas_X=replicas_X[order_X][fits_X],
+        load_X=load_X[order_X][fits_X],
+        rank_X=rank_X[fits_X],
+        start_L=np.searchsorted(layer_X[fits_X], np.arange(len(room_L))),
+    )
+
+
+def replicas_by_cv(load_LE: FloatArray, limits: Limits, *, max_cv_L: FloatArray) -> IntArray:
+    """Give each extra replica to the highest load per replica until these vary little, or the budget is spent.
+
+    Args:
+        load_LE: predicted tokens per step, shape (L, E), >= 0.
+        max_cv_L: coefficient of variation at which a layer has enough. Replicas of functions without load do not
+            count in it: more of the others could never make up for them.
+    Returns: counts, shape (L, E).
+    Source: MoEless (arXiv 2603.06350), expert scaling; there one V for all layers.
+    """
+    counts_LE = limits.least_LE.copy()
+    is_open_LE = load_LE > 0
+    room_L = np.minimum(
+        limits.budget_L - limits.least_LE.sum(axis=1), ((limits.most_LE - limits.least_LE) * is_open_LE).sum(axis=1)
+    )
+    left_L = np.flatnonzero(is_open_LE.any(axis=1) & (room_L > 0))
+    depth = load_LE.shape[1]
+    while len(left_L):
+        tried_L = np.minimum(room_L[left_L], depth)
+        counts, is_even = _first_even(load_LE[left_L], limits.rows(left_L), tried_L, max_cv_L[left_L])
+        counts_LE[left_L] = counts
+        left_L = left_L[~is_even & (tried_L < room_L[left_L])]
+        depth *= 4
+    return counts_LE
+
+
+def replicas_min_max(load_LE: FloatArray, limits: Limits, *, enough_L: FloatArray | None = None) -> IntArray:
+    """The least possible highest load per replica of each layer, with as few instances as that takes.
+
+    Giving replicas to the highest load per replica is optimal (Adams' apportionment): to bring the highest below any
+    x, each expert needs its replicas down to x, and these come first in that order. So the highest load that remains
+    once the budget is spent is the optimum, and extras that relieved no more than it are taken back.
+
+    Args:
+        load_LE: predicted tokens per step, shape (L, E), >= 0.
+        enough_L: load per replica below which nothing is gained. Default: 0.
+    Returns: counts, shape (L, E).
+    """
+    least_load_L = np.zeros(len(load_LE)) if enough_L is None else enough_L
+    room_L = limits.budget_L - limits.least_LE.sum(axis=1)
+    extras = extras_in_order(load_LE, limits, room_L=room_L, enough_L=least_load_L)
+    full_LE = extras.counts_LE(limits.least_LE, np.ones(len(extras.layer_X), dtype=np.bool_))
+    highest_L = (load_LE / np.maximum(full_LE, 1)).max(axis=1, initial=0.0)
+    return extras.counts_LE(limits.least_LE, extras.load_X > highest_L[extras.layer_X])
+
+
+def _ends(load_LE: FloatArray, level_L: FloatArray, limits: Limits) -> IntArray:
+    """Replicas that bring each function's load per replica to the level, within the limits."""
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        wanted_LE = np.nan_to_num(np.ceil(load_LE / level_L[:, None]), nan=0.0, posinf=np.inf)
+    ends_LE: IntArray = np.clip(wanted_LE, limits.least_LE, limits.most_LE).astype(np.int64)
+    return ends_LE
+
+
+def _first_even(
+    load_LE: FloatArray, limits: Limits, room_L: IntArray, max_cv_L: FloatArray
+) -> tuple[IntArray, np.ndarray[tuple[int], np.dtype[np.bool_]]]:
+    """Counts at the first step of the walk whose CV is small enough, or at its end; and which layers got there.
+
+    n replicas with loads y have CV² = n Σy² / (Σy)² − 1. Σy never changes, and the extra that takes an expert with
+    load x from r to r + 1 replicas lowers Σy² by x² / r − x² / (r + 1).
+    """
+    extras = extras_in_order(load_LE, limits, room_L=room_L, enough_L=np.zeros(len(load_LE)))
+    is_open_LE = load_LE > 0
+    squares_L = np.divide(load_LE**2, limits.least_LE, where=is_open_LE, out=np.zeros_like(load_LE)).sum(axis=1)
+    replicas_L = (limits.least_LE * is_open_LE).sum(axis=1)
+    total_L = load_LE.sum(axis=1)
+    bound_L = (1 + max_cv_L**2) * (1 + 1e-12) * total_L**2
+    is_even_L = replicas_L * squares_L <= bound_L
+
+    drop_X = extras.load_X * extras.load_X * extras.replicas_X / (extras.replicas_X + 1)
+    sums_X = np.cumsum(drop_X)
+    before_L = np.concatenate(([0.0], sums_X))[extras.start_L]
+    layer_X = extras.layer_X
+    squares_X = squares_L[layer_X] - (sums_X - before_L[layer_X])
+    is_even_X = (replicas_L[layer_X] + extras.rank_X + 1) * squares_X <= bound_L[layer_X]
+    # Extras up to and including the first that is even: none where the layer was even from the start.
+    needed_L = np.where(is_even_L, 0, room_L)
+    hits = np.flatnonzero(is_even_X & ~is_even_L[layer_X])
+    hit_layers, first = np.unique(layer_X[hits], return_index=True)
+    needed_L[hit_layers] = extras.rank_X[hits[first]] + 1
+    is_even_L[hit_layers] = True
+    return extras.counts_LE(limits.least_LE, extras.rank_X < needed_L[layer_X]), is_even_L
