@@ -22,8 +22,9 @@ def limits(load_LE: FloatArray, *, budget: int = UNLIMITED, most: int = UNLIMITE
 
 def total_time(load_LE: FloatArray, counts_LE: IntArray, num_workers: int, floor_s: float = 0.0) -> float:
     """As promised: the guarantee of heaviest-first placing, summed over layers."""
-    straggler_L = load_LE.sum(axis=1) / num_workers + (1 - 1 / num_workers) * (load_LE / counts_LE).max(axis=1)
-    return float(np.maximum(straggler_L, floor_s).sum())
+    call_s_LE = np.maximum(load_LE / counts_LE, floor_s)
+    work_L = (counts_LE * call_s_LE).sum(axis=1)
+    return float((work_L / num_workers + (1 - 1 / num_workers) * call_s_LE.max(axis=1)).sum())
 
 
 def test_replicas_go_where_they_pay() -> None:
