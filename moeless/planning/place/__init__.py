@@ -1,0 +1,18 @@
+"""Placement: which worker hosts the instances of each function, and the share of its tokens that each gets.
+
+`place` is what a tick calls; `shares` splits tokens; `affinity`, `hops` and `programme` are for plans that also keep
+tokens on few workers; `measure` replays a trace against a plan.
+"""
+
+from moeless.planning.place.greedy import InfeasiblePlacementError
+from moeless.planning.place.placing import PlacementConfig, place
+from moeless.planning.place.shares import equal_shares, exact_shares, min_max_shares
+
+__all__ = [
+    "InfeasiblePlacementError",
+    "PlacementConfig",
+    "equal_shares",
+    "exact_shares",
+    "min_max_shares",
+    "place",
+]

@@ -1,0 +1,211 @@
+"""Where instances go: what is warm stays, what is new goes heaviest first, and few instances move where that pays.
+
+Called by the planners of planning.planner. Deterministic; ties go to the lower layer, expert and worker.
+
+Shapes: L layers, E experts, W workers, N instances.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from moeless.core.cluster import Cluster, ModelShape
+from moeless.core.errors import ConfigError
+from moeless.core.plan import BoolArray, FloatArray, IntArray, Plan
+from moeless.planning.place.greedy import check_counts, heaviest_first
+from moeless.planning.place.moves import improve_layer, transfer_s
+from moeless.planning.place.shares import busiest_L, ideal_L, min_max_shares
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlacementConfig:
+    """When to move instances, and how many."""
+
+    max_moves: int = 16
+    """Instances that may change their worker in one plan, beside those that counts add. 0: warm ones stay."""
+    good_enough: float = 1.05
+    """Leave a layer's instances where they are if its busiest worker is at most so many times as busy as in perfect
+    balance: what is left to gain is within what the load changes by from one window to the next."""
+    share_tolerance: float = 0.01
+    """Leave a layer's shares as they are if new ones would relieve its busiest worker by at most this part."""
+    token_s: float = 1e-6
+    """Seconds that one more token takes on a worker of speed 1: what balance is worth. An expert of Mixtral's size
+    takes 4e-6 on an A6000, one of DeepSeek-V3's 7e-8 on an H800."""
+    horizon_steps: float = 100.0
+    """Engine steps that the plan will be in force: a tick of a second, at 10 ms a step."""
+
+    def __post_init__(self) -> None:
+        if self.max_moves < 0:
+            raise ConfigError(f"placement.max_moves must be at least 0, got {self.max_moves}")
+        if not self.good_enough >= 1:
+            raise ConfigError(f"placement.good_enough must be at least 1, got {self.good_enough}")
+        for name in ("share_tolerance", "token_s", "horizon_steps"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"placement.{name} must be at least 0, got {getattr(self, name)}")
+
+
+def place(
+    counts_LE: IntArray,
+    load_LE: FloatArray,
+    cluster: Cluster,
+    model: ModelShape,
+    *,
+    previous: Plan | None = None,
+    config: PlacementConfig | None = None,
+) -> Plan:
+    """Place `counts_LE` instances for a load, changing the previous plan as little as pays.
+
+    1. Instances of `previous` stay. Where a function has too many, those with the smallest shares go.
+    2. Missing ones are placed heaviest first (place.greedy).
+    3. Every function's tokens are split so that the busiest worker is least busy (place.shares).
+    4. In layers that are not balanced well enough, at most `config.max_moves` instances move (place.moves).
+
+    Args:
+        counts_LE: instances of each function, >= 0.
+        load_LE: tokens per engine step that the plan is for, >= 0.
+        previous: of the same workers; a worker that has less memory than before gives up its lightest instances.
+    Returns: a plan with a higher version, or `previous` itself where neither instances nor shares change.
+    Raises: InfeasiblePlacementError if the counts do not fit.
+    """
+    config = config or PlacementConfig()
+    check_counts(counts_LE, cluster, model)
+    if load_LE.shape != counts_LE.shape or not (np.isfinite(load_LE).all() and load_LE.min() >= 0):
+        raise ConfigError(f"load_LE must be finite, >= 0 and of the shape {counts_LE.shape}, got {load_LE.shape}")
+    speed_W = cluster.speed_W
+    plan = _with_counts(counts_LE, load_LE, cluster, model, previous)
+    share_N = min_max_shares(plan.layer_N, plan.expert_N, plan.worker_N, load_LE, speed_W, start_N=plan.share_N)
+    share_N = _settled_shares(plan, share_N, load_LE, speed_W, tolerance=config.share_tolerance)
+    moved = _rebalanced(replace(plan, share_N=share_N), load_LE, cluster, model, config)
+    if previous is not None and moved.num_instances == previous.num_instances:
+        same = np.array_equal(moved.keys_N, previous.keys_N) and np.array_equal(moved.share_N, previous.share_N)
+        return previous if same else moved
+    return moved
+
+
+def _with_counts(
+    counts_LE: IntArray, load_LE: FloatArray, cluster: Cluster, model: ModelShape, previous: Plan | None
+) -> Plan:
+    """The previous plan with instances added and dropped; functions that changed have equal shares."""
+    shape = (model.num_layers, model.num_experts, cluster.num_workers)
+    if previous is None:
+        has_LEW = np.zeros(shape, dtype=np.bool_)
+        kept_LE = np.zeros_like(counts_LE)
+        version = 1
+    else:
+        if (previous.num_layers, previous.num_experts, previous.num_workers) != shape:
+            raise ConfigError(
+                f"previous must be a plan of {shape} layers, experts and workers, got "
+                f"{(previous.num_layers, previous.num_experts, previous.num_workers)}"
+            )
+        kept = _kept(previous, counts_LE, load_LE, cluster.capacity_W(model))
+        kept_LE = kept.counts_LE()
+        if kept is previous and np.array_equal(kept_LE, counts_LE):
+            return replace(previous, version=previous.version + 1)
+        has_LEW, _ = kept.dense()
+        version = previous.version + 1
+    heaviest_first(has_LEW, counts_LE - kept_LE, load_LE, cluster, model)
+    layer_N, expert_N, worker_N = np.nonzero(has_LEW)
+    share_N = (1.0 / np.maximum(has_LEW.sum(axis=2), 1))[layer_N, expert_N]
+    if previous is not None:
+        # Unchanged functions keep their shares, from which splitting anew starts.
+        before_LEW, shares_LEW = previous.dense()
+        same_LE = (before_LEW == has_LEW).all(axis=2)
+        share_N = np.where(same_LE[layer_N, expert_N], shares_LEW[layer_N, expert_N, worker_N], share_N)
+    return Plan.from_instances(
+        version=version,
+        num_layers=shape[0],
+        num_experts=shape[1],
+        num_workers=shape[2],
+        layer_N=layer_N,
+        expert_N=expert_N,
+        worker_N=worker_N,
+        share_N=share_N,
+    )
+
+
+def _kept(previous: Plan, counts_LE: IntArray, load_LE: FloatArray, capacity_W: IntArray) -> Plan:
+    """Those instances of the previous plan that may stay; itself if all may. Shares need not sum to 1."""
+    keep_N = np.ones(previous.num_instances, dtype=np.bool_)
+    surplus_LE = previous.counts_LE() - counts_LE
+    if (surplus_LE > 0).any():
+        function_N = previous.layer_N.astype(np.int64) * previous.num_experts + previous.expert_N
+        order_N = np.lexsort((previous.worker_N, previous.share_N, function_N))
+        starts_F = np.flatnonzero(np.diff(function_N[order_N], prepend=-1))
+        rank_N = np.arange(len(order_N)) - np.repeat(starts_F, np.diff(starts_F, append=len(order_N)))
+        keep_N[order_N] = rank_N >= surplus_LE.reshape(-1)[function_N[order_N]]
+    tokens_N = load_LE[previous.layer_N, previous.expert_N] * previous.share_N
+    hosted_W = np.bincount(previous.worker_N[keep_N], minlength=previous.num_workers)
+    for worker in np.flatnonzero(hosted_W > capacity_W).tolist():
+        here = np.flatnonzero(keep_N & (previous.worker_N == worker))
+        lightest = here[np.argsort(tokens_N[here], kind="stable")]
+        keep_N[lightest[: hosted_W[worker] - capacity_W[worker]]] = False
+    if keep_N.all():
+        return previous
+    return replace(
+        previous,
+        layer_N=previous.layer_N[keep_N],
+        expert_N=previous.expert_N[keep_N],
+        worker_N=previous.worker_N[keep_N],
+        share_N=previous.share_N[keep_N],
+    )
+
+
+def _settled_shares(
+    plan: Plan, share_N: FloatArray, load_LE: FloatArray, speed_W: FloatArray, *, tolerance: float
+) -> FloatArray:
+    """The plan's own shares in layers where the new ones are hardly better."""
+    old_L = busiest_L(plan.worker_load_LW(load_LE), speed_W)
+    new_L = busiest_L(replace(plan, share_N=share_N).worker_load_LW(load_LE), speed_W)
+    stays_L = old_L * (1 - tolerance) <= new_L
+    settled_N: FloatArray = np.where(stays_L[plan.layer_N], plan.share_N, share_N)
+    return settled_N
+
+
+def _rebalanced(plan: Plan, load_LE: FloatArray, cluster: Cluster, model: ModelShape, config: PlacementConfig) -> Plan:
+    """The plan after at most `config.max_moves` moves, most needed layers first."""
+    speed_W = cluster.speed_W
+    load_LW = plan.worker_load_LW(load_LE)
+    excess_L = busiest_L(load_LW, speed_W) - config.good_enough * ideal_L(load_LW, speed_W)
+    # No more can be gained in a layer than its excess, and a move costs at least this.
+    fastest = max(cluster.load_bytes_per_s, cluster.local_bytes_per_s, cluster.remote_bytes_per_s)
+    value_s = config.token_s * config.horizon_steps
+    layers = [layer for layer in np.argsort(-excess_L, kind="stable").tolist() if excess_L[layer] > 0]
+    free_W = cluster.capacity_W(model) - np.bincount(plan.worker_N, minlength=cluster.num_workers)
+    worker_N, share_N = plan.worker_N, plan.share_N
+    left = config.max_moves
+    bounds_L1 = np.searchsorted(plan.layer_N, np.arange(plan.num_layers + 1))
+
+    def cost_s(expert: int, hosts: IntArray, target: int) -> float:
+        source_W: BoolArray = np.isin(np.arange(cluster.num_workers), hosts)
+        return transfer_s(source_W, target, cluster, model)
+
+    for layer in layers:
+        ideal = load_LW[layer].sum() / speed_W.sum()
+        most_s = (busiest_L(load_LW[layer : layer + 1], speed_W)[0] - ideal) * value_s
+        if left == 0 or most_s <= model.expert_bytes / fastest:
+            continue
+        span = slice(bounds_L1[layer], bounds_L1[layer + 1])
+        found = improve_layer(
+            plan.expert_N[span], worker_N[span], share_N[span], load_LE[layer], free_W, speed_W,
+            max_moves=left, good_enough=config.good_enough, value_s=value_s, cost_s=cost_s,
+        )  # fmt: skip
+        if found.num_moves:
+            free_W += np.bincount(worker_N[span], minlength=len(free_W))
+            free_W -= np.bincount(found.worker_n, minlength=len(free_W))
+            worker_N, share_N = worker_N.copy(), share_N.copy()
+            worker_N[span], share_N[span] = found.worker_n, found.share_n
+        left -= found.num_moves
+    if worker_N is plan.worker_N:
+        return plan
+    return Plan.from_instances(
+        version=plan.version,
+        num_layers=plan.num_layers,
+        num_experts=plan.num_experts,
+        num_workers=plan.num_workers,
+        layer_N=plan.layer_N,
+        expert_N=plan.expert_N,
+        worker_N=worker_N,
+        share_N=share_N,
+    )
