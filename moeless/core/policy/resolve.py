@@ -17,7 +17,7 @@ from moeless.core.cluster import ModelShape
 from moeless.core.errors import ConfigError
 from moeless.core.expert import FunctionId
 from moeless.core.plan import BoolArray, FloatArray, IntArray
-from moeless.core.policy.tree import BUILTIN, MODEL_SETTINGS, LossyOptions, Policy, Rule, Scaler, Settings
+from moeless.core.policy.tree import BUILTIN, MODEL_SETTINGS, LossyOptions, Placer, Policy, Rule, Scaler, Settings
 from moeless.core.policy.values import indices_in, memory_bytes
 
 UNLIMITED = 2**31 - 1
@@ -43,6 +43,7 @@ class ResolvedPolicy:
     budget: int
     """Instances of all layers."""
     scaler: Scaler
+    placer: Placer
     max_moves: int
     """Instances that one plan may start to balance load."""
     benefit_threshold: float
@@ -101,6 +102,8 @@ def resolve(policy: Policy, model: ModelShape, *, model_id: str = "") -> Resolve
     all_bytes = model.expert_bytes * model.num_experts * model.num_layers
     budget = UNLIMITED if settled.memory_budget is None else _instances(settled.memory_budget, all_bytes, model)
     assert settled.scaler is not None
+    assert settled.placer is not None
+    assert settled.max_moves_per_tick is not None
     assert settled.benefit_threshold is not None
     resolved = ResolvedPolicy(
         tick_s=policy.tick_seconds,
@@ -115,7 +118,8 @@ def resolve(policy: Policy, model: ModelShape, *, model_id: str = "") -> Resolve
         layer_budget_L=layer_budget_L,
         budget=budget,
         scaler=settled.scaler,
-        max_moves=UNLIMITED if settled.max_moves_per_tick is None else settled.max_moves_per_tick,
+        placer=settled.placer,
+        max_moves=settled.max_moves_per_tick,
         benefit_threshold=settled.benefit_threshold,
         lossy=settled.lossy,
     )

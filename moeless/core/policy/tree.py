@@ -60,6 +60,23 @@ class BenefitScaler(PolicyModel):
 Scaler = Annotated[CvScaler | MinMaxScaler | BenefitScaler, Field(discriminator="name")]
 
 
+class LocalityFirstPlacer(PolicyModel):
+    """The MoEless paper's rule: what is warm stays where it is, the rest goes heaviest first to the least busy."""
+
+    name: Literal["localityFirst"]
+
+
+class MinimalMovesPlacer(PolicyModel):
+    """The same, and instances move where that gains more time than the transfer takes."""
+
+    name: Literal["minimalMoves"]
+    good_enough: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.05
+    """A layer stays where its busiest worker is at most so many times as busy as in perfect balance."""
+
+
+Placer = Annotated[LocalityFirstPlacer | MinimalMovesPlacer, Field(discriminator="name")]
+
+
 class LossyOptions(PolicyModel):
     """Changes what the model computes: no expert gets more than its capacity of tokens."""
 
@@ -107,9 +124,11 @@ class Settings(PolicyModel):
     the workers' memory."""
     scaler: Scaler | None = None
     """How replicas are counted. Built in: benefit."""
+    placer: Placer | None = None
+    """How instances find their workers. Built in: minimalMoves."""
     max_moves_per_tick: Annotated[int, Field(ge=0)] | None = None
-    """Most instances that one plan may start only to balance load; those of functions that have none are not counted.
-    Built in: no limit."""
+    """Most instances that one plan may start only to balance load; those that functions must have are not counted.
+    Built in: 64."""
     benefit_threshold: Annotated[float, Field(ge=0, le=1)] | None = None
     """A layer's placement stays unless a new one shortens its slowest worker's time by this share. Built in: 0.02."""
     lossy: LossyOptions | None = None
@@ -134,7 +153,7 @@ class Settings(PolicyModel):
 
 
 LAYER_SETTINGS = ("cv_target", "layer_memory_budget")
-MODEL_SETTINGS = ("memory_budget", "scaler", "max_moves_per_tick", "benefit_threshold", "lossy")
+MODEL_SETTINGS = ("memory_budget", "scaler", "placer", "max_moves_per_tick", "benefit_threshold", "lossy")
 
 BUILTIN = Settings(
     min_replicas=1,
@@ -145,6 +164,8 @@ BUILTIN = Settings(
     scale_down_stabilization_seconds=10.0,
     cv_target=0.2,
     scaler=BenefitScaler(name="benefit"),
+    placer=MinimalMovesPlacer(name="minimalMoves"),
+    max_moves_per_tick=64,
     benefit_threshold=0.02,
 )
 

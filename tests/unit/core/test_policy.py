@@ -17,6 +17,7 @@ from moeless.core.policy import (
     BenefitScaler,
     CvScaler,
     LossyOptions,
+    MinimalMovesPlacer,
     Policy,
     ResolvedPolicy,
     Rule,
@@ -45,8 +46,9 @@ def message_of(document: object) -> str:
 
 def test_an_empty_policy_is_what_is_built_in() -> None:
     policy = resolved({})
-    assert (policy.tick_s, policy.budget, policy.max_moves) == (1.0, UNLIMITED, UNLIMITED)
+    assert (policy.tick_s, policy.budget, policy.max_moves) == (1.0, UNLIMITED, 64)
     assert isinstance(policy.scaler, BenefitScaler)
+    assert isinstance(policy.placer, MinimalMovesPlacer)
     assert policy.lossy is None
     assert policy.min_LE.shape == (4, 8)
     assert set(policy.min_LE.ravel()) == {1}
@@ -113,6 +115,7 @@ def test_every_setting_reaches_the_arrays() -> None:
                 "scaleDownStabilizationSeconds": 300,
                 "cvTarget": 0.1,
                 "scaler": {"name": "minMax", "workerShare": 0.25},
+                "placer": {"name": "localityFirst"},
                 "maxMovesPerTick": 0,
                 "benefitThreshold": 0.5,
                 "lossy": {"capacityFactor": 1.5, "overflow": "reroute"},
@@ -130,7 +133,7 @@ def test_every_setting_reaches_the_arrays() -> None:
     ):
         np.testing.assert_array_equal(array_LE, np.full((4, 8), value))
     assert policy.max_cv_L.tolist() == [0.1, 0.3, 0.1, 0.1]
-    assert policy.scaler.name == "minMax"
+    assert (policy.scaler.name, policy.placer.name) == ("minMax", "localityFirst")
     assert (policy.max_moves, policy.benefit_threshold) == (0, 0.5)
     assert policy.lossy == LossyOptions(capacity_factor=1.5, overflow="reroute")
 
