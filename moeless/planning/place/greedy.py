@@ -11,7 +11,7 @@ Shapes: L layers, E experts, W workers.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from heapq import heapify, heappop, heappush
 
 import numpy as np
@@ -69,9 +69,10 @@ def heaviest_first(
         load = (weight_LE[layer] @ has_EW).tolist()
         experts = np.repeat(np.arange(model.num_experts), add_LE[layer])
         experts = experts[np.argsort(-weight_LE[layer, experts], kind="stable")]
-        hosts = {expert: set(np.flatnonzero(has_EW[expert]).tolist()) for expert in set(experts.tolist())}
+        hosts = _hosts(has_EW)
         queue = _Queue(load, speeds, [min(room) for room in zip(free, quota, strict=True)])
         weights = weight_LE[layer].tolist()
+        placed: list[int] = []
         for expert in experts.tolist():
             weight, taken = weights[expert], hosts[expert]
             worker = queue.take(weight, taken)
@@ -80,13 +81,27 @@ def heaviest_first(
                 if open_workers:
                     worker = min(open_workers, key=lambda w: ((queue.load[w] + weight) / speeds[w], w))
                 else:
+                    has_EW[experts[: len(placed)], placed] = True
                     worker = _make_room(has_LEW, free, taken, f"layer {layer}, expert {expert}")
-                    hosts = {other: set(np.flatnonzero(has_EW[other]).tolist()) for other in hosts}
+                    hosts = _hosts(has_EW)
+                    # What the chain moved in this layer is in place: later entries must not put it back.
+                    experts, placed = experts[len(placed) :], []
                     taken = hosts[expert]
+                    free[worker] -= 1
+                    queue = _Queue(queue.load, speeds, free.copy())
+                    free[worker] += 1
                 queue.load[worker] += weight
             taken.add(worker)
-            has_EW[expert, worker] = True
+            placed.append(worker)
             free[worker] -= 1
+        has_EW[experts, placed] = True
+
+
+def _hosts(has_EW: BoolArray) -> defaultdict[int, set[int]]:
+    hosts: defaultdict[int, set[int]] = defaultdict(set)
+    for expert, worker in zip(*(index.tolist() for index in np.nonzero(has_EW)), strict=True):
+        hosts[expert].add(worker)
+    return hosts
 
 
 class _Queue:
@@ -102,6 +117,10 @@ class _Queue:
 
     def take(self, weight: float, taken: set[int]) -> int | None:
         """The worker outside `taken` that `weight` would leave least busy; it has that load now, and less room."""
+        if len(self._heaps) == 1:
+            heap = self._heaps[0][1]
+            if heap and heap[0][1] not in taken:
+                return self._give(weight, heap, *heappop(heap))
         popped: list[tuple[list[tuple[float, int]], tuple[float, int]]] = []
         best: tuple[float, int, int] | None = None
         for speed, heap in self._heaps:
@@ -114,14 +133,17 @@ class _Queue:
                     break
         worker = None
         if best is not None:
-            worker = best[1]
-            heap, (load, _) = popped.pop(best[2])
-            self.load[worker] = load + weight
-            self._room[worker] -= 1
-            if self._room[worker] > 0:
-                heappush(heap, (self.load[worker], worker))
+            heap, entry = popped.pop(best[2])
+            worker = self._give(weight, heap, *entry)
         for heap, entry in popped:
             heappush(heap, entry)
+        return worker
+
+    def _give(self, weight: float, heap: list[tuple[float, int]], load: float, worker: int) -> int:
+        self.load[worker] = load + weight
+        self._room[worker] -= 1
+        if self._room[worker] > 0:
+            heappush(heap, (self.load[worker], worker))
         return worker
 
 
