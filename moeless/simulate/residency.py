@@ -108,10 +108,8 @@ class Residency:
 
     def advance(self, now_s: float) -> None:
         """Bring the integrals up to date, and stop workers that were idle for long enough."""
-        if now_s <= self._now_s:
-            return
-        self.instance_s += self.num_resident * (now_s - self._now_s)
-        self._now_s = now_s
+        self.instance_s += self.num_resident * max(0.0, now_s - self._now_s)
+        self._now_s = max(self._now_s, now_s)
         idle_s = self._config.worker_idle_s
         if idle_s is not None:
             stops_W = np.isinf(self._stopped_since_W) & (self._empty_since_W + idle_s <= now_s)

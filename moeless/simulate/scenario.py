@@ -64,7 +64,8 @@ class Policy:
     is_blocking: bool = False
     """Engines stop while weights move, which then come from other workers over the links between them."""
     prefetch_layers: int = 0
-    """A function without an instance begins to load so many layers before its own; 0: when its tokens are there."""
+    """A function without an instance begins to load so many layers before its own, at the first at the earliest; 0:
+    when its tokens are there."""
     prefetch_recall: float = 1.0
     """Share of such functions that are predicted."""
     is_bound: bool = False

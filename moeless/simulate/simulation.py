@@ -257,11 +257,11 @@ class _Simulation:
     def _load_cold(self, workers: list[int], layer: int, began_s: list[float]) -> float:
         """Load functions of a layer; those that were predicted began earlier. Returns when all are there."""
         ahead = self._policy.prefetch_layers
-        ready_s = 0.0
-        for worker in workers:
-            is_predicted = 0 < ahead <= layer and self._rng.random() < self._policy.prefetch_recall
-            ready_s = max(ready_s, self._residency.load_cold(worker, began_s[layer - ahead if is_predicted else layer]))
-        return ready_s
+        recall = self._policy.prefetch_recall if ahead else 0.0
+        begins = [began_s[max(0, layer - ahead) if self._rng.random() < recall else layer] for _ in workers]
+        return max(
+            self._residency.load_cold(worker, begin_s) for begin_s, worker in sorted(zip(begins, workers, strict=True))
+        )
 
     def _end_step(self, engine: _Engine, step: Step) -> None:
         now_s = self._now_s
@@ -352,7 +352,10 @@ class _Simulation:
         return upcoming_load(
             spans,
             [engine.batch for engine in self._engines],
-            range(self._next_request, until),
+            [
+                (request, (float(self._arrivals.arrival_s[request]) - self._now_s) / horizon_s)
+                for request in range(self._next_request, until)
+            ],
             steps=[max(1, math.ceil(horizon_s / max(engine.step_s or mean_s, 1e-9))) for engine in self._engines],
             sequences_R=self._sequences_R,
             prompt_tokens_R=self._prompt_R,

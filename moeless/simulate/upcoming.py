@@ -25,17 +25,22 @@ IntArray = NDArray[np.integer[Any]]
 class _Engine:
     """What an engine can still take."""
 
-    num_steps: int
     prompt_budget: int
     """Tokens of prompts in one of its steps."""
+    is_busy: NDArray[np.bool_]
+    """Whether it makes each of the steps that it has time for."""
     prompt_tokens: int = 0
-    steps_used: int = 0
+    """The next prompt comes behind so many tokens."""
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.is_busy)
 
 
 def upcoming_load(
     spans: SpanCounts,
     batches: Sequence[Batch],
-    arriving: Sequence[int],
+    arriving: Sequence[tuple[int, float]],
     *,
     steps: Sequence[int],
     sequences_R: IntArray,
@@ -48,7 +53,7 @@ def upcoming_load(
 
     Args:
         batches: of the engines.
-        arriving: requests that will come, in their order.
+        arriving: requests that will come, in their order, and when, as a share of the time.
         steps: that each engine is expected to make.
     """
     load_C = np.zeros(num_cells)
@@ -59,7 +64,7 @@ def upcoming_load(
         num_tokens = min(left, engine.num_steps - first_step)
         if num_tokens > 0:
             load_C += spans.of_span(int(sequences_R[request]), position, num_tokens)
-            engine.steps_used = max(engine.steps_used, first_step + num_tokens)
+            engine.is_busy[first_step : first_step + num_tokens] = True
 
     def prefill(engine: _Engine, request: int, done: int) -> None:
         nonlocal load_C
@@ -67,14 +72,16 @@ def upcoming_load(
         num_tokens = min(prompt - done, engine.num_steps * engine.prompt_budget - engine.prompt_tokens)
         if num_tokens > 0:
             load_C += spans.of_span(int(sequences_R[request]), done, num_tokens)
+            first_step = engine.prompt_tokens // engine.prompt_budget
             engine.prompt_tokens += num_tokens
-            last_step = -(-engine.prompt_tokens // engine.prompt_budget)
-            engine.steps_used = max(engine.steps_used, last_step)
+            next_step = -(-engine.prompt_tokens // engine.prompt_budget)
+            engine.is_busy[first_step:next_step] = True
             if done + num_tokens == prompt:
-                decode(engine, request, prompt, int(output_tokens_R[request]) - 1, last_step)
+                decode(engine, request, prompt, int(output_tokens_R[request]) - 1, next_step)
 
     for batch, num_steps in zip(batches, steps, strict=True):
-        engine = _Engine(num_steps, max(1, max_batch_tokens - len(batch.requests_n)))
+        budget = max(1, max_batch_tokens - len(batch.requests_n))
+        engine = _Engine(budget, np.zeros(num_steps, dtype=np.bool_))
         engines.append(engine)
         for request, position, left in zip(
             batch.requests_n.tolist(), batch.positions_n.tolist(), batch.left_n.tolist(), strict=True
@@ -86,6 +93,9 @@ def upcoming_load(
             if engine.prompt_tokens >= engine.num_steps * engine.prompt_budget:
                 break
             prefill(engine, request, 0)
-    for request in arriving:
-        prefill(min(engines, key=lambda engine: engine.prompt_tokens), request, 0)
-    return load_C, max(1, sum(engine.steps_used for engine in engines))
+    for request, when in arriving:
+        engine = min(engines, key=lambda engine: engine.prompt_tokens)
+        arrival_step = int(when * engine.num_steps)
+        engine.prompt_tokens = max(engine.prompt_tokens, arrival_step * engine.prompt_budget)
+        prefill(engine, request, 0)
+    return load_C, max(1, sum(int(engine.is_busy.sum()) for engine in engines))
