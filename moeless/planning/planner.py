@@ -1,0 +1,344 @@
+"""The planners: moeless's own, and the MoEless paper's as published. Scaling and placement, one after the other.
+
+Called by the live loop, the simulator and benchmarks. A planner remembers what it recommended (planning.scale's
+stabiliser) and nothing else; it has no clock and no randomness.
+
+Shapes: L MoE layers, E experts per layer, W workers, N instances.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from moeless.core.cluster import Cluster, ModelShape
+from moeless.core.errors import ConfigError
+from moeless.core.plan import BoolArray, FloatArray, IntArray, Plan
+from moeless.core.policy import (
+    UNLIMITED,
+    BenefitScaler,
+    CvScaler,
+    MinimalMovesPlacer,
+    ResolvedPolicy,
+)
+from moeless.planning.observation import Observation
+from moeless.planning.place import PlacementConfig, equal_shares, place
+from moeless.planning.scale import (
+    Limits,
+    Stabiliser,
+    fit_budgets,
+    least_replicas,
+    replicas_by_benefit,
+    replicas_by_cv,
+    replicas_min_max,
+)
+
+Seconds = Callable[[FloatArray], FloatArray]
+"""Time of calls of an expert with so many tokens, on a worker of speed 1."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PlannedSystem:
+    """What is planned for."""
+
+    model: ModelShape
+    cluster: Cluster
+    seconds: Seconds | None = None
+    """An expert's time. None: in proportion to its tokens."""
+    horizon_steps: float = 100.0
+    """Engine steps that a plan will be in force."""
+    load_s: float = 0.0
+    """Of loading an instance, beside its bytes over the link."""
+
+    @property
+    def ready_s(self) -> float:
+        """From the decision to start an instance until it is warm."""
+        return self.load_s + self.model.expert_bytes / self.cluster.load_bytes_per_s
+
+    @property
+    def capacity(self) -> int:
+        """Instances that fit all workers."""
+        return int(self.cluster.capacity_W(self.model).sum())
+
+    def layer_times_L(self, plan: Plan, load_LE: FloatArray) -> FloatArray:
+        """Time of each layer's slowest worker, shape (L,)."""
+        tokens_N = load_LE[plan.layer_N, plan.expert_N] * plan.share_N
+        times_N = tokens_N if self.seconds is None else self.seconds(tokens_N)
+        slot_N = plan.layer_N.astype(np.int64) * plan.num_workers + plan.worker_N
+        times_S = np.bincount(slot_N, weights=times_N, minlength=plan.num_layers * plan.num_workers)
+        times_L: FloatArray = (times_S.reshape(plan.num_layers, -1) / self.cluster.speed_W).max(axis=1)
+        return times_L
+
+    def work_LE(self, load_LE: FloatArray, counts_LE: IntArray) -> FloatArray:
+        """What a function's instances work together: what placement balances."""
+        if self.seconds is None:
+            return load_LE
+        held_LE = np.maximum(counts_LE, 1)
+        return held_LE * self.seconds(load_LE / held_LE)
+
+
+def hosted_instances(previous: Plan | None, pending_keys: IntArray, shape: tuple[int, int, int]) -> Plan | None:
+    """The previous plan with the instances that are being loaded besides; None if there is neither.
+
+    They get no tokens where the function has other instances, and equal shares where it has none.
+    """
+    before_keys = np.empty(0, dtype=np.int64) if previous is None else previous.keys_N
+    added = np.setdiff1d(pending_keys, before_keys)
+    if not len(added):
+        return previous
+    num_layers, num_experts, num_workers = shape
+    keys = np.concatenate((before_keys, added))
+    function = keys // num_workers
+    share = np.zeros(len(keys))
+    if previous is not None:
+        share[: len(before_keys)] = previous.share_N
+    is_alone = np.isin(function, function[: len(before_keys)], invert=True)
+    share[is_alone] = equal_shares(function[is_alone])
+    return Plan.from_instances(
+        version=0 if previous is None else previous.version,
+        num_layers=num_layers,
+        num_experts=num_experts,
+        num_workers=num_workers,
+        layer_N=function // num_experts,
+        expert_N=function % num_experts,
+        worker_N=keys % num_workers,
+        share_N=share,
+    )
+
+
+class MoelessPlanner:
+    """Counts by the policy's scaler, kept from flapping; placed with few moves; changed only where that pays.
+
+    1. Count instances, pending ones included, and what every function must have (planning.scale).
+    2. Spend the budget by the policy's scaler on the forecast's upper quantile, and stabilise.
+    3. Make what must change: missing functions get instances, those not wanted for a while lose them.
+    4. Where a layer's slowest worker is then further from perfect balance than the policy's threshold, add the
+       replicas and let instances move; a layer takes that only if it shortens the slowest worker's time by the
+       threshold. All other layers stay as they are.
+    """
+
+    name = "moeless"
+
+    def __init__(self, policy: ResolvedPolicy, system: PlannedSystem) -> None:
+        if policy.min_LE.shape != (system.model.num_layers, system.model.num_experts):
+            raise ConfigError(
+                f"policy must be resolved for the model of {system.model.num_layers} layers x "
+                f"{system.model.num_experts} experts, got one for {policy.min_LE.shape}"
+            )
+        self._policy = policy
+        self._system = system
+        self._budget = min(policy.budget, system.capacity)
+        self._most_LE = np.minimum(policy.max_LE, system.cluster.num_workers)
+        self._stabiliser = Stabiliser(
+            up_window_s_LE=policy.up_window_s_LE,
+            down_window_s_LE=policy.down_window_s_LE,
+            ready_s=system.ready_s,
+            window_s=policy.tick_s,
+        )
+        self._last: tuple[Observation, Plan] | None = None
+        """Asked again about the same moment, what was decided stands: a tick's moves are made once."""
+
+    def plan(self, observation: Observation, previous: Plan | None) -> Plan:
+        """See `Planner.plan`."""
+        if previous is not None and self._last is not None and self._last == (observation, previous):
+            return previous
+        plan = self._decide(observation, previous)
+        self._last = (observation, plan)
+        return plan
+
+    def _decide(self, observation: Observation, previous: Plan | None) -> Plan:
+        shape = (*observation.mean_LE.shape, self._system.cluster.num_workers)
+        hosted = hosted_instances(previous, observation.pending_keys, shape)
+        hosted_LE = np.zeros(shape[:2], dtype=np.int64) if hosted is None else hosted.counts_LE()
+        least_LE, counts_LE = self._counts(observation, None if hosted is None else hosted_LE, hosted_LE)
+        if hosted is None:
+            return self._placed(counts_LE, observation, None, max_moves=self._policy.max_moves)
+        needed_LE = np.clip(hosted_LE, least_LE, counts_LE)
+        needed = self._placed(needed_LE, observation, hosted, max_moves=0)
+        plan = self._where_it_pays(hosted, needed, observation, is_forced_L=(needed_LE != hosted_LE).any(axis=1))
+
+        times_L = self._system.layer_times_L(plan, observation.mean_LE)
+        is_open_L = times_L * (1 - self._policy.benefit_threshold) > self._balanced_L(observation, needed_LE)
+        if is_open_L.any():
+            target_LE = np.where(is_open_L[:, None], counts_LE, needed_LE)
+            num_starts = int((target_LE - needed_LE).sum())
+            if num_starts > self._policy.max_moves:
+                target_LE = fit_budgets(
+                    target_LE,
+                    Limits(least_LE=needed_LE, most_LE=target_LE, budget_L=np.full(shape[0], UNLIMITED)),
+                    load_LE=observation.upper_LE,
+                    wanted_LE=target_LE,
+                    budget=int(needed_LE.sum()) + self._policy.max_moves,
+                )
+            left = max(0, self._policy.max_moves - num_starts)
+            better = self._placed(target_LE, observation, plan, max_moves=left)
+            plan = self._where_it_pays(plan, better, observation, is_forced_L=np.zeros(shape[0], dtype=np.bool_))
+        if previous is not None and _are_same(plan, previous):
+            return previous
+        return replace(plan, version=1 if previous is None else previous.version + 1)
+
+    def _counts(
+        self, observation: Observation, current_LE: IntArray | None, hosted_LE: IntArray
+    ) -> tuple[IntArray, IntArray]:
+        """What every function must have, and what it should."""
+        policy = self._policy
+        least_LE = least_replicas(observation, policy, hosted_LE=hosted_LE, most_LE=self._most_LE, budget=self._budget)
+        # What has no room for its first instance has none for a second.
+        load_LE = np.where(least_LE > 0, observation.upper_LE, 0.0)
+        limits = Limits(least_LE=least_LE, most_LE=self._most_LE, budget_L=policy.layer_budget_L)
+        wanted_LE = self._wanted(load_LE, limits)
+        stable_LE = self._stabiliser.stabilise(wanted_LE, time_s=observation.time_s, current_LE=current_LE)
+        counts_LE = fit_budgets(
+            np.clip(stable_LE, least_LE, self._most_LE),
+            limits,
+            load_LE=load_LE,
+            wanted_LE=wanted_LE,
+            budget=self._budget,
+        )
+        return least_LE, counts_LE
+
+    def _wanted(self, load_LE: FloatArray, limits: Limits) -> IntArray:
+        num_workers = self._system.cluster.num_workers
+        scaler = self._policy.scaler
+        if isinstance(scaler, CvScaler):
+            return replicas_by_cv(load_LE, limits, max_cv_L=self._policy.max_cv_L)
+        if isinstance(scaler, BenefitScaler):
+            num_used = int(np.count_nonzero(limits.least_LE))
+            room = self._budget - int(limits.least_LE.sum())
+            return replicas_by_benefit(
+                load_LE,
+                limits,
+                num_extras=min(int(scaler.max_extra_share * num_used), room),
+                num_workers=num_workers,
+                worker_share=scaler.worker_share,
+                seconds=self._system.seconds,
+            )
+        enough_L = scaler.worker_share * load_LE.sum(axis=1) / num_workers
+        return replicas_min_max(load_LE, limits, enough_L=enough_L)
+
+    def _placed(self, counts_LE: IntArray, observation: Observation, before: Plan | None, *, max_moves: int) -> Plan:
+        placer = self._policy.placer
+        config = PlacementConfig(
+            max_moves=max_moves if isinstance(placer, MinimalMovesPlacer) else 0,
+            good_enough=placer.good_enough if isinstance(placer, MinimalMovesPlacer) else 1.0,
+            horizon_steps=self._system.horizon_steps,
+        )
+        if self._system.seconds is not None:
+            config = replace(config, token_s=1.0)  # work_LE is in seconds
+        work_LE = self._system.work_LE(observation.mean_LE, counts_LE)
+        return place(counts_LE, work_LE, self._system.cluster, self._system.model, previous=before, config=config)
+
+    def _balanced_L(self, observation: Observation, counts_LE: IntArray) -> FloatArray:
+        """Time of each layer if its work were spread evenly over the workers."""
+        work_L = self._system.work_LE(observation.mean_LE, counts_LE).sum(axis=1)
+        balanced_L: FloatArray = work_L / self._system.cluster.speed_W.sum()
+        return balanced_L
+
+    def _where_it_pays(self, before: Plan, after: Plan, observation: Observation, *, is_forced_L: BoolArray) -> Plan:
+        """Each layer as it was, unless it is forced or its slowest worker's time falls by the threshold."""
+        if after is before:
+            return before
+        old_L = self._system.layer_times_L(before, observation.mean_LE)
+        new_L = self._system.layer_times_L(after, observation.mean_LE)
+        return merged_layers(before, after, is_forced_L | (new_L < old_L * (1 - self._policy.benefit_threshold)))
+
+
+def merged_layers(before: Plan, after: Plan, is_after_L: BoolArray) -> Plan:
+    """A plan with some layers of one and the others of the other."""
+    if not is_after_L.any():
+        return before
+    if is_after_L.all():
+        return after
+    stay_N, come_N = ~is_after_L[before.layer_N], is_after_L[after.layer_N]
+    return Plan.from_instances(
+        version=after.version,
+        num_layers=after.num_layers,
+        num_experts=after.num_experts,
+        num_workers=after.num_workers,
+        layer_N=np.concatenate((before.layer_N[stay_N], after.layer_N[come_N])),
+        expert_N=np.concatenate((before.expert_N[stay_N], after.expert_N[come_N])),
+        worker_N=np.concatenate((before.worker_N[stay_N], after.worker_N[come_N])),
+        share_N=np.concatenate((before.share_N[stay_N], after.share_N[come_N])),
+    )
+
+
+class PaperPlanner:
+    """The system of the MoEless paper (arXiv 2603.06350) as far as its text tells.
+
+    Each time anew: one replica for every function with forecast tokens, more to the highest load per replica until
+    the loads vary by at most V or the layer's budget is spent; warm instances stay, the others go heaviest first to
+    the least busy worker with memory; a function's tokens are split evenly over its replicas. An instance that is no
+    longer wanted is kept alive, and serves, until it was not wanted for the keep-alive.
+    """
+
+    name = "moeless-paper"
+
+    def __init__(
+        self,
+        system: PlannedSystem,
+        *,
+        max_cv: float = 0.2,
+        keep_alive_s: float = 30.0,
+        layer_budget: int | None = None,
+    ) -> None:
+        """Args: layer_budget: instances of a layer; by default the workers' memory divided by the layers."""
+        if not max_cv >= 0:
+            raise ConfigError(f"max_cv must be at least 0, got {max_cv}")
+        if not keep_alive_s >= 0:
+            raise ConfigError(f"keep_alive_s must be at least 0, got {keep_alive_s}")
+        self._system = system
+        self._max_cv = max_cv
+        shape = (system.model.num_layers, system.model.num_experts)
+        self._layer_budget = system.capacity // system.model.num_layers if layer_budget is None else layer_budget
+        self._stabiliser = Stabiliser(
+            up_window_s_LE=np.zeros(shape),
+            down_window_s_LE=np.full(shape, keep_alive_s),
+            ready_s=0.0,
+            window_s=0.0,
+        )
+
+    def plan(self, observation: Observation, previous: Plan | None) -> Plan:
+        """See `Planner.plan`."""
+        system = self._system
+        load_LE = observation.mean_LE
+        shape = (*load_LE.shape, system.cluster.num_workers)
+        hosted = hosted_instances(previous, observation.pending_keys, shape)
+        current_LE = None if hosted is None else hosted.counts_LE()
+        budget_L = np.full(shape[0], self._layer_budget)
+        # Where the budget has no room for all, the functions with the least load go without.
+        used_LE = (load_LE > 0).astype(np.int64)
+        none_LE = np.zeros_like(used_LE)
+        first_LE = fit_budgets(
+            used_LE,
+            Limits(least_LE=none_LE, most_LE=used_LE, budget_L=budget_L),
+            load_LE=load_LE,
+            wanted_LE=used_LE,
+            budget=system.capacity,
+        )
+        limits = Limits(least_LE=first_LE, most_LE=np.full_like(first_LE, shape[2]), budget_L=budget_L)
+        wanted_LE = replicas_by_cv(
+            np.where(first_LE > 0, load_LE, 0.0), limits, max_cv_L=np.full(shape[0], self._max_cv)
+        )
+        held_LE = self._stabiliser.stabilise(wanted_LE, time_s=observation.time_s, current_LE=current_LE)
+        counts_LE = fit_budgets(
+            np.maximum(held_LE, first_LE), limits, load_LE=load_LE, wanted_LE=wanted_LE, budget=system.capacity
+        )
+        plan = place(
+            counts_LE,
+            load_LE,
+            system.cluster,
+            system.model,
+            previous=hosted,
+            config=PlacementConfig(max_moves=0),
+        )
+        function_N = plan.keys_N // plan.num_workers
+        plan = replace(plan, share_N=equal_shares(function_N))
+        if previous is not None and _are_same(plan, previous):
+            return previous
+        return replace(plan, version=1 if previous is None else previous.version + 1)
+
+
+def _are_same(one: Plan, other: Plan) -> bool:
+    return np.array_equal(one.keys_N, other.keys_N) and np.array_equal(one.share_N, other.share_N)
