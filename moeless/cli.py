@@ -147,12 +147,12 @@ def serve(
     from moeless.serve import running
 
     with _stderr.status("") as status, ExitStack() as stack:
-        start = _BreakableStart(status.update)
+        at = f"[{host}]" if ":" in host else host
+        url = f"http://{at}:{port}{route_prefix.rstrip('/')}"
+        start = _BreakableStart(status.update, is_serving=lambda: _is_ready(url))
         stop = start.asked_to_stop
         stack.enter_context(running(packed.manifest, settings, ray_address=ray_address, on_phase=start.begin_phase))
         start.is_over = True
-        at = f"[{host}]" if ":" in host else host
-        url = f"http://{at}:{port}{route_prefix.rstrip('/')}"
         status.update("connecting engine and workers")
         _wait_until_ready(url, stop)
         status.stop()
@@ -273,13 +273,14 @@ def _device(name: str) -> str:
 class _BreakableStart:
     """Lets a signal break off the start, and afterwards only sets `asked_to_stop`.
 
-    Not in the middle of starting Ray: processes of it would be left behind. It is waited for, some seconds.
+    Not in the middle of starting Ray: processes of it would be left behind. It is waited for, some seconds. Nor when
+    the model is served already and Serve is only about to say so: that is a stop like any other.
     """
 
-    def __init__(self, show: Callable[[str], None]) -> None:
+    def __init__(self, show: Callable[[str], None], *, is_serving: Callable[[], bool]) -> None:
         self.asked_to_stop = threading.Event()
         self.is_over = False
-        self._show = show
+        self._show, self._is_serving = show, is_serving
         self._can_break = False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
@@ -293,19 +294,21 @@ class _BreakableStart:
     def _on_signal(self, *_: object) -> None:
         is_first = not self.asked_to_stop.is_set()
         self.asked_to_stop.set()
-        if self._can_break and not self.is_over and is_first:
+        if self._can_break and not self.is_over and is_first and not self._is_serving():
             raise KeyboardInterrupt
 
 
 def _wait_until_ready(url: str, stop: threading.Event) -> None:
     """Return once GET /ready says 200, or when asked to stop."""
-    while not stop.is_set():
-        try:
-            if httpx.get(f"{url}/ready", timeout=5.0).status_code == 200:
-                return
-        except httpx.HTTPError:
-            pass  # not listening yet
+    while not stop.is_set() and not _is_ready(url):
         stop.wait(0.1)
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/ready", timeout=5.0).status_code == 200
+    except httpx.HTTPError:
+        return False  # not listening yet
 
 
 if __name__ == "__main__":

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+from moeless import cli
 from tests.families import make_checkpoint
 
 
@@ -87,3 +90,17 @@ def test_a_key_with_a_space_is_refused_without_showing_it(checkpoint: Path) -> N
 
 def test_experts_of_a_server_that_is_not_there_is_one_line() -> None:
     assert_one_line(moeless("experts", "--url", "http://127.0.0.1:9"), 1, "http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize(("is_serving", "breaks"), [(False, True), (True, False)])
+def test_an_interrupt_breaks_off_a_start_but_not_a_server_that_answers(is_serving: bool, breaks: bool) -> None:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        start = cli._BreakableStart(lambda phase: None, is_serving=lambda: is_serving)
+        start.begin_phase("starting engine, workers and gateway")
+        with pytest.raises(KeyboardInterrupt) if breaks else nullcontext():
+            signal.raise_signal(signal.SIGINT)
+        assert start.asked_to_stop.is_set()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
