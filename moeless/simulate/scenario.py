@@ -68,6 +68,8 @@ class Policy:
     when its tokens are there."""
     prefetch_recall: float = 1.0
     """Share of such functions that are predicted."""
+    is_prefetch_in_time: bool = False
+    """Every such function is there when its tokens are, however long it takes to load: with perfect foresight."""
     is_bound: bool = False
     """The physical limit: whatever the plan, work is spread evenly, like sand, and the faster topology used."""
 

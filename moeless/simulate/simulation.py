@@ -259,9 +259,10 @@ class _Simulation:
         ahead = self._policy.prefetch_layers
         recall = self._policy.prefetch_recall if ahead else 0.0
         begins = [began_s[max(0, layer - ahead) if self._rng.random() < recall else layer] for _ in workers]
-        return max(
+        ready_s = max(
             self._residency.load_cold(worker, begin_s) for begin_s, worker in sorted(zip(begins, workers, strict=True))
         )
+        return self._now_s if self._policy.is_prefetch_in_time else ready_s
 
     def _end_step(self, engine: _Engine, step: Step) -> None:
         now_s = self._now_s
