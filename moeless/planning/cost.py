@@ -14,17 +14,21 @@ from __future__ import annotations
 import csv
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import gammaln, xlogy
 
 from moeless.core.cluster import Cluster, ModelShape
 from moeless.core.errors import ConfigError
 
 FloatArray = NDArray[np.floating[Any]]
+
+_MOST_POISSON = 512.0
+"""Mean tokens up to which a Poisson distribution is averaged over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +105,32 @@ class ExpertTime:
     def last_slope(self) -> float:
         """Seconds per token above the last knot."""
         return (self.seconds_K[-1] - self.seconds_K[-2]) / (self.tokens_K[-1] - self.tokens_K[-2])
+
+    def averaged(self) -> MeanExpertTime:
+        """Seconds of a call of so many tokens on average: of one that gets a tenth of a token mostly none."""
+        means = np.concatenate(([0.0], 2.0 ** np.arange(-8, np.log2(_MOST_POISSON) + 0.125, 0.125)))
+        tokens, means_K1 = np.arange(int(2 * _MOST_POISSON)), means[:, np.newaxis]
+        chances = np.exp(xlogy(tokens, means_K1) - means_K1 - gammaln(tokens + 1))
+        seconds = chances @ self(tokens)
+        return MeanExpertTime(self, tuple(means.tolist()), tuple(seconds.tolist()))
+
+
+@dataclass(frozen=True, slots=True)
+class MeanExpertTime:
+    """The mean of an ExpertTime over steps, of tokens that come independently of each other: as forecasts are means.
+
+    Between knots of mean tokens, above which the mean's own time is close enough.
+    """
+
+    expert_time: ExpertTime
+    means_K: tuple[float, ...]
+    seconds_K: tuple[float, ...]
+
+    def __call__(self, mean_tokens: ArrayLike) -> FloatArray:
+        """Seconds, of the shape of `mean_tokens` (>= 0)."""
+        given = np.asarray(mean_tokens, dtype=np.float64)
+        averaged: FloatArray = np.interp(given, self.means_K, self.seconds_K)
+        return np.where(given > self.means_K[-1], self.expert_time(given), averaged)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -255,163 +285,3 @@ def all_to_all_seconds(
         exchange.all_to_all_s + (np.maximum(tokens_LW, sent_L1) * per_token_W).max(axis=1)
     )
     return seconds_L
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Device:
-    """What a device reaches of its data sheet's bandwidth and half-precision rate."""
-
-    name: str
-    bytes_per_s: float
-    flops_per_s: float
-
-
-# 768 GB/s and 155 dense BF16 TFLOPS on the data sheet; 80 and 60 % of them.
-_A6000 = _Device(name="A6000", bytes_per_s=614e9, flops_per_s=93e12)
-_LAUNCH_S = 30e-6
-"""Of a backbone layer's kernels."""
-
-
-def _roofline_profile(
-    name: str,
-    device: _Device,
-    *,
-    experts: tuple[int, int, int],
-    hidden_size: int,
-    expert_parameters: float,
-    backbone_parameters: float,
-    kv_bytes: float,
-    attention_flops: float,
-) -> CostProfile:
-    """Of a model in BF16.
-
-    Args:
-        experts: MoE layers, experts of each, top-k.
-        expert_parameters, backbone_parameters: of one expert, and of one layer's other weights.
-        kv_bytes, attention_flops: of one layer, for each token and token of its context.
-    """
-    num_layers, num_experts, top_k = experts
-    expert_bytes = 2 * expert_parameters
-    return CostProfile(
-        name=name,
-        model=ModelShape(
-            num_layers=num_layers,
-            num_experts=num_experts,
-            top_k=top_k,
-            expert_bytes=int(expert_bytes),
-            hidden_bytes=2 * hidden_size,
-        ),
-        source=f"roofline of the model's sizes on {device.name}: {device.bytes_per_s / 1e9:g} GB/s, "
-        f"{device.flops_per_s / 1e12:g} TFLOPS reached; start-up 10 to 40 s as observed of processes, CUDA contexts "
-        "and frameworks",
-        expert_time=ExpertTime.from_roofline(
-            expert_bytes=expert_bytes,
-            flops_per_token=2 * expert_parameters,
-            bytes_per_s=device.bytes_per_s,
-            flops_per_s=device.flops_per_s,
-            call_s=5e-6,
-        ),
-        backbone=BackboneTime(
-            step_s=num_layers * (_LAUNCH_S + 2 * backbone_parameters / device.bytes_per_s),
-            token_s=num_layers * 2 * backbone_parameters / device.flops_per_s,
-            decode_context_s=num_layers * kv_bytes / device.bytes_per_s,
-            prefill_context_s=num_layers * attention_flops / device.flops_per_s,
-        ),
-        exchange=ExchangeTime(hub_s=10e-6, message_s=2e-6, all_to_all_s=10e-6),
-        load_s=0.3e-3,
-    )
-
-
-def _h800_deepseek_v3() -> CostProfile:
-    layers, flops_per_s, bytes_per_s = 58, 600e12, 2.7e12
-    parameters = 231e6  # of attention (MLA) and the shared expert, one byte each
-    return CostProfile(
-        name="h800-deepseek-v3",
-        model=ModelShape(num_layers=layers, num_experts=256, top_k=8, expert_bytes=3 * 7168 * 2048, hidden_bytes=7168),
-        source="DeepGEMM's FP8 figures for the two products of an expert, exchange latencies as the part of DeepEP's "
-        "low-latency figures that its bandwidth does not explain; backbone by roofline at 2.7 TB/s and 600 TFLOPS",
-        expert_time=ExpertTime.from_knots([(64, 19.5e-6), (256, 25.4e-6), (1024, 81.3e-6), (4096, 297e-6)]),
-        backbone=BackboneTime(
-            step_s=layers * (_LAUNCH_S + parameters / bytes_per_s),
-            token_s=layers * 2 * parameters / flops_per_s,
-            decode_context_s=layers * 1152 / bytes_per_s,
-            prefill_context_s=layers * 81920 / flops_per_s,
-        ),
-        exchange=ExchangeTime(hub_s=10e-6, message_s=1e-6, all_to_all_s=15e-6, combine_ratio=2.0),
-        load_s=0.3e-3,
-    )
-
-
-def _cpu_moeless_mini() -> CostProfile:
-    return CostProfile(
-        name="cpu-moeless-mini",
-        model=ModelShape(num_layers=6, num_experts=16, top_k=2, expert_bytes=4 * 3 * 160 * 96, hidden_bytes=4 * 160),
-        source="measured on one core of a cloud server in float32: an expert by its torch operations, the exchange "
-        "over shared memory (benchmarks/exchange.py), the backbone by its forward pass without scheduling",
-        expert_time=ExpertTime.from_knots(
-            [(1, 11.5e-6), (4, 13.5e-6), (16, 24e-6), (64, 53e-6), (256, 170e-6), (1024, 676e-6)]
-        ),
-        backbone=BackboneTime(step_s=1.9e-3, token_s=28e-6, decode_context_s=0.0, prefill_context_s=50e-9),
-        exchange=ExchangeTime(hub_s=60e-6, message_s=12e-6, all_to_all_s=60e-6),
-        load_s=0.3e-3,
-        worker_start_s=(2.7, 3.0),
-    )
-
-
-def builtin_profiles() -> Mapping[str, CostProfile]:
-    """Profiles by name, each for one model on one device."""
-    profiles = (
-        _h800_deepseek_v3(),
-        _cpu_moeless_mini(),
-        _roofline_profile(
-            "a6000-mixtral-8x7b",
-            _A6000,
-            experts=(32, 8, 2),
-            hidden_size=4096,
-            expert_parameters=176.2e6,
-            backbone_parameters=41.9e6,
-            kv_bytes=4096,
-            attention_flops=16384,
-        ),
-        _roofline_profile(
-            "a6000-phi-3.5-moe",
-            _A6000,
-            experts=(32, 16, 2),
-            hidden_size=4096,
-            expert_parameters=78.6e6,
-            backbone_parameters=41.9e6,
-            kv_bytes=4096,
-            attention_flops=16384,
-        ),
-        _roofline_profile(
-            "a6000-llama-4-scout",
-            _A6000,
-            experts=(48, 16, 1),
-            hidden_size=5120,
-            expert_parameters=125.8e6,
-            backbone_parameters=188.7e6,
-            kv_bytes=4096,
-            attention_flops=20480,
-        ),
-        _roofline_profile(
-            "a6000-gpt-oss-20b",
-            _A6000,
-            experts=(24, 32, 4),
-            hidden_size=2880,
-            expert_parameters=24.9e6,
-            backbone_parameters=26.5e6,
-            kv_bytes=2048,
-            attention_flops=8192,
-        ),
-        _roofline_profile(
-            "a6000-deepseek-v2-lite",
-            _A6000,
-            experts=(26, 64, 6),
-            hidden_size=2048,
-            expert_parameters=8.65e6,
-            backbone_parameters=31.1e6,
-            kv_bytes=1152,
-            attention_flops=10240,
-        ),
-    )
-    return {profile.name: profile for profile in profiles}

@@ -203,7 +203,7 @@ def _system(scenario: Scenario, interval_s: float) -> PlannedSystem:
     return PlannedSystem(
         model=profile.model,
         cluster=scenario.cluster,
-        seconds=profile.expert_time,
+        seconds=profile.expert_time.averaged(),
         horizon_steps=max(1.0, interval_s * scenario.num_engines / _step_s(scenario)),
         load_s=profile.load_s,
     )

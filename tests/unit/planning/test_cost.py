@@ -16,9 +16,9 @@ from moeless.planning.cost import (
     ExchangeTime,
     ExpertTime,
     all_to_all_seconds,
-    builtin_profiles,
     hub_seconds,
 )
+from moeless.planning.profiles import builtin_profiles
 
 KNOTS = ExpertTime.from_knots([(256, 25e-6), (64, 20e-6), (1024, 81e-6)])
 EXCHANGE = ExchangeTime(hub_s=10e-6, message_s=2e-6, all_to_all_s=15e-6)
@@ -148,21 +148,6 @@ def test_more_tokens_or_a_busier_link_never_speed_an_exchange(
         assert seconds(fewer_LW, cluster, EXCHANGE, token_bytes=1e4, free_link_W=np.full(4, free))[0] >= least[0]
 
 
-def test_every_built_in_profile_says_where_its_figures_come_from() -> None:
-    profiles = builtin_profiles()
-    assert "h800-deepseek-v3" in profiles
-    assert all(profile.name == name and len(profile.source) > 40 for name, profile in profiles.items())
-
-
-def test_a_mixtral_expert_reads_its_weights_for_half_a_millisecond() -> None:
-    assert float(builtin_profiles()["a6000-mixtral-8x7b"].expert_time(1.0)) == pytest.approx(0.58e-3, rel=0.02)
-
-
-def test_a_load_takes_its_bytes_over_the_link_and_its_start() -> None:
-    profile = builtin_profiles()["a6000-mixtral-8x7b"]
-    assert profile.load_time(352e6, 24.8e9) == pytest.approx(14.2e-3 + profile.load_s, rel=0.01)
-
-
 def test_a_start_up_that_ends_before_it_begins_is_refused() -> None:
     any_profile = builtin_profiles()["a6000-mixtral-8x7b"]
     with pytest.raises(ConfigError, match=r"worker_start_s must be .* got \(5, 1\)"):
@@ -175,3 +160,16 @@ def test_a_start_up_that_ends_before_it_begins_is_refused() -> None:
             exchange=EXCHANGE,
             worker_start_s=(5, 1),
         )
+
+
+@pytest.mark.parametrize("mean_tokens", [0.05, 0.7, 3.1, 24, 100, 300, 600])
+@pytest.mark.parametrize("expert_time", [KNOTS, ExpertTime.from_knots([(1, 1e-6), (40, 1e-6), (41, 3e-5)])])
+def test_the_mean_time_of_random_tokens_is_that_of_many_draws(expert_time: ExpertTime, mean_tokens: float) -> None:
+    times = expert_time(np.random.default_rng(0).poisson(mean_tokens, 100_000))
+    assert float(expert_time.averaged()(mean_tokens)) == pytest.approx(times.mean(), rel=0.02)
+
+
+def test_an_instance_without_tokens_takes_no_time_on_average_either() -> None:
+    mean_time = KNOTS.averaged()
+    assert mean_time([0.0, 1e5]).tolist() == pytest.approx([0.0, float(KNOTS(1e5))])
+    assert float(mean_time(0.01)) == pytest.approx(0.01 * 20e-6, rel=0.02)
