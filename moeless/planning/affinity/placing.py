@@ -16,6 +16,7 @@ Shapes: L layers, E experts, W workers, N instances.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -24,7 +25,7 @@ from moeless.core.cluster import Cluster, ModelShape
 from moeless.core.errors import ConfigError
 from moeless.core.plan import FloatArray, IntArray, Plan
 from moeless.planning.affinity.metrics import checked_shares, hops, touched
-from moeless.planning.affinity.search import HopsCost, LayerSearch, Step, WorkersCost, bounds_of
+from moeless.planning.affinity.search import HopsCost, LayerBounds, LayerSearch, Step, WorkersCost, bounds_of
 from moeless.planning.affinity.statistics import AffinityStatistics
 
 Objective = Literal["workers", "hops"]
@@ -104,7 +105,36 @@ def place_by_affinity(
         for _ in range(config.num_kicks):
             for layer in range(start.num_layers):
                 search = search.kicked(layer, rng)
-    worker_N = search.worker_N()
+    return moved_plan(start, search.worker_N())
+
+
+def layer_spans(plan: Plan) -> list[slice]:
+    """Where each layer's instances are among the plan's."""
+    starts = np.searchsorted(plan.layer_N, np.arange(plan.num_layers + 1)).tolist()
+    return [slice(begin, end) for begin, end in pairwise(starts)]
+
+
+def layer_bounds(start: Plan, load_LE: FloatArray, speed_W: FloatArray, config: AffinityConfig) -> list[LayerBounds]:
+    """What each layer's placement must keep to, as `start` does; beside the workers' memory."""
+    found = []
+    for layer, span in enumerate(layer_spans(start)):
+        worker_n = start.worker_N[span]
+        fullest = int(np.bincount(worker_n, minlength=1).max())
+        found.append(
+            bounds_of(
+                load_LE[layer],
+                worker_n,
+                load_LE[layer, start.expert_N[span]] * start.share_N[span],
+                speed_W,
+                max_imbalance=config.max_imbalance,
+                max_instances_W=np.full(start.num_workers, config.max_instances or fullest),
+            )
+        )
+    return found
+
+
+def moved_plan(start: Plan, worker_N: IntArray) -> Plan:
+    """The start's instances on other workers, with its shares; itself if none moved."""
     if np.array_equal(worker_N, start.worker_N):
         return start
     return Plan.from_instances(
@@ -137,24 +167,16 @@ class _PlanSearch:
         self._spare_W: IntArray = cluster.capacity_W(model) - np.bincount(start.worker_N, minlength=start.num_workers)
         _, shares_LEW = start.dense()
         self._layers: list[LayerSearch] = []
-        for layer in range(start.num_layers):
-            span = slice(*np.searchsorted(start.layer_N, [layer, layer + 1]).tolist())
-            expert_n, worker_n, share_n = start.expert_N[span], start.worker_N[span], start.share_N[span]
-            fullest = int(np.bincount(worker_n, minlength=1).max())
-            bounds = bounds_of(
-                load_LE[layer],
-                worker_n,
-                load_LE[layer, expert_n] * share_n,
-                cluster.speed_W,
-                max_imbalance=config.max_imbalance,
-                max_instances_W=np.full(start.num_workers, config.max_instances or fullest),
-            )
+        bounds = layer_bounds(start, load_LE, cluster.speed_W, config)
+        for layer, span in enumerate(layer_spans(start)):
             cost = (
                 HopsCost(np.zeros(shares_LEW.shape[1:]))
                 if self._is_hops
                 else WorkersCost(statistics.sets[layer], shares_LEW[layer])
             )
-            self._layers.append(LayerSearch(expert_n, worker_n, share_n, bounds, cost))
+            self._layers.append(
+                LayerSearch(start.expert_N[span], start.worker_N[span], start.share_N[span], bounds[layer], cost)
+            )
         self._own = set(range(start.num_layers))
         """Layers that are not shared with the search that this one is a copy of."""
         self._steps: list[Step | None] = [None] * start.num_layers
