@@ -2,10 +2,11 @@
 
 `python -m benchmarks prediction_overhead` times the predictor by itself in the shapes of three models (a batch of 32,
 the processor time of one thread), then a random model of 367 million parameters that decodes with its experts in
-process, with and without forecasts: of each two steps one, drawn at random, is forecast, so that whatever else slows
-the machine slows both. One step in `LiveConfig.measure_every` is also measured, which costs about as much again; both
-kinds of step are timed, and counted by their share. Predictors are fitted to made-up routing for a moment only: what
-they cost depends on their shape. Intervals are of 95 %, from a bootstrap over the pairs of steps.
+process, with and without forecasts, in turns whose order is drawn, so that whatever else slows the machine slows both.
+Two ways: forecasts at every step (turns of one step; one in `LiveConfig.measure_every` is also measured, which costs
+about as much again: both kinds are timed, and counted by their share), and kept to `LiveConfig.max_share` as a server
+does (turns of many steps, of which some have a forecast). Predictors are fitted to made-up routing for a moment only:
+what they cost depends on their shape. Intervals are of 95 %, from a bootstrap over the pairs of turns.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ from moeless_predictors.traces.synthetic import synthetic_trace
 BATCH = 32
 PAST_TOKENS = 64
 """Decoded before the clock starts, so that each sequence has a past."""
+STEPS_A_TURN = 40
+"""Enough for some forecasts within the share of the time, few enough for the machine to stay as it is."""
 NEVER = 10**9
 Value = TypeVar("Value", float, NDArray[np.float64])
 
@@ -75,18 +78,26 @@ class LayerFigure:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Overhead:
+    """Median over pairs of turns, with forecasts / without, less 1."""
+
+    pairs: int
+    overhead: float
+    interval: tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepFigure:
-    """Of one kind and batch; overheads are medians over pairs of forecast / not forecast, less 1."""
+    """Of one kind and batch."""
 
     kind: str
     batch: int
-    pairs: int
     step_ms: float
-    plain: float
-    measured: float
-    overhead: float
-    """Both, by their share."""
-    interval: tuple[float, float]
+    every_step: Overhead
+    kept: Overhead
+    """To its share of the time."""
+    followed: float
+    """Share of the steps that then have a forecast."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -97,12 +108,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32])
     parser.add_argument("--steps", type=int, default=200, help="steps for each shape and kind")
     parser.add_argument("--pairs", type=int, default=300, help="pairs of steps for each kind and batch")
+    parser.add_argument("--turns", type=int, default=40, help="pairs of turns within the share of the time")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="where to keep the random model; a temporary folder by default")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true", help="few steps, and the two smaller shapes")
     arguments = parser.parse_args(argv)
-    num_steps, num_pairs = (40, 40) if arguments.quick else (arguments.steps, arguments.pairs)
+    num_steps, num_pairs, num_turns = arguments.steps, arguments.pairs, arguments.turns
+    if arguments.quick:
+        num_steps, num_pairs, num_turns = 40, 40, 4
     wanted: list[str] = arguments.shapes or [shape.name for shape in (SHAPES[:2] if arguments.quick else SHAPES)]
     torch.set_num_threads(1)
     shapes = [shape for shape in SHAPES if shape.name in wanted]
@@ -115,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
             for kind in arguments.kinds:
                 predictors = quickly_fitted(SERVED, kind)
                 step_figures += [
-                    measure(served, predictors, kind, batch, num_pairs, threads=arguments.threads)
+                    measure(served, predictors, kind, batch, num_pairs, num_turns, threads=arguments.threads)
                     for batch in arguments.batches
                 ]
         show_steps(step_figures)
@@ -148,9 +162,9 @@ def quickly_fitted(shape: Shape, kind: str) -> PredictorSet:
     return fit_predictors(trace, config)
 
 
-def live_predictor(predictors: PredictorSet, *, measure_every: int) -> LivePredictor:
+def live_predictor(predictors: PredictorSet, *, measure_every: int, max_share: float = 1.0) -> LivePredictor:
     """One that is never switched off, however badly it does."""
-    return LivePredictor(predictors, LiveConfig(measure_every=measure_every, window=NEVER))
+    return LivePredictor(predictors, LiveConfig(max_share=max_share, measure_every=measure_every, window=NEVER))
 
 
 def time_layers(shape: Shape, kind: str, num_steps: int) -> LayerFigure:
@@ -228,39 +242,63 @@ class _WithoutGaps(PredictionObserver):
         super().begin_step(moved)
 
 
-def measure(model: Any, predictors: PredictorSet, kind: str, batch: int, num_pairs: int, *, threads: int) -> StepFigure:
-    """Decode until there are enough pairs of steps, plain and measured."""
-    pairs_P2s = []
-    for measure_every in (NEVER, 1):
-        live = live_predictor(predictors, measure_every=measure_every)
-        steps = Steps(model, partial(_Switch, live=live), threads=threads)
-        prompts = random_prompts(batch, PROMPT_LENGTH, steps.vocab_size)
-        try:
-            steps.run(prompts)  # pages and caches are warm then
-            steps.pairs.clear()
-            while len(steps.pairs) < num_pairs:
-                steps.run(prompts)
-        finally:
-            steps.close()
-        pairs_P2s.append(np.array(steps.pairs[:num_pairs]))
-    plain_P, measured_P = (pairs_P2[:, 1] / pairs_P2[:, 0] - 1 for pairs_P2 in pairs_P2s)
+def measure(
+    model: Any, predictors: PredictorSet, kind: str, batch: int, num_pairs: int, num_turns: int, *, threads: int
+) -> StepFigure:
+    """Decode until there are enough pairs of steps, plain and measured, and of turns within the share."""
+    plain_P2, measured_P2 = (
+        _pairs(model, live_predictor(predictors, measure_every=every), batch, num_pairs, threads=threads)
+        for every in (NEVER, 1)
+    )
+    config = LiveConfig()
+    live = live_predictor(predictors, measure_every=config.measure_every, max_share=config.max_share)
+    kept_P2 = _pairs(model, live, batch, num_turns, threads=threads, steps_a_turn=STEPS_A_TURN)
     random = np.random.default_rng(0)
-    draws = [
-        np.median(values_P[random.integers(0, num_pairs, (NUM_RESAMPLES, num_pairs))], axis=1)
-        for values_P in (plain_P, measured_P)
+    medians_M3 = [
+        [
+            _ratio(pairs_P2[random.integers(0, len(pairs_P2), len(pairs_P2))])
+            for pairs_P2 in (plain_P2, measured_P2, kept_P2)
+        ]
+        for _ in range(NUM_RESAMPLES)
     ]
-    low, high = np.quantile(_by_share(*draws), [0.025, 0.975])
-    plain, measured = float(np.median(plain_P)), float(np.median(measured_P))
+    plain_M, measured_M, kept_M = np.array(medians_M3).T
     return StepFigure(
         kind=kind,
         batch=batch,
-        pairs=num_pairs,
-        step_ms=float(np.median(np.concatenate(pairs_P2s)[:, 0])) * 1e3,
-        plain=plain,
-        measured=measured,
-        overhead=_by_share(plain, measured),
-        interval=(float(low), float(high)),
+        step_ms=float(np.median(np.concatenate((plain_P2, measured_P2))[:, 0])) * 1e3,
+        every_step=Overhead(
+            pairs=num_pairs,
+            overhead=_by_share(_ratio(plain_P2), _ratio(measured_P2)),
+            interval=_interval(_by_share(plain_M, measured_M)),
+        ),
+        kept=Overhead(pairs=num_turns, overhead=_ratio(kept_P2), interval=_interval(kept_M)),
+        followed=live.accuracy()[0].num_forecasts / live.num_steps,
     )
+
+
+def _pairs(
+    model: Any, live: LivePredictor, batch: int, num_pairs: int, *, threads: int, steps_a_turn: int = 1
+) -> NDArray[np.float64]:
+    """Seconds a step without and with forecasts, shape (pairs, 2)."""
+    steps = Steps(model, partial(_Switch, live=live), threads=threads, steps_a_turn=steps_a_turn)
+    prompts = random_prompts(batch, PROMPT_LENGTH, steps.vocab_size)
+    try:
+        steps.run(prompts)  # pages and caches are warm then
+        steps.pairs.clear()
+        while len(steps.pairs) < num_pairs:
+            steps.run(prompts)
+    finally:
+        steps.close()
+    return np.array(steps.pairs[:num_pairs])
+
+
+def _ratio(pairs_P2: NDArray[np.float64]) -> float:
+    return float(np.median(pairs_P2[:, 1] / pairs_P2[:, 0])) - 1
+
+
+def _interval(medians_M: NDArray[np.float64]) -> tuple[float, float]:
+    low, high = np.quantile(medians_M, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def _by_share(plain: Value, measured: Value) -> Value:
@@ -280,17 +318,18 @@ def show_layers(figures: list[LayerFigure]) -> None:
 
 def show_steps(figures: list[StepFigure]) -> None:
     """A row for each kind and batch."""
-    columns = ("kind", "batch", "step", "plain", "measured step", "overhead", "95 % interval")
+    columns = ("kind", "batch", "step", "every step", "95 %", "kept to its share", "95 %", "steps with a forecast")
     table = Table(*columns, title=f"forecasts in a decode step of the {SERVED.name} model")
     for figure in figures:
+        cells: list[str] = []
+        for found in (figure.every_step, figure.kept):
+            cells += (f"{found.overhead:+.1%}", f"{found.interval[0]:+.1%} to {found.interval[1]:+.1%}")
         table.add_row(
             figure.kind,
             str(figure.batch),
             f"{figure.step_ms:.2f} ms",
-            f"{figure.plain:+.1%}",
-            f"{figure.measured:+.1%}",
-            f"{figure.overhead:+.1%}",
-            f"{figure.interval[0]:+.1%} to {figure.interval[1]:+.1%}",
+            *cells,
+            f"{figure.followed:.0%}",
         )
     Console().print(table)
 

@@ -93,6 +93,9 @@ def serve(
         Path | None, typer.Option(help="Forecast each layer's load with the predictors of `moeless predict fit`.")
     ] = None,
     predict_distance: Annotated[int, typer.Option(help="How many MoE layers ahead to forecast.")] = 1,
+    predict_overhead: Annotated[
+        float, typer.Option(help="Most of the steps' time that forecasting may take; 1 forecasts every step.")
+    ] = 0.02,
     allow_tracing: Annotated[
         bool | None, typer.Option(help="Let clients record what the engine routes; default: on a loopback host.")
     ] = None,
@@ -130,6 +133,7 @@ def serve(
         cors_allow_origins=tuple(cors_allow_origin or ()),
         predictors_path=None if predictors is None else str(predictors.resolve()),
         predict_distance=predict_distance,
+        predict_overhead=predict_overhead,
         allow_tracing=allow_tracing,
         app_name=app_name,
         route_prefix=route_prefix,

@@ -126,7 +126,7 @@ class EngineDeployment:
         self._dispatcher.set_observer(self._engine.observers)
         self._prediction: PredictionObserver | None = None
         if settings.predictors_path is not None:
-            live_config = LiveConfig(distance=settings.predict_distance)
+            live_config = LiveConfig(distance=settings.predict_distance, max_share=settings.predict_overhead)
             live = load_live_predictor(settings.predictors_path, live_config, packed.manifest)
             keep_to_one_blas_thread()
             self._prediction = PredictionObserver(live)

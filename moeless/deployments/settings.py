@@ -52,6 +52,8 @@ class ServeSettings:
     """A file of `moeless predict fit` for this model; the engine's node must see it. None: nothing is predicted."""
     predict_distance: int = 1
     """How many MoE layers ahead."""
+    predict_overhead: float = 0.02
+    """Most of the steps' time that forecasting may take."""
     allow_tracing: bool | None = None
     """Whether clients may record what the engine routes, for all its requests. None: where only this machine can call,
     that is, where `host` is a loopback address."""
@@ -100,6 +102,8 @@ class ServeSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
+        if not 0 < self.predict_overhead <= 1:
+            raise ConfigError(f"predict_overhead must be above 0 and at most 1, got {self.predict_overhead}")
         for name in ("call_timeout_s", "keep_alive_s", "function_idle_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be above 0 seconds, got {getattr(self, name)}")

@@ -22,6 +22,9 @@ from moeless_predictors.metrics import recall_at_k
 FloatArray = NDArray[np.floating[Any]]
 IntArray = NDArray[np.integer[Any]]
 
+# Scores that sum to less are scaled up before they are divided by.
+_LEAST_SUM = 1e-20
+
 
 class LoadPredictor(BaseEstimator):  # type: ignore[misc]  # scikit-learn ships no types
     """Base of the predictors whose input is an array.
@@ -158,17 +161,21 @@ def capped_to_sum(scores_nE: FloatArray, total: int) -> FloatArray:
 
     A row of zeros is spread evenly. `total` must be at most the number of columns.
     """
-    highest_n1 = scores_nE.max(axis=1, keepdims=True)
-    # Zeros become a trillionth of the highest, so that they can grow and nothing overflows when they do.
-    relative_nE = np.maximum(scores_nE / np.where(highest_n1 > 0, highest_n1, 1), 1e-12)
-    scaled_nE = relative_nE * (total / relative_nE.sum(axis=1, keepdims=True))
+    # Reductions of ufuncs, in place: in a decoding step each call counts. Zeros become a trillionth of the highest, so
+    # that they can grow and nothing overflows when they do.
+    highest_n1 = np.maximum.reduce(scores_nE, axis=1, keepdims=True)
+    scaled_nE: FloatArray = np.maximum(scores_nE, highest_n1 * 1e-12)
+    sum_n1 = np.add.reduce(scaled_nE, axis=1, keepdims=True)
+    if not (sum_n1 > _LEAST_SUM).all():
+        scaled_nE = np.maximum(scores_nE / np.where(highest_n1 > 0, highest_n1, 1), 1e-12)
+        sum_n1 = np.add.reduce(scaled_nE, axis=1, keepdims=True)
+    scaled_nE *= total / sum_n1
     for _ in range(scaled_nE.shape[1]):
-        if scaled_nE.max(initial=0) <= 1 + 1e-6:
+        if np.maximum.reduce(scaled_nE, axis=None, initial=0) <= 1 + 1e-6:
             break
-        over_nE = scaled_nE >= 1
-        excess_n1 = np.where(over_nE, scaled_nE - 1, 0).sum(axis=1, keepdims=True)
-        free_n1 = np.where(over_nE, 0, scaled_nE).sum(axis=1, keepdims=True)
-        grown_nE = scaled_nE * (1 + excess_n1 / np.maximum(free_n1, 1e-30))
-        scaled_nE = np.where(over_nE, 1, grown_nE)
-    capped_nE: FloatArray = np.minimum(scaled_nE, 1)
-    return capped_nE
+        is_full_nE = scaled_nE >= 1
+        room_n1 = total - np.add.reduce(is_full_nE, axis=1, keepdims=True)
+        scaled_nE[is_full_nE] = 0
+        scaled_nE *= room_n1 / np.maximum(np.add.reduce(scaled_nE, axis=1, keepdims=True), 1e-30)
+        scaled_nE[is_full_nE] = 1
+    return np.minimum(scaled_nE, 1, out=scaled_nE)

@@ -50,7 +50,7 @@ class HistoryPredictor(LoadPredictor):
         self,
         *,
         hidden_units: int | None = None,
-        epochs: int = 10,
+        epochs: int = 16,
         min_steps: int = 1500,
         learning_rate: float = 1e-3,
         alpha: float = 1e-4,

@@ -4,6 +4,9 @@ Called by the engine's observer, layer by layer. A forecast costs no more than t
 also held against what came: the running accuracy, the bound's online calibration, and whether the predictor still
 beats popularity. One that does not is switched off for its layer, and popularity's forecast takes its place.
 
+All of it may take a share of the steps' time and no more: once a step was followed, the next is when that time is
+earned back. Of the steps between only the routing is kept, so that a forecast is the same as if all were followed.
+
 Shapes: n tokens of a step, E experts, k experts per token, H hidden size.
 """
 
@@ -35,9 +38,11 @@ class LiveConfig:
 
     distance: int = 1
     """How many MoE layers ahead."""
+    max_share: float = 0.02
+    """Of the time between a step's begin and its end, what forecasting may take on average; 1 follows every step."""
     measure_every: int = 8
-    """Steps of which one is measured: recall, error and coverage noted, bound and popularity brought up to date.
-    Measuring costs about as much as predicting."""
+    """Steps, of those that are followed, of which one is measured: recall, error and coverage noted, bound and
+    popularity brought up to date. Measuring costs about as much as predicting."""
     window: int = 64
     """Measured steps over which a predictor must do no worse than popularity."""
     retry_after: int = 16
@@ -50,6 +55,8 @@ class LiveConfig:
         for name in ("distance", "measure_every", "window", "retry_after"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.max_share <= 1:
+            raise ValueError(f"max_share must be above 0 and at most 1, got {self.max_share}")
         if not self.popularity_half_life_tokens > 0:
             raise ValueError(f"popularity_half_life_tokens must be > 0, got {self.popularity_half_life_tokens}")
 
@@ -94,10 +101,18 @@ class LayerAccuracy:
 class LivePredictor:
     """Forecasts of one engine. Belongs to the thread that computes; `latest` and `accuracy` may be called from any.
 
+    Args:
+        clock: seconds, for the share of the steps' time.
     Raises ValueError if the set has no predictor for `config.distance`.
     """
 
-    def __init__(self, predictors: PredictorSet, config: LiveConfig | None = None) -> None:
+    def __init__(
+        self,
+        predictors: PredictorSet,
+        config: LiveConfig | None = None,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self._config = config = config or LiveConfig()
         if config.distance not in predictors.distances:
             raise ValueError(
@@ -119,19 +134,25 @@ class LivePredictor:
                 num_experts=predictors.num_experts,
                 top_k=predictors.top_k,
             )
-        self._num_steps = 0
+        self._num_steps = self._num_followed = 0
+        self._is_followed = False
         self._is_measured = False
         self._is_prefill = False
+        self._clock = clock
+        self._began_s = self._spent_s = self._owed_s = 0.0
 
     def begin_step(self, rows: Sequence[StepRows]) -> None:
         """The rows of the next forward pass, in order."""
-        self._is_measured = self._num_steps % self._config.measure_every == 0
+        self._began_s = self._clock()
+        self._is_followed = self._owed_s <= 0
+        self._is_measured = self._is_followed and self._num_followed % self._config.measure_every == 0
         self._is_prefill = any(item.num_rows > 1 for item in rows)
-        self._num_steps += 1
+        self._num_followed += self._is_followed
         for forecaster in self._layers.values():
             forecaster.pending = None
         if self._features is not None:
-            self._features.begin_step(rows)
+            self._features.begin_step(rows, is_followed=self._is_followed)
+        self._spent_s += self._clock() - self._began_s
 
     def observe(
         self, layer: int, experts_nk: IntArray, weights_nk: FloatArray, hidden: Callable[[], Any]
@@ -140,34 +161,48 @@ class LivePredictor:
 
         Args:
             hidden: gives the hidden states at its experts' input, shape (n, H), as torch has them; asked for a gate.
-        Returns: the forecast for layer + distance, or None if nothing predicts that.
+        Returns: the forecast for layer + distance, or None if nothing predicts that or the step is not followed.
         """
-        started_s = time.perf_counter()
+        started_s = self._clock()
         if self._is_measured:
             below = self._layers.get(layer - self._config.distance)
             if below is not None:
                 below.settle(experts_nk, is_prefill=self._is_prefill)
         if self._features is not None:
             self._features.observe(layer, experts_nk, weights_nk)
-        forecaster = self._layers.get(layer)
-        if forecaster is None:
-            return None
-        probabilities_nE = self._probabilities(forecaster, experts_nk, weights_nk, hidden)
-        forecast = forecaster.forecast(
-            probabilities_nE, len(experts_nk), is_measured=self._is_measured, is_prefill=self._is_prefill
-        )
-        forecaster.seconds += time.perf_counter() - started_s
+        forecaster, forecast = self._layers.get(layer), None
+        if forecaster is not None and self._is_followed:
+            forecast = forecaster.forecast(
+                self._probabilities(forecaster, experts_nk, weights_nk, hidden),
+                len(experts_nk),
+                is_measured=self._is_measured,
+                is_prefill=self._is_prefill,
+            )
+            forecaster.seconds += self._clock() - started_s
+        self._spent_s += self._clock() - started_s
         return forecast
 
     def end_step(self) -> None:
         """Every layer was observed."""
+        started_s = self._clock()
         if self._features is not None:
             self._features.end_step()
+        ended_s = self._clock()
+        # No more than a step's share is saved up: a long time without forecasts does not pay for many at once.
+        earned_s = self._config.max_share * (ended_s - self._began_s)
+        self._owed_s = max(-earned_s, self._owed_s + self._spent_s + ended_s - started_s - earned_s)
+        self._spent_s = 0.0
+        self._num_steps += 1
 
     def forget(self, sequence_id: str) -> None:
         """The sequence ended."""
         if self._features is not None:
             self._features.forget(sequence_id)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that ended, followed or not."""
+        return self._num_steps
 
     def latest(self, layer: int) -> LoadForecast | None:
         """The newest forecast for `layer` that has its bound."""

@@ -1,10 +1,11 @@
 """The features of `features.py`, kept up step by step while a server decodes.
 
 The past of each sequence is a ring of its last W tokens: their experts, and the same as bit sets, so that what two
-tokens share is a popcount. A step's own choices join the past at its end.
+tokens share is a popcount. A step's own choices join the past at its end. Of a step that is not followed only the
+routing is kept; before the next one that is, such steps join the past together, at a fraction of the cost.
 
-Shapes: n rows of a step (padding left out), q rows among them with a past, L layers, E experts, k experts per token,
-W window, w words of 64 experts, Z slots for sequences.
+Shapes: n rows of a step (padding left out), q rows among them with a past, m tokens of a sequence, L layers, E experts,
+k experts per token, W window, w words of 64 experts, Z slots for sequences.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from moeless_predictors.features import (
     ranked_values,
 )
 
+_MOST_SKIPPED = 64
+"""Steps of which the routing is kept before it joins the past."""
+
 _LEAST_MEAN = 1e-12
 """Below it, that of an expert long unused is zero: else it ends as a subnormal number after some 1,700 tokens, and such
 made the network seven times as slow."""
@@ -42,11 +46,29 @@ class StepRows:
     is_prefill: bool = False
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _SkippedStep:
+    """What is kept of a step that was not followed."""
+
+    rows: list[StepRows]
+    experts_Lnk: IntArray
+    weights_Lnk: FloatArray
+
+    def is_continued_by(self, other: _SkippedStep) -> bool:
+        """Whether `other` has the next token of the same sequences, and each of the two just one."""
+        return len(self.rows) == len(other.rows) and all(
+            one.num_rows == two.num_rows == 1
+            and one.sequence_id == two.sequence_id
+            and one.first_position + 1 == two.first_position
+            for one, two in zip(self.rows, other.rows, strict=True)
+        )
+
+
 class LiveFeatures:
     """Features of the tokens of the step that is under way.
 
-    Call `begin_step`, then for each layer in order `observe` and any number of `features`, then `end_step`. A step
-    that is broken off leaves the past as it was.
+    Call `begin_step`, then for each layer in order `observe` and (in a step that is followed) any number of `features`,
+    then `end_step`. A step that is broken off leaves the past as it was.
 
     Args:
         num_slots: sequences whose past is kept at first; more are made room for as they come.
@@ -71,15 +93,29 @@ class LiveFeatures:
         self._next_position_Z = np.zeros(num_slots, dtype=np.int64)
         self._rows: list[StepRows] = []
         self._slots: list[int] = []
+        self._is_followed = True
+        self._skipped: list[_SkippedStep | str] = []
+        """In their order, and the sequences that ended between them."""
 
     @property
     def num_bytes(self) -> int:
         """Memory of the sequences' past."""
         return sum(value.nbytes for value in vars(self).values() if isinstance(value, np.ndarray))
 
-    def begin_step(self, rows: Sequence[StepRows]) -> None:
-        """The rows of the step in order. A sequence that does not go on where it stopped starts without a past."""
-        self._rows = list(rows)
+    def begin_step(self, rows: Sequence[StepRows], *, is_followed: bool = True) -> None:
+        """The rows of the step in order. A sequence that does not go on where it stopped starts without a past.
+
+        Args:
+            is_followed: whether `features` will be asked for; else only the routing is kept.
+        """
+        self._rows, self._is_followed, self._num_observed = list(rows), is_followed, 0
+        self._num_rows = sum(item.num_rows for item in rows)
+        shape = (self._num_layers, self._num_rows, self._top_k)
+        self._experts_Lnk = np.empty(shape, dtype=self._experts_LZWk.dtype)
+        if not is_followed:
+            self._weights_Lnk = np.empty(shape, dtype=np.float32)
+            return
+        self._catch_up()
         self._slots = [self._slot(item) for item in rows]
         self._num_rows = sum(item.num_rows for item in rows)
         firsts = np.cumsum([0, *(item.num_rows for item in rows)])[:-1].tolist()
@@ -94,9 +130,7 @@ class LiveFeatures:
         self._has_past_everywhere = len(slots_q) == self._num_rows
         num_layers, num_rows, window = self._num_layers, self._num_rows, self._config.window
         words = self._bits_LZWw.shape[3]
-        self._num_observed = 0
         self._row_n1 = np.arange(num_rows)[:, np.newaxis]
-        self._experts_Lnk = np.empty((num_layers, num_rows, self._top_k), dtype=self._experts_LZWk.dtype)
         self._bits_Lnw = np.empty((num_layers, num_rows, words), dtype=np.uint64)
         self._values_nLE = np.zeros((num_rows, num_layers, self._num_experts), dtype=np.float32)
         self._past_bits_qWw = np.empty((len(slots_q), window, words), dtype=np.uint64)
@@ -112,6 +146,9 @@ class LiveFeatures:
         assert layer == self._num_observed, "layers come in order"
         self._num_observed += 1
         self._experts_Lnk[layer] = experts_nk
+        if not self._is_followed:
+            self._weights_Lnk[layer] = weights_nk
+            return
         self._values_nLE[self._row_n1, layer, experts_nk] = choice_values(weights_nk)
         bits_nw = self._bits_Lnw[layer] = experts_as_bits(experts_nk, self._num_experts)
         if self._config.sees_ranks(layer):
@@ -160,11 +197,13 @@ class LiveFeatures:
         powers_qW = self._overlaps_qW * np.float32(scale)
         powers_qW += self._context_qW
         np.exp(powers_qW, out=powers_qW)  # scores are from 0 to some tens: nothing overflows
-        sums_q1 = powers_qW.sum(axis=1, keepdims=True)
-        place_m = np.flatnonzero(powers_qW >= sums_q1 * np.float32(LEAST_SHARE))
-        row_m, column_m = np.divmod(place_m, powers_qW.shape[1])
-        shares_m = powers_qW.ravel()[place_m] / sums_q1[row_m, 0]
-        experts_mk = self._experts_LZWk[target, self._past_slots_q[row_m], column_m]
+        sums_q = np.add.reduce(powers_qW, axis=1)
+        place_m = np.flatnonzero(powers_qW >= (sums_q * np.float32(LEAST_SHARE))[:, np.newaxis])
+        row_m = place_m // powers_qW.shape[1]
+        shares_m = powers_qW.ravel()[place_m] / sums_q[row_m]
+        # The places of all slots in a row; np.take reads rows of k at once.
+        place_m += (self._past_slots_q - np.arange(len(sums_q)))[row_m] * powers_qW.shape[1]
+        experts_mk = self._experts_LZWk[target].reshape(-1, self._top_k).take(place_m, axis=0)
         flat_mk = experts_mk + (row_m * self._num_experts)[:, np.newaxis]
         size = len(powers_qW) * self._num_experts
         retrieved: NDArray[Any] = np.bincount(flat_mk.ravel(), weights=np.repeat(shares_m, self._top_k), minlength=size)
@@ -178,22 +217,79 @@ class LiveFeatures:
     def end_step(self) -> None:
         """Every layer was observed: the step's tokens join their sequences' past."""
         assert self._num_observed == self._num_layers, "every layer must have been observed"
+        if not self._is_followed:
+            self._skipped.append(_SkippedStep(self._rows, self._experts_Lnk, self._weights_Lnk))
+            if len(self._skipped) >= _MOST_SKIPPED:
+                self._catch_up()
+            return
         rows_q, slots_q = self._past_rows_q, self._past_slots_q
         if len(slots_q):
             self._append(slots_q, rows_q, self._with_past(self._values_nLE))
         followed = set(rows_q.tolist())
         for item, slot, first in zip(self._rows, self._slots, self._firsts, strict=True):
-            rows = slice(first, first + item.num_rows)
             if first not in followed:
-                self._append_span(slot, self._experts_Lnk[:, rows], self._bits_Lnw[:, rows], self._values_nLE[rows])
+                rows = slice(first, first + item.num_rows)
+                experts_mLqk = self._experts_Lnk[:, rows, np.newaxis].swapaxes(0, 1)
+                self._append_tokens(np.array([slot]), experts_mLqk, self._values_nLE[rows.stop - 1 : rows.stop])
             self._next_position_Z[slot] = item.first_position + item.num_rows
         self._rows, self._slots = [], []
 
     def forget(self, sequence_id: str) -> None:
         """The sequence ended; its place is another's. Unknown ones are ignored."""
+        if self._skipped:
+            self._skipped.append(sequence_id)
+        else:
+            self._forget(sequence_id)
+
+    def _forget(self, sequence_id: str) -> None:
         slot = self._slot_of.pop(sequence_id, None)
         if slot is not None:
             self._free.append(slot)
+
+    def _catch_up(self) -> None:
+        """Let the skipped steps join the past, those of the same sequences together."""
+        skipped, self._skipped = self._skipped, []
+        group: list[_SkippedStep] = []
+        for event in skipped:
+            if group and (isinstance(event, str) or not group[-1].is_continued_by(event)):
+                self._append_skipped(group)
+                group = []
+            if isinstance(event, str):
+                self._forget(event)
+            else:
+                group.append(event)
+        if group:
+            self._append_skipped(group)
+
+    def _append_skipped(self, steps: list[_SkippedStep]) -> None:
+        """One step; or several, of the same sequences with one token each."""
+        slots = [self._slot(item) for item in steps[0].rows]
+        first, single_rows, single_slots = 0, [], []
+        experts_Lnk, weights_Lnk = steps[-1].experts_Lnk, steps[-1].weights_Lnk
+        for item, slot in zip(steps[-1].rows, slots, strict=True):
+            rows = slice(first, first + item.num_rows)
+            if item.num_rows == 1:
+                single_rows.append(first)
+                single_slots.append(slot)
+            else:
+                last = slice(rows.stop - 1, rows.stop)
+                values_qLE = self._dense(experts_Lnk[:, last], weights_Lnk[:, last])
+                self._append_tokens(np.array([slot]), experts_Lnk[:, rows, np.newaxis].swapaxes(0, 1), values_qLE)
+            self._next_position_Z[slot] = item.first_position + item.num_rows
+            first = rows.stop
+        if single_rows:
+            experts_mLqk = np.stack([step.experts_Lnk[:, single_rows] for step in steps])
+            values_qLE = self._dense(experts_Lnk[:, single_rows], weights_Lnk[:, single_rows])
+            self._append_tokens(np.array(single_slots), experts_mLqk, values_qLE)
+
+    def _dense(self, experts_Lqk: IntArray, weights_Lqk: FloatArray) -> FloatArray:
+        """The choices' values, shape (q, L, E)."""
+        num_layers, num_rows, top_k = experts_Lqk.shape
+        values_qLE = np.zeros((num_rows, num_layers, self._num_experts), dtype=np.float32)
+        values_Lqk = choice_values(weights_Lqk.reshape(-1, top_k)).reshape(experts_Lqk.shape)
+        places = (np.arange(num_rows)[:, np.newaxis], np.arange(num_layers)[:, np.newaxis, np.newaxis], experts_Lqk)
+        values_qLE[places] = values_Lqk
+        return values_qLE
 
     def _append(self, slots_q: IntArray, rows_q: IntArray, values_qLE: FloatArray) -> None:
         """One token for each of these sequences, whose shared experts were followed through the layers."""
@@ -210,25 +306,49 @@ class LiveFeatures:
         self._means_ZLE[slots_q] = means_qLE
         self._num_seen_Z[slots_q] += 1
 
-    def _append_span(self, slot: int, experts_Lnk: IntArray, bits_Lnw: IntArray, values_nLE: FloatArray) -> None:
-        """Any number of tokens for one sequence."""
-        window, num_rows = self._config.window, experts_Lnk.shape[1]
-        kept = np.arange(max(0, num_rows - 1 - window), num_rows - 1)
-        places = (self._num_seen_Z[slot] + kept) % window
-        self._experts_LZWk[:, slot, places] = experts_Lnk[:, kept]
-        self._bits_LZWw[:, slot, places] = bits_Lnw[:, kept]
+    def _append_tokens(self, slots_q: IntArray, experts_mLqk: IntArray, last_values_qLE: FloatArray) -> None:
+        """Any number of tokens for each of these sequences.
+
+        Args:
+            last_values_qLE: of the last one.
+        """
+        window, (num_tokens, num_layers, num_slots, _) = self._config.window, experts_mLqk.shape
+        bits_mLqw = experts_as_bits(experts_mLqk.reshape(-1, self._top_k), self._num_experts).reshape(
+            num_tokens, num_layers, num_slots, -1
+        )
+        kept_m1 = np.arange(max(0, num_tokens - 1 - window), num_tokens - 1)[:, np.newaxis]
+        places_mq = (self._num_seen_Z[slots_q] + kept_m1) % window
+        self._put(slots_q, places_mq, experts_mLqk[kept_m1[:, 0]], bits_mLqw[kept_m1[:, 0]])
         # What the last token shares is counted before it takes the place of the oldest one.
-        shared_LWw = np.bitwise_count(self._bits_LZWw[:, slot] & bits_Lnw[:, -1, np.newaxis])
-        self._shared_ZW[slot] = shared_LWw.sum(axis=(0, 2), dtype=np.int64)
-        place = (self._num_seen_Z[slot] + num_rows - 1) % window
-        self._experts_LZWk[:, slot, place] = experts_Lnk[:, -1]
-        self._bits_LZWw[:, slot, place] = bits_Lnw[:, -1]
-        self._last_values_ZLE[slot] = values_nLE[-1]
+        shared_qW = np.zeros((num_slots, window), dtype=np.float32)
+        for layer in range(num_layers):
+            both_qWw = self._bits_LZWw[layer, slots_q] & bits_mLqw[-1, layer, :, np.newaxis]
+            shared_qW += np.bitwise_count(both_qWw).sum(axis=2)
+        self._shared_ZW[slots_q] = shared_qW
+        places_1q = (self._num_seen_Z[slots_q] + num_tokens - 1)[np.newaxis] % window
+        self._put(slots_q, places_1q, experts_mLqk[-1:], bits_mLqw[-1:])
+        self._last_values_ZLE[slots_q] = last_values_qLE
         rate = self._config.mean_rate
-        weights_n = MEAN_SCALE * rate * (1 - rate) ** np.arange(num_rows - 1, -1, -1)
-        self._means_ZLE[slot] *= (1 - rate) ** num_rows
-        self._means_ZLE[slot] += np.einsum("n,nle->le", weights_n, values_nLE > 0)
-        self._num_seen_Z[slot] += num_rows
+        added_m = MEAN_SCALE * rate * (1 - rate) ** np.arange(num_tokens - 1, -1, -1)
+        row_Lq1 = (np.arange(num_slots) * num_layers + np.arange(num_layers)[:, np.newaxis])[:, :, np.newaxis]
+        added = np.bincount(
+            (row_Lq1 * self._num_experts + experts_mLqk).ravel(),
+            weights=np.repeat(added_m, experts_mLqk[0].size),
+            minlength=last_values_qLE.size,
+        )
+        means_qLE = self._means_ZLE[slots_q]
+        means_qLE *= np.float32((1 - rate) ** num_tokens)
+        means_qLE += added.reshape(means_qLE.shape)
+        means_qLE[means_qLE < _LEAST_MEAN] = 0
+        self._means_ZLE[slots_q] = means_qLE
+        self._num_seen_Z[slots_q] += num_tokens
+
+    def _put(
+        self, slots_q: IntArray, places_mq: IntArray, experts_mLqk: IntArray, bits_mLqw: NDArray[np.uint64]
+    ) -> None:
+        # The arrays' layers come first, where two indices stand side by side.
+        self._experts_LZWk[:, slots_q, places_mq] = experts_mLqk.swapaxes(0, 1)
+        self._bits_LZWw[:, slots_q, places_mq] = bits_mLqw.swapaxes(0, 1)
 
     def _slot(self, item: StepRows) -> int:
         slot = self._slot_of.get(item.sequence_id)

@@ -75,7 +75,8 @@ def predictors(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def two_workers(checkpoint: Path, predictors: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     log = tmp_path_factory.mktemp("logs") / "serve.log"
-    options = ("--workers", "2", "--served-model-name", "tiny", "--predictors", str(predictors))
+    options = ("--workers", "2", "--served-model-name", "tiny")
+    options += ("--predictors", str(predictors), "--predict-overhead", "1")
     with serving(checkpoint, *options, log=log) as served:
         yield served
 

@@ -61,7 +61,7 @@ def fitted(trace: RoutingTrace, kind: str) -> PredictorSet:
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_are_the_same_with_a_predictor_as_without(name: str, kind: str, load_family: LoadFamily) -> None:
     family = load_family(name)
-    live = LivePredictor(fitted(record(family), kind), LiveConfig(measure_every=2))
+    live = LivePredictor(fitted(record(family), kind), LiveConfig(max_share=1.0, measure_every=2))
     expected = generate(family)
     assert generate(family, PredictionObserver(live)) == expected
     assert len(expected["7"]) == 24
@@ -99,7 +99,7 @@ def test_live_forecasts_are_those_of_the_recorded_trace(load_family: LoadFamily)
     with dispatched(family, deltas) as served:
         recorder = RoutingRecorder(served.observers, family.metadata, RecordingOptions(max_tokens=4000))
         # The first step is measured: its forecasts are corrected by what the bound has learned. The others are not.
-        forecasts = _Forecasts(LivePredictor(predictors, LiveConfig(measure_every=10_000)))
+        forecasts = _Forecasts(LivePredictor(predictors, LiveConfig(max_share=1.0, measure_every=10_000)))
         served.observers.add(forecasts)
         recorder.start()
         served.submit(request("one", prompt_of(9), max_tokens=30))

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moeless_predictors.features import FeatureConfig, TraceFeatures, experts_as_bits
 from moeless_predictors.live_features import LiveFeatures, StepRows
@@ -21,8 +25,13 @@ def _with_prefill(trace: RoutingTrace, num_prompt_tokens: int) -> RoutingTrace:
     )
 
 
-def _replay(trace: RoutingTrace, config: FeatureConfig, distance: int, *, chunk: int) -> dict[int, np.ndarray]:
-    """Features as a server computes them: all sequences side by side, prompts in chunks. By source layer."""
+def _replay(
+    trace: RoutingTrace, config: FeatureConfig, distance: int, *, chunk: int, is_followed: Callable[[int], bool]
+) -> dict[int, np.ndarray]:
+    """Features as a server computes them: all sequences side by side, prompts in chunks. By source layer.
+
+    NaN for the tokens of steps that are not followed.
+    """
     live = LiveFeatures(
         config, num_layers=trace.num_layers, num_experts=trace.num_experts, top_k=trace.top_k, num_slots=1
     )
@@ -37,6 +46,7 @@ def _replay(trace: RoutingTrace, config: FeatureConfig, distance: int, *, chunk:
     }
     next_row = trace.sequence_starts_S1[:-1].tolist()
     ends = trace.sequence_starts_S1[1:].tolist()
+    step = -1
     while any(row < end for row, end in zip(next_row, ends, strict=True)):
         spans, rows = [], []
         for sequence, (row, end) in enumerate(zip(next_row, ends, strict=True)):
@@ -49,10 +59,11 @@ def _replay(trace: RoutingTrace, config: FeatureConfig, distance: int, *, chunk:
             spans.append(StepRows(str(sequence), count, int(trace.positions_T[row]), is_prefill))
             rows += range(row, row + count)
             next_row[sequence] = row + count
-        live.begin_step(spans)
+        step += 1
+        live.begin_step(spans, is_followed=is_followed(step))
         for layer in range(trace.num_layers):
             live.observe(layer, trace.experts_TLk[rows, layer], trace.weights_TLk[rows, layer])
-            if layer in sources:
+            if layer in sources and is_followed(step):
                 found[layer][rows] = live.features(layer, layer + distance)
         live.end_step()
         for sequence, (row, end) in enumerate(zip(next_row, ends, strict=True)):
@@ -68,13 +79,49 @@ def test_live_features_are_those_of_the_trace(num_experts: int, window: int, pro
     )
     trace = _with_prefill(trace, prompt)
     config = FeatureConfig(window=window, layers_above=2, first_layers=1, ranked_layers=1)
-    live = _replay(trace, config, 2, chunk=chunk)
+    live = _replay(trace, config, 2, chunk=chunk, is_followed=lambda step: True)
     checked = 0
     for layer, features in TraceFeatures(trace, config):
         if layer in live:
             np.testing.assert_allclose(live[layer], features(layer + 2), atol=2e-5)
             checked += 1
     assert checked == 2
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    followed=st.lists(st.booleans(), min_size=1, max_size=12),
+    num_experts=st.sampled_from([8, 70]),
+    window=st.integers(1, 30),
+    prompt=st.integers(0, 6),
+    chunk=st.integers(1, 4),
+    lengths=st.lists(st.integers(7, 40), min_size=1, max_size=4),
+)
+def test_steps_that_were_not_followed_are_part_of_the_past(
+    followed: list[bool], num_experts: int, window: int, prompt: int, chunk: int, lengths: list[int]
+) -> None:
+    whole = synthetic_trace(num_sequences=1, tokens_per_sequence=sum(lengths), num_layers=3, num_experts=num_experts)
+    trace = RoutingTrace.from_arrays(
+        whole.metadata, experts_TLk=whole.experts_TLk, weights_TLk=whole.weights_TLk, sequence_lengths_S=lengths
+    )
+    trace = _with_prefill(trace, prompt)
+    config = FeatureConfig(window=window, layers_above=2)
+    all_steps = _replay(trace, config, 1, chunk=chunk, is_followed=lambda step: True)
+    some_steps = _replay(trace, config, 1, chunk=chunk, is_followed=lambda step: followed[step % len(followed)])
+    for layer, features in some_steps.items():
+        is_known = ~np.isnan(features).all(axis=1)
+        np.testing.assert_allclose(features[is_known], all_steps[layer][is_known], atol=2e-5)
+        assert is_known.any() == any(followed) or len(followed) > max(lengths)
+
+
+def test_what_is_kept_of_steps_that_are_not_followed_is_bounded() -> None:
+    live = LiveFeatures(FeatureConfig(), num_layers=2, num_experts=4, top_k=1)
+    for position in range(200):
+        live.begin_step([StepRows("a", 1, position)], is_followed=False)
+        for layer in range(2):
+            live.observe(layer, np.zeros((1, 1), np.int64), np.ones((1, 1), np.float32))
+        live.end_step()
+        assert len(live._skipped) < 64
 
 
 def test_a_row_of_a_prompt_knows_nothing_of_its_sequence() -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from moeless_predictors.base import FloatArray
 from moeless_predictors.features import FeatureConfig
 from moeless_predictors.fitting import FitConfig, fit_predictors
 from moeless_predictors.live import LiveConfig, LivePredictor
@@ -13,6 +14,7 @@ from moeless_predictors.live_features import LiveFeatures, StepRows
 from moeless_predictors.predictor_set import PredictorSet
 from moeless_predictors.traces import RoutingTrace
 from moeless_predictors.traces.synthetic import synthetic_trace
+from moeless_predictors.transition import TransitionPredictor
 
 
 def no_hidden() -> None:
@@ -46,7 +48,7 @@ def decode(live: LivePredictor, trace: RoutingTrace, *, steps: int, sequences: i
 
 
 def test_forecasts_sum_to_the_choices_of_the_batch(trace: RoutingTrace, predictors: PredictorSet) -> None:
-    live = LivePredictor(predictors, LiveConfig(measure_every=3))
+    live = LivePredictor(predictors, LiveConfig(max_share=1.0, measure_every=3))
     rows = np.arange(20)
     for step in range(7):
         live.begin_step([StepRows("prompt", 20, 20 * step, True)])
@@ -68,7 +70,7 @@ def test_forecasts_sum_to_the_choices_of_the_batch(trace: RoutingTrace, predicto
 
 
 def test_accuracy_is_measured_and_beats_popularity(trace: RoutingTrace, predictors: PredictorSet) -> None:
-    live = LivePredictor(predictors, LiveConfig(measure_every=2, window=32))
+    live = LivePredictor(predictors, LiveConfig(max_share=1.0, measure_every=2, window=32))
     decode(live, trace, steps=160)
     rows = live.accuracy()
     assert [row.layer for row in rows] == [1, 2, 3]
@@ -96,7 +98,9 @@ def test_a_predictor_worse_than_popularity_is_switched_off_and_tried_again(
     turned[1, 1] = lying
     # The bound's drift would mend the mean over time; here it learns nothing.
     lying.quantile.set_params(drift_half_life_tokens=None)
-    live = LivePredictor(replace(predictors, pairs=turned), LiveConfig(measure_every=1, window=16, retry_after=2))
+    live = LivePredictor(
+        replace(predictors, pairs=turned), LiveConfig(max_share=1.0, measure_every=1, window=16, retry_after=2)
+    )
     with caplog.at_level(logging.INFO, logger="moeless_predictors.live"):
         decode(live, trace, steps=16)
         assert [row.is_active for row in live.accuracy()] == [True, False, True]
@@ -126,7 +130,7 @@ def test_experts_long_unused_leave_no_subnormal_features() -> None:
 
 
 def test_a_step_that_is_broken_off_leaves_nothing_behind(trace: RoutingTrace, predictors: PredictorSet) -> None:
-    live = LivePredictor(predictors, LiveConfig(measure_every=1))
+    live = LivePredictor(predictors, LiveConfig(max_share=1.0, measure_every=1))
     live.begin_step([StepRows("a", 4, 0, True)])
     live.observe(0, trace.experts_TLk[:4, 0], trace.weights_TLk[:4, 0], no_hidden)
     live.begin_step([StepRows("b", 6, 0, True)])
@@ -134,6 +138,47 @@ def test_a_step_that_is_broken_off_leaves_nothing_behind(trace: RoutingTrace, pr
         live.observe(layer, trace.experts_TLk[:6, layer], trace.weights_TLk[:6, layer], no_hidden)
     live.end_step()
     assert [row.num_forecasts for row in live.accuracy()] == [2, 1, 1]
+
+
+@pytest.mark.parametrize("max_share", [0.004, 0.02, 0.05, 1.0])
+def test_forecasting_keeps_to_its_share_of_the_steps_time(
+    trace: RoutingTrace, predictors: PredictorSet, max_share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = spent_s = 0.0
+    fast_proba = TransitionPredictor.fast_proba
+
+    def slow_proba(self: TransitionPredictor, X_nF: FloatArray) -> FloatArray:
+        nonlocal now_s, spent_s
+        now_s += 0.003
+        spent_s += 0.003
+        return fast_proba(self, X_nF)
+
+    monkeypatch.setattr(TransitionPredictor, "fast_proba", slow_proba)
+    live = LivePredictor(predictors, LiveConfig(max_share=max_share), clock=lambda: now_s)
+    followed = []
+    num_steps = 2000
+    for step in range(num_steps):
+        rows = trace.sequence_starts_S1[:4] + step % 40
+        live.begin_step([StepRows(str(sequence), 1, step) for sequence in range(4)])
+        forecasts = []
+        for layer in range(trace.num_layers):
+            now_s += 0.02  # the model's own work
+            choices = trace.experts_TLk[rows, layer], trace.weights_TLk[rows, layer]
+            forecasts.append(live.observe(layer, *choices, no_hidden))
+        live.end_step()
+        followed.append(forecasts[0] is not None)
+        assert all((forecast is not None) == followed[-1] for forecast in forecasts[:-1])
+    assert followed[0]
+    assert spent_s <= max_share * now_s + 0.009
+    # No more steps are left out than that takes: one costs 9 ms and brings in the share of some 89.
+    assert sum(followed) >= min(num_steps, 0.95 * num_steps * max_share * 0.08 / 0.009)
+    assert [row.num_forecasts for row in live.accuracy()] == [sum(followed)] * 3
+
+
+@pytest.mark.parametrize("max_share", [0.0, -0.1, 1.5, float("nan")])
+def test_a_share_out_of_range_is_refused(max_share: float) -> None:
+    with pytest.raises(ValueError, match="max_share must be above 0 and at most 1, got"):
+        LiveConfig(max_share=max_share)
 
 
 @pytest.mark.parametrize("name", ["distance", "measure_every", "window", "retry_after"])
