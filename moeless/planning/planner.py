@@ -18,11 +18,14 @@ from moeless.core.errors import ConfigError
 from moeless.core.plan import BoolArray, FloatArray, IntArray, Plan
 from moeless.core.policy import (
     UNLIMITED,
+    AffinityPlacer,
     BenefitScaler,
     CvScaler,
     MinimalMovesPlacer,
     ResolvedPolicy,
 )
+from moeless.planning.affinity.placing import AffinityConfig, place_by_affinity
+from moeless.planning.affinity.statistics import AffinityStatistics
 from moeless.planning.observation import Observation
 from moeless.planning.place import PlacementConfig, equal_shares, place
 from moeless.planning.scale import (
@@ -51,6 +54,8 @@ class PlannedSystem:
     """Engine steps that a plan will be in force."""
     load_s: float = 0.0
     """Of loading an instance, beside its bytes over the link."""
+    affinity: AffinityStatistics | None = None
+    """Of recorded routing: what the policy's placer `affinity` goes by. It is refused without."""
 
     @property
     def ready_s(self) -> float:
@@ -117,6 +122,7 @@ class MoelessPlanner:
     4. Where a layer's slowest worker is then further from perfect balance than the policy's threshold, add the
        replicas and let instances move; a layer takes that only if it shortens the slowest worker's time by the
        threshold. All other layers stay as they are.
+    5. With the placer `affinity`, instances move with what is left of the tick's moves to where tokens go anyway.
     """
 
     name = "moeless"
@@ -127,6 +133,14 @@ class MoelessPlanner:
                 f"policy must be resolved for the model of {system.model.num_layers} layers x "
                 f"{system.model.num_experts} experts, got one for {policy.min_LE.shape}"
             )
+        if isinstance(policy.placer, AffinityPlacer):
+            if system.affinity is None:
+                raise ConfigError("policy: placer affinity needs the statistics of recorded routing, got none")
+            if (system.affinity.num_layers, system.affinity.num_experts) != policy.min_LE.shape:
+                raise ConfigError(
+                    f"system.affinity must be of {policy.min_LE.shape} layers and experts as the model is, got "
+                    f"{(system.affinity.num_layers, system.affinity.num_experts)}"
+                )
         self._policy = policy
         self._system = system
         self._budget = min(policy.budget, system.capacity)
@@ -154,7 +168,8 @@ class MoelessPlanner:
         hosted_LE = np.zeros(shape[:2], dtype=np.int64) if hosted is None else hosted.counts_LE()
         least_LE, counts_LE = self._counts(observation, None if hosted is None else hosted_LE, hosted_LE)
         if hosted is None:
-            return self._placed(counts_LE, observation, None, max_moves=self._policy.max_moves)
+            plan = self._placed(counts_LE, observation, None, max_moves=self._policy.max_moves)
+            return self._by_affinity(plan, observation, max_moves=None)
         needed_LE = np.clip(hosted_LE, least_LE, counts_LE)
         needed = self._placed(needed_LE, observation, hosted, max_moves=0)
         plan = self._where_it_pays(hosted, needed, observation, is_forced_L=(needed_LE != hosted_LE).any(axis=1))
@@ -175,6 +190,8 @@ class MoelessPlanner:
             left = max(0, self._policy.max_moves - num_starts)
             better = self._placed(target_LE, observation, plan, max_moves=left)
             plan = self._where_it_pays(plan, better, observation, is_forced_L=np.zeros(shape[0], dtype=np.bool_))
+        num_started = len(plan.started_since(hosted)) - int(np.maximum(needed_LE - hosted_LE, 0).sum())
+        plan = self._by_affinity(plan, observation, max_moves=max(0, self._policy.max_moves - num_started))
         if previous is not None and _are_same(plan, previous):
             return previous
         return replace(plan, version=1 if previous is None else previous.version + 1)
@@ -220,15 +237,29 @@ class MoelessPlanner:
 
     def _placed(self, counts_LE: IntArray, observation: Observation, before: Plan | None, *, max_moves: int) -> Plan:
         placer = self._policy.placer
-        config = PlacementConfig(
-            max_moves=max_moves if isinstance(placer, MinimalMovesPlacer) else 0,
-            good_enough=placer.good_enough if isinstance(placer, MinimalMovesPlacer) else 1.0,
-            horizon_steps=self._system.horizon_steps,
-        )
+        config = PlacementConfig(max_moves=0, horizon_steps=self._system.horizon_steps)
+        if isinstance(placer, MinimalMovesPlacer):
+            config = replace(config, max_moves=max_moves, good_enough=placer.good_enough)
+        elif isinstance(placer, AffinityPlacer):
+            config = replace(config, max_moves=max_moves, good_enough=placer.max_imbalance)
         if self._system.seconds is not None:
             config = replace(config, token_s=1.0)  # work_LE is in seconds
         work_LE = self._system.work_LE(observation.mean_LE, counts_LE)
         return place(counts_LE, work_LE, self._system.cluster, self._system.model, previous=before, config=config)
+
+    def _by_affinity(self, plan: Plan, observation: Observation, *, max_moves: int | None) -> Plan:
+        """With the placer `affinity`, the plan with instances moved to where tokens go anyway; else the plan."""
+        placer, statistics = self._policy.placer, self._system.affinity
+        if not isinstance(placer, AffinityPlacer) or statistics is None or max_moves == 0:
+            return plan
+        config = AffinityConfig(
+            objective=placer.objective,
+            max_imbalance=placer.max_imbalance,
+            max_moves=max_moves,
+            min_gain=placer.min_gain,
+        )
+        work_LE = self._system.work_LE(observation.mean_LE, plan.counts_LE())
+        return place_by_affinity(plan, statistics, work_LE, self._system.cluster, self._system.model, config=config)
 
     def _balanced_L(self, observation: Observation, counts_LE: IntArray) -> FloatArray:
         """Time of each layer if its work were spread evenly over the workers."""

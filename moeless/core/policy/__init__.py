@@ -7,6 +7,7 @@ Python has snake_case.
 from moeless.core.policy.document import load_policy, parse_policy, policy_schema
 from moeless.core.policy.resolve import UNLIMITED, ResolvedPolicy, resolve
 from moeless.core.policy.tree import (
+    AffinityPlacer,
     BenefitScaler,
     CvScaler,
     LocalityFirstPlacer,
@@ -22,6 +23,7 @@ from moeless.core.policy.tree import (
 
 __all__ = [
     "UNLIMITED",
+    "AffinityPlacer",
     "BenefitScaler",
     "CvScaler",
     "LocalityFirstPlacer",

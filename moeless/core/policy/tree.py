@@ -74,7 +74,20 @@ class MinimalMovesPlacer(PolicyModel):
     """A layer stays where its busiest worker is at most so many times as busy as in perfect balance."""
 
 
-Placer = Annotated[LocalityFirstPlacer | MinimalMovesPlacer, Field(discriminator="name")]
+class AffinityPlacer(PolicyModel):
+    """As minimalMoves, and instances move to where their tokens go anyway, by the statistics of recorded routing."""
+
+    name: Literal["affinity"]
+    objective: Literal["workers", "hops"] = "workers"
+    """What is made small: the workers that a token touches in a layer (moeless's own topology), or the hops between the
+    experts of consecutive layers (all-to-all expert parallelism)."""
+    max_imbalance: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.05
+    """A layer's busiest worker is at most so many times as busy as in perfect balance, or as it was before."""
+    min_gain: Annotated[float, Field(ge=0, le=1)] = 0.002
+    """An instance that is warm moves only if that lowers what is made small, of its layer, by at least this share."""
+
+
+Placer = Annotated[LocalityFirstPlacer | MinimalMovesPlacer | AffinityPlacer, Field(discriminator="name")]
 
 
 class LossyOptions(PolicyModel):

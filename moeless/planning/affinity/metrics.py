@@ -62,12 +62,7 @@ def hops(before_EW: FloatArray, after_EW: FloatArray, transitions_EE: FloatArray
 
 def checked_shares(plan: Plan, statistics: AffinityStatistics) -> FloatArray:
     """The plan's shares, shape (L, E, W), once they are known to be for this routing."""
-    shape = (statistics.num_layers, statistics.num_experts)
-    if (plan.num_layers, plan.num_experts) != shape:
-        raise ConfigError(
-            f"plan must be of {shape[0]} layers of {shape[1]} experts as the routing is, got {plan.num_layers} of "
-            f"{plan.num_experts}"
-        )
+    check_same_model(plan, statistics)
     missing = np.argwhere((plan.counts_LE() == 0) & (statistics.load_LE > 0))
     if len(missing):
         layer, expert = missing[0]
@@ -75,3 +70,13 @@ def checked_shares(plan: Plan, statistics: AffinityStatistics) -> FloatArray:
         raise ConfigError(f"plan must have an instance of every function that gets tokens, got none of {function}")
     _, shares_LEW = plan.dense()
     return shares_LEW
+
+
+def check_same_model(plan: Plan, statistics: AffinityStatistics) -> None:
+    """Raises: ConfigError if plan and routing are of models of different shapes."""
+    shape = (statistics.num_layers, statistics.num_experts)
+    if (plan.num_layers, plan.num_experts) != shape:
+        raise ConfigError(
+            f"plan must be of {shape[0]} layers of {shape[1]} experts as the routing is, got {plan.num_layers} of "
+            f"{plan.num_experts}"
+        )

@@ -24,7 +24,7 @@ import numpy as np
 from moeless.core.cluster import Cluster, ModelShape
 from moeless.core.errors import ConfigError
 from moeless.core.plan import FloatArray, IntArray, Plan
-from moeless.planning.affinity.metrics import checked_shares, hops, touched
+from moeless.planning.affinity.metrics import check_same_model, hops, touched
 from moeless.planning.affinity.search import HopsCost, LayerBounds, LayerSearch, Step, WorkersCost, bounds_of
 from moeless.planning.affinity.statistics import AffinityStatistics
 
@@ -49,6 +49,9 @@ class AffinityConfig:
     """Of one layer on one worker; where the start has more, no more than it has. None: as its fullest worker has."""
     max_moves: int | None = None
     """Instances that may leave their worker. None: all."""
+    min_gain: float = 0.0
+    """With `max_moves`: what each moved instance must lower the cost by at least, as a share of a layer's mean cost at
+    the start, so that no instance is loaded for next to nothing."""
     num_kicks: int = 0
     """Tries to leave local optima: of each layer, for plans made offline. With `max_moves` there are none."""
     seed: int = 0
@@ -59,6 +62,8 @@ class AffinityConfig:
             raise ConfigError(f"affinity.objective must be workers or hops, got {self.objective!r}")
         if not self.max_imbalance >= 1:
             raise ConfigError(f"affinity.max_imbalance must be at least 1, got {self.max_imbalance}")
+        if not self.min_gain >= 0:
+            raise ConfigError(f"affinity.min_gain must be at least 0, got {self.min_gain}")
         for name, value, least in (
             ("max_instances", self.max_instances, 1),
             ("max_moves", self.max_moves, 0),
@@ -80,7 +85,8 @@ def place_by_affinity(
 ) -> Plan:
     """Move instances of `start`, a balanced placement or the plan in force, to where tokens go anyway.
 
-    Every instance keeps its share of its function's tokens, and so every function its instances' number.
+    Every instance keeps its share of its function's tokens, and so every function its instances' number. Tokens of
+    functions without an instance go to no worker.
 
     Args:
         load_LE: tokens that the plan is for, >= 0: what the bound on imbalance is of.
@@ -89,7 +95,7 @@ def place_by_affinity(
     Raises: ConfigError if plan, routing, load and cluster are not of one shape.
     """
     config = config or AffinityConfig()
-    checked_shares(start, statistics)
+    check_same_model(start, statistics)
     shape = (start.num_layers, start.num_experts)
     if load_LE.shape != shape or not (np.isfinite(load_LE).all() and load_LE.min() >= 0):
         raise ConfigError(f"load_LE must be finite, >= 0 and of the shape {shape}, got {load_LE.shape}")
@@ -97,7 +103,7 @@ def place_by_affinity(
         raise ConfigError(f"start must be a plan for {cluster.num_workers} workers, got one for {start.num_workers}")
     begun = _PlanSearch(start, statistics, load_LE, cluster, model, config)
     search = begun.copy()
-    search.descend(max_moves=config.max_moves)
+    search.descend(max_moves=config.max_moves, min_gain=config.min_gain)
     if config.max_moves is None:
         relaxed = begun.relaxed(search)
         search = relaxed if relaxed.cost < search.cost else search
@@ -195,8 +201,9 @@ class _PlanSearch:
         other._layers, other._steps, other._stale = self._layers.copy(), self._steps.copy(), self._stale.copy()
         return other
 
-    def descend(self, *, max_moves: int | None = None) -> None:
+    def descend(self, *, max_moves: int | None = None, min_gain: float = 0.0) -> None:
         """Best step of any layer first, until none lowers the cost or the moves are spent."""
+        least_gain = 0.0 if max_moves is None else min_gain * self.cost / max(len(self._layers), 1)
         while True:
             left = None if max_moves is None else max_moves - sum(layer.num_moved for layer in self._layers)
             if left is not None and left < 2:
@@ -205,7 +212,7 @@ class _PlanSearch:
                 self._steps[layer] = self._best_step(layer, left)
             self._stale = set()
             found = [(step.change / len(step.moves), layer) for layer, step in enumerate(self._steps) if step]
-            if not found:
+            if not found or -min(found)[0] < least_gain:
                 return
             self._apply(min(found)[1])
 

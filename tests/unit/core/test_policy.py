@@ -14,6 +14,7 @@ from moeless.core.cluster import ModelShape
 from moeless.core.errors import ConfigError, MoelessError
 from moeless.core.policy import (
     UNLIMITED,
+    AffinityPlacer,
     BenefitScaler,
     CvScaler,
     LossyOptions,
@@ -101,6 +102,13 @@ def test_budgets_become_instances() -> None:
     )
     assert policy.budget == 8
     assert policy.layer_budget_L.tolist() == [3, 3, 10, 12]
+
+
+def test_the_placer_may_go_by_affinity() -> None:
+    placer = resolved({"defaults": {"placer": {"name": "affinity", "objective": "hops", "maxImbalance": 1.2}}}).placer
+    assert placer == AffinityPlacer(name="affinity", objective="hops", max_imbalance=1.2, min_gain=0.002)
+    with pytest.raises(ConfigError, match="placer"):
+        resolved({"defaults": {"placer": {"name": "affinity", "maxImbalance": 0.5}}})
 
 
 def test_every_setting_reaches_the_arrays() -> None:

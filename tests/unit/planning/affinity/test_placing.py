@@ -141,24 +141,32 @@ def test_a_plan_that_is_good_enough_stays() -> None:
     assert place_by_affinity(plan, *rest) is plan
 
 
-def test_a_layer_without_instances_is_left_alone() -> None:
+def test_functions_without_an_instance_are_left_out() -> None:
     start, statistics, load_LE, cluster, model = problem_of(clustered_routing(0), 8, 4)
-    keep_N = start.layer_N != 1
+    keep_N = (start.layer_N != 1) & (start.expert_N != 2)
     part = Plan.from_instances(
-        version=1, num_layers=3, num_experts=8, num_workers=4,
-        layer_N=start.layer_N[keep_N], expert_N=start.expert_N[keep_N],
-        worker_N=start.worker_N[keep_N], share_N=start.share_N[keep_N],
-    )  # fmt: skip
-    with pytest.raises(ConfigError, match="got none of L01.E000"):
-        place_by_affinity(part, statistics, load_LE, cluster, model)
-    silent = AffinityStatistics(
-        num_tokens=statistics.num_tokens, num_experts=8, top_k=2,
-        sets=(statistics.sets[0], type(statistics.sets[1])(experts_Uk=np.empty((0, 2), int), weight_U=np.empty(0)),
-              statistics.sets[2]),
-        transitions_LEE=np.zeros((2, 8, 8)),
-    )  # fmt: skip
-    plan = place_by_affinity(part, silent, load_LE, cluster, model)
-    assert not (plan.layer_N == 1).any()
+        version=1,
+        num_layers=3,
+        num_experts=8,
+        num_workers=4,
+        layer_N=start.layer_N[keep_N],
+        expert_N=start.expert_N[keep_N],
+        worker_N=start.worker_N[keep_N],
+        share_N=start.share_N[keep_N],
+    )
+    for objective in ("workers", "hops"):
+        config = AffinityConfig(objective=objective, max_imbalance=2.0, max_instances=4)  # type: ignore[arg-type]
+        plan = place_by_affinity(part, statistics, load_LE, cluster, model, config=config)
+        np.testing.assert_array_equal(plan.counts_LE(), part.counts_LE())
+        assert objective == "hops" or plan is not part
+
+
+def test_an_instance_does_not_move_for_less_than_the_least_gain() -> None:
+    pairs = np.array([[[0, 1]], [[2, 3]], [[4, 5]], [[6, 7]]])
+    start, *rest = problem_of(pairs, 8, 4)
+    # The first swap unites one of four pairs at least: an eighth of the two workers for each of two instances.
+    assert place_by_affinity(start, *rest, config=AffinityConfig(max_moves=8, min_gain=0.3)) is start
+    assert place_by_affinity(start, *rest, config=AffinityConfig(max_moves=8, min_gain=0.05)) is not start
 
 
 def test_the_search_works_with_many_experts_and_replicas() -> None:
@@ -183,6 +191,7 @@ def test_the_search_works_with_many_experts_and_replicas() -> None:
         ({"max_instances": 0}, "affinity.max_instances must be at least 1, got 0"),
         ({"max_moves": -1}, "affinity.max_moves must be at least 0, got -1"),
         ({"num_kicks": -1}, "affinity.num_kicks must be at least 0, got -1"),
+        ({"min_gain": -0.1}, "affinity.min_gain must be at least 0, got -0.1"),
         ({"seed": -1}, "affinity.seed must be at least 0, got -1"),
     ],
 )
