@@ -21,6 +21,7 @@ from rich.table import Table
 from moeless import __version__
 from moeless.cli_policy import policy_app
 from moeless.cli_predict import predict_app
+from moeless.cli_simulate import simulate_command
 from moeless.cli_trace import trace_app
 from moeless.core.errors import ConfigError, MoelessError
 
@@ -28,6 +29,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.add_typer(policy_app, name="policy")
 app.add_typer(predict_app, name="predict")
 app.add_typer(trace_app, name="trace")
+app.command("simulate")(simulate_command)
 _stdout = Console()
 _stderr = Console(stderr=True)
 

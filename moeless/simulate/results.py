@@ -97,6 +97,11 @@ class SimulationReport(msgspec.Struct, frozen=True, kw_only=True):
     """What was simulated, in words."""
     settings: dict[str, object]
     """As given, with the defaults filled in."""
+    slo_s: tuple[float, float] | None
+    """Most seconds to the first token, and for each token after it."""
+    expert_bytes: int
+    capacity_instances: int
+    """That fit all workers."""
     results: list[PolicyResult]
 
 

@@ -160,6 +160,53 @@ def standard_policies(
     return [STANDARD[name](scenario, config or StandardConfig()) for name in chosen]
 
 
+def described_policies(policies: Sequence[Policy], config: StandardConfig) -> dict[str, str]:
+    """What is assumed of each, in words."""
+    return {f"policy {policy.name}": _DESCRIBED[policy.name](policy, config) for policy in policies}
+
+
+def _described_eplb(policy: Policy, config: StandardConfig) -> str:
+    return (
+        f"EPLB's global form every {policy.interval_steps:,} engine steps from the load of the last "
+        f"{policy.window_steps:,}, {config.eplb_redundant} spare instances on each worker and layer, engines wait "
+        "while weights move from worker to worker, tokens all to all"
+    )
+
+
+def _described_paper(policy: Policy, config: StandardConfig) -> str:
+    return (
+        f"the MoEless paper's scaling (V = {PAPER_CV:g}) and placement every {policy.interval_s:g} s, instances kept "
+        f"alive for {config.paper_keep_alive_s:g} s; told of the tokens to come with a recall of {config.recall:.0%} "
+        f"(assumed; the paper gives none), functions loaded {policy.prefetch_layers} layer ahead, tokens from a hub"
+    )
+
+
+def _described_moeless(policy: Policy, config: StandardConfig) -> str:
+    forecast = "assumed predictors" if config.predicted is None else "the predictors given"
+    return (
+        f"plans every {policy.interval_s:g} s in the background, told of the tokens of that time as {forecast} see "
+        f"them (recall {config.recall:.0%}), functions loaded {policy.prefetch_layers} layers ahead with the same "
+        "recall, tokens from a hub"
+    )
+
+
+_DESCRIBED: dict[str, Callable[[Policy, StandardConfig], str]] = {
+    "static": lambda *_: "every expert once, contiguous ones on a worker, tokens all to all",
+    "eplb-vllm": _described_eplb,
+    "eplb-sglang": _described_eplb,
+    "moeless-paper": _described_paper,
+    "moeless": _described_moeless,
+    "foresight": lambda policy, _: (
+        f"moeless told of the very tokens that will come in the next {policy.interval_s:g} s, and no function is ever "
+        "waited for: the bound of every predictor"
+    ),
+    "limit": lambda *_: (
+        "the bound of every plan: work spread evenly like sand, the faster of both topologies, nothing moved; it holds "
+        "what static holds"
+    ),
+}
+
+
 def _eplb(scenario: Scenario, config: StandardConfig, name: str, interval_steps: int) -> Policy:
     cluster, model = scenario.cluster, scenario.profile.model
     redundant = config.eplb_redundant * cluster.num_workers

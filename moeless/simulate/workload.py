@@ -80,6 +80,8 @@ def cut(trace: ArrivalTrace, *, duration_s: float | None = None, num_requests: i
         is_kept &= trace.arrival_s <= duration_s
     if num_requests is not None:
         is_kept[num_requests:] = False
+    if not is_kept.any():
+        raise ConfigError(f"arrivals.duration_s must leave a request of {trace.num_requests}, got {duration_s}")
     return trace if is_kept.all() else _selected(trace, is_kept, "cut")
 
 
