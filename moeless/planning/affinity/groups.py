@@ -46,7 +46,7 @@ class Solved:
 
 def num_groups(num_experts: int, bounds: LayerBounds) -> int:
     """How many groups `fewest_workers_by_groups` would look at."""
-    return sum(comb(num_experts, size) for size in _sizes(num_experts, bounds))
+    return sum(comb(num_experts, size) for size in group_sizes(num_experts, bounds))
 
 
 def are_alike(bounds: LayerBounds) -> bool:
@@ -104,7 +104,7 @@ def fewest_workers_by_groups(
     return Solved(worker_n=np.argmax(chosen_ME, axis=0), cost=float(result.fun), bound=min(bound, float(result.fun)))
 
 
-def _sizes(num_experts: int, bounds: LayerBounds) -> range:
+def group_sizes(num_experts: int, bounds: LayerBounds) -> range:
     """Experts that a worker may host if all are hosted."""
     most = min(int(bounds.most_instances_W.max()), num_experts)
     return range(max(1, num_experts - (len(bounds.most_load_W) - 1) * most), most + 1)
@@ -120,7 +120,7 @@ def _groups(sets: ExpertSets, bounds: LayerBounds) -> tuple[BoolArray, FloatArra
     missed_UE = np.ones((len(sets.weight_U), num_experts))
     np.put_along_axis(missed_UE, sets.experts_Uk, 0.0, axis=1)
     masks, costs = [], []
-    for size in _sizes(num_experts, bounds):
+    for size in group_sizes(num_experts, bounds):
         prefixes = np.array(list(combinations(range(num_experts), size - 1)), dtype=np.int64)
         prefixes = prefixes.reshape(comb(num_experts, size - 1), size - 1)
         for begin in range(0, len(prefixes), _PREFIXES):
