@@ -92,6 +92,8 @@ def _draw_latency(axes: Sequence[Axes], results: Sequence[PolicyResult]) -> None
             if cdf:
                 panel.plot(np.array(cdf) * scale, np.linspace(0, 1, len(cdf)), **_style(result))
         panel.set_xscale("log")
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
         panel.set_xlabel(label)
         panel.set_ylim(0, 1)
     axes[0].set_ylabel("share")

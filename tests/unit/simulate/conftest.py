@@ -101,6 +101,6 @@ def make_profile_fixture() -> Callable[..., CostProfile]:
     return make_profile
 
 
-@pytest.fixture(name="make_scenario")
+@pytest.fixture(name="make_scenario", scope="session")
 def make_scenario_fixture() -> Callable[..., Scenario]:
     return make_scenario
