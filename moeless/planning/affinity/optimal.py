@@ -8,6 +8,7 @@ Shapes: L layers, E experts, W workers, n instances of a layer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -70,10 +71,13 @@ def fewest_workers_plan(
     *,
     affinity: AffinityConfig,
     config: ProgrammeConfig | None = None,
+    bounds: Sequence[LayerBounds] | None = None,
 ) -> OptimalPlan:
     """Fewest workers touched, layer by layer. Of `affinity`, max_imbalance and max_instances count.
 
     Workers that are alike are named so that as many instances as can be stay where `start` has them.
+
+    Args: bounds: of each layer, in place of those that follow from `start` and `affinity`; `start` must keep to them.
     Raises: ConfigError if a function has several instances: their product makes the programme quadratic.
     """
     config = config or ProgrammeConfig()
@@ -88,21 +92,21 @@ def fewest_workers_plan(
     cost_L = workers_touched_L(start, statistics)
     worker_LE = start.worker_N.reshape(counts_LE.shape).copy()
     bound_L = np.zeros(start.num_layers)
-    for layer, bounds in enumerate(layer_bounds(start, load_LE, cluster.speed_W, affinity)):
+    for layer, given in enumerate(bounds or layer_bounds(start, load_LE, cluster.speed_W, affinity)):
         spare_W = cluster.capacity_W(model) - np.bincount(worker_LE.reshape(-1), minlength=start.num_workers)
-        bounds = _within_memory(bounds, worker_LE[layer], spare_W)
+        within = _within_memory(given, worker_LE[layer], spare_W)
         sets = statistics.sets[layer]
-        if are_alike(bounds) and num_groups(start.num_experts, bounds) <= config.max_groups:
+        if are_alike(within) and num_groups(start.num_experts, within) <= config.max_groups:
             solved = fewest_workers_by_groups(
-                sets, bounds, known_cost=float(cost_L[layer]), time_limit_s=config.limits.time_limit_s,
+                sets, within, known_cost=float(cost_L[layer]), time_limit_s=config.limits.time_limit_s,
                 gap=config.limits.gap,
             )  # fmt: skip
         else:
-            solved = fewest_workers(sets, bounds, limits=config.limits, max_sets=config.max_sets)
+            solved = fewest_workers(sets, within, limits=config.limits, max_sets=config.max_sets)
         bound_L[layer] = min(solved.bound, cost_L[layer])
         if solved.worker_n is not None and solved.cost < cost_L[layer] - 1e-9:
             named_E = _named_alike(solved.worker_n, worker_LE[layer], start.num_workers)
-            worker_LE[layer] = named_E if are_alike(bounds) else solved.worker_n
+            worker_LE[layer] = named_E if are_alike(within) else solved.worker_n
             cost_L[layer] = solved.cost
     gap = float((cost_L / np.maximum(bound_L, 1e-12) - 1).max())
     return OptimalPlan(plan=moved_plan(start, worker_LE.reshape(-1)), bound_L=bound_L, gap=max(gap, 0.0))
@@ -117,12 +121,16 @@ def fewest_hops_plan(
     *,
     affinity: AffinityConfig,
     config: ProgrammeConfig | None = None,
+    bounds: Sequence[LayerBounds] | None = None,
 ) -> OptimalPlan:
-    """Fewest hops, each layer optimal given its neighbours, until no layer gets better. Replicas keep their shares."""
+    """Fewest hops, each layer optimal given its neighbours, until no layer gets better. Replicas keep their shares.
+
+    Args: bounds: as in `fewest_workers_plan`.
+    """
     config = config or ProgrammeConfig()
     checked_shares(start, statistics)
     spans = layer_spans(start)
-    bounds_l = layer_bounds(start, load_LE, cluster.speed_W, affinity)
+    given = bounds or layer_bounds(start, load_LE, cluster.speed_W, affinity)
     _, shares_LEW = start.dense()
     worker_N = start.worker_N.copy()
     gaps = np.zeros(start.num_layers)
@@ -138,8 +146,8 @@ def fewest_hops_plan(
             if layer + 1 < start.num_layers:
                 kept_EW += statistics.transitions_LEE[layer] @ shares_LEW[layer + 1]
             spare_W = cluster.capacity_W(model) - np.bincount(worker_N, minlength=start.num_workers)
-            bounds = _within_memory(bounds_l[layer], worker_N[span], spare_W)
-            solved = fewest_hops_beside(kept_EW, expert_n, share_n, bounds, limits=config.limits)
+            within = _within_memory(given[layer], worker_N[span], spare_W)
+            solved = fewest_hops_beside(kept_EW, expert_n, share_n, within, limits=config.limits)
             cost = -float((share_n * kept_EW[expert_n, worker_N[span]]).sum())
             if solved.worker_n is not None and solved.cost < cost - 1e-9:
                 worker_N[span] = solved.worker_n

@@ -46,7 +46,7 @@ def test_no_placement_has_fewer_hops_than_the_bound(seed: int, imbalance: float,
     best = min(hops(np.eye(W)[one_E], np.eye(W)[other_E], transitions_EE) for one_E, other_E in pairs)
     bound = least_hops(transitions_EE, before, after, known=[pairs[0]], tolerance=0.0)
     assert bound <= best + 1e-9
-    assert bound >= 0.75 * best - 1e-6
+    assert bound >= 0.6 * best - 1e-6
 
 
 def test_the_bound_is_reached_where_all_pairs_are_alike() -> None:
