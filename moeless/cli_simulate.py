@@ -44,6 +44,9 @@ _RENAMED = {
     "transfers.transfer_share": "--transfer-share",
     "transfers.worker_idle_s": "--worker-idle",
     "forecast.recall": "--recall",
+    "routing.num_layers": "--generate: layers",
+    "routing.num_experts": "--generate: experts",
+    "routing.top_k": "--generate: top-k",
     "routing.num_sequences": "--sequences",
     "routing.tokens_per_sequence": "--tokens-per-sequence",
 }
@@ -215,7 +218,8 @@ def _asked(
 
     if path is None:
         asked_s = _DEFAULT_DURATION_S if duration_s is None and num_requests is None else duration_s
-        return cut(make(num_requests or max(1, round(rate * (asked_s or 0)))), duration_s=asked_s)
+        expected = max(1, round(rate * (asked_s or 0)))
+        return cut(make(expected if num_requests is None else num_requests), duration_s=asked_s)
     found = ArrivalTrace.open(path) if kind_of(path) == "arrivals" else None
     if found is None:
         if kind_of(path) is not None:
