@@ -101,10 +101,10 @@ def place_by_affinity(
         raise ConfigError(f"load_LE must be finite, >= 0 and of the shape {shape}, got {load_LE.shape}")
     if start.num_workers != cluster.num_workers:
         raise ConfigError(f"start must be a plan for {cluster.num_workers} workers, got one for {start.num_workers}")
-    begun = _PlanSearch(start, statistics, load_LE, cluster, model, config)
-    search = begun.copy()
+    search = _PlanSearch(start, statistics, load_LE, cluster, model, config)
+    begun = search.copy() if config.max_moves is None else None
     search.descend(max_moves=config.max_moves, min_gain=config.min_gain)
-    if config.max_moves is None:
+    if begun is not None:
         relaxed = begun.relaxed(search)
         search = relaxed if relaxed.cost < search.cost else search
         rng = np.random.default_rng(config.seed)

@@ -51,7 +51,12 @@ class WorkersCost:
         self._sets = sets
         num_experts, num_workers = shares_EW.shape
         every_set = np.arange(len(sets.weight_U))
-        self._pairs_WEE = np.stack([self._pairs_EE(shares_EW[:, w], every_set) for w in range(num_workers)])
+        # A worker that none of a set's experts is on has what no worker would have without any shares.
+        none_E = np.zeros(num_experts)
+        self._pairs_WEE = np.repeat(self._pairs_EE(none_E, every_set)[np.newaxis], num_workers, axis=0)
+        for worker, share_E in enumerate(shares_EW.T):
+            rows_R = np.flatnonzero((share_E[sets.experts_Uk] > 0).any(axis=1))
+            self._pairs_WEE[worker] += self._pairs_EE(share_E, rows_R) - self._pairs_EE(none_E, rows_R)
         self._has_UE = np.zeros((len(sets.weight_U), num_experts), dtype=np.bool_)
         self._has_UE[every_set[:, np.newaxis], sets.experts_Uk] = True
 
