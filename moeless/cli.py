@@ -97,7 +97,7 @@ def serve(
     predict_distance: Annotated[int, typer.Option(help="How many MoE layers ahead to forecast.")] = 1,
     predict_overhead: Annotated[
         float, typer.Option(help="Most of the steps' time that forecasting may take; 1 forecasts every step.")
-    ] = 0.02,
+    ] = 0.015,
     allow_tracing: Annotated[
         bool | None, typer.Option(help="Let clients record what the engine routes; default: on a loopback host.")
     ] = None,

@@ -52,7 +52,7 @@ class ServeSettings:
     """A file of `moeless predict fit` for this model; the engine's node must see it. None: nothing is predicted."""
     predict_distance: int = 1
     """How many MoE layers ahead."""
-    predict_overhead: float = 0.02
+    predict_overhead: float = 0.015
     """Most of the steps' time that forecasting may take."""
     allow_tracing: bool | None = None
     """Whether clients may record what the engine routes, for all its requests. None: where only this machine can call,

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import gammaln, xlogy
 
+from moeless.core.balancing import CallCost
 from moeless.core.cluster import Cluster, ModelShape
 from moeless.core.errors import ConfigError
 
@@ -105,6 +106,14 @@ class ExpertTime:
     def last_slope(self) -> float:
         """Seconds per token above the last knot."""
         return (self.seconds_K[-1] - self.seconds_K[-2]) / (self.tokens_K[-1] - self.tokens_K[-2])
+
+    def call_cost(self) -> CallCost:
+        """The same in tokens, as dispatch evens out a step: the last slope is a token's time."""
+        tokens, seconds, slope = self.tokens_K[-1], self.seconds_K[-1], self.last_slope
+        if not slope > 0:
+            return CallCost(floor_tokens=tokens)
+        call_tokens = max(0.0, seconds / slope - tokens)
+        return CallCost(call_tokens=call_tokens, floor_tokens=max(0.0, self.seconds_K[0] / slope - call_tokens))
 
     def averaged(self) -> MeanExpertTime:
         """Seconds of a call of so many tokens on average: of one that gets a tenth of a token mostly none."""

@@ -23,7 +23,8 @@ class Observation:
     time_s: float
     """Of the moment, on a clock of which only differences count."""
     mean_LE: FloatArray
-    """Forecast tokens per engine step, over the window that the plan is for."""
+    """Forecast tokens per engine step, over the window that the plan is for: of the step that the average token is in,
+    since steps with prompts are few between many without, and most of the work."""
     upper_LE: FloatArray
     """The same at the policy's forecast quantile."""
     window_LE: FloatArray

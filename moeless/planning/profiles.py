@@ -23,6 +23,9 @@ _A6000 = Device(name="A6000", bytes_per_s=614e9, flops_per_s=93e12)
 # 3.35 TB/s and 989.
 _H800 = Device(name="H800", bytes_per_s=2.7e12, flops_per_s=600e12)
 DEVICES = {"a6000": _A6000, "h800": _H800}
+# One kernel writes to all peers, whether they are the experts' devices or the same that attend: the engine has as many
+# devices as there are workers.
+_LINKED = ExchangeTime(hub_s=10e-6, message_s=0.0, all_to_all_s=10e-6)
 _LAUNCH_S = 30e-6
 """Of a backbone layer's kernels."""
 
@@ -76,7 +79,7 @@ def roofline_profile(
             decode_context_s=num_layers * kv_bytes / device.bytes_per_s,
             prefill_context_s=num_layers * attention_flops / device.flops_per_s,
         ),
-        exchange=ExchangeTime(hub_s=10e-6, message_s=2e-6, all_to_all_s=10e-6),
+        exchange=_LINKED,
         load_s=0.3e-3,
     )
 
@@ -96,7 +99,7 @@ def _h800_deepseek_v3() -> CostProfile:
             decode_context_s=layers * 1152 / bytes_per_s,
             prefill_context_s=layers * 81920 / flops_per_s,
         ),
-        exchange=ExchangeTime(hub_s=10e-6, message_s=1e-6, all_to_all_s=15e-6, combine_ratio=2.0),
+        exchange=ExchangeTime(hub_s=15e-6, message_s=0.0, all_to_all_s=15e-6, combine_ratio=2.0),
         load_s=0.3e-3,
     )
 

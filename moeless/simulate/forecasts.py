@@ -89,7 +89,10 @@ class Forecaster:
     def forecast(
         self, now_s: float, horizon_s: float, history: LoadHistory, window: WindowLoad, upcoming: Upcoming
     ) -> tuple[FloatArray, FloatArray]:
-        """Mean and upper forecast of the tokens per step, shape (L, E) each."""
+        """Mean and upper forecast of the tokens per step, shape (L, E) each.
+
+        Of the step that the average token is in: those with prompts are few, but most of the work.
+        """
         if self._config.kind == "window":
             mean_C = window.mean_C
         elif self._config.kind == "popularity":
@@ -97,6 +100,7 @@ class Forecaster:
         else:
             tokens_C, num_steps = upcoming(self._spans, horizon_s)
             mean_C = self._with_errors(tokens_C / max(1, num_steps))
+        mean_C = mean_C * window.burst
         upper_C = mean_C + self._z * np.sqrt(window.dispersion_C * mean_C)
         return mean_C.reshape(self._shape), upper_C.reshape(self._shape)
 

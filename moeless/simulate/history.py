@@ -26,6 +26,8 @@ class _Slot:
     sum_C: FloatArray
     square_C: FloatArray
     num_steps: int = 0
+    pairs: float = 0.0
+    square_pairs: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,9 @@ class WindowLoad:
     dispersion_C: FloatArray
     """Variance over mean of a step's tokens, at least 1 (that of counts that come independently)."""
     num_steps: int = field(default=0)
+    burst: float = field(default=1.0)
+    """How many times the mean step's tokens the step of the average token has, at least 1: a few steps with prompts
+    between many without."""
 
 
 class LoadHistory:
@@ -60,6 +65,9 @@ class LoadHistory:
         slot.sum_C += counts_C
         slot.square_C += counts_C.astype(np.float64) ** 2
         slot.num_steps += 1
+        pairs = float(counts_C.sum())
+        slot.pairs += pairs
+        slot.square_pairs += pairs**2
         self.total_C += counts_C
         self.num_steps += 1
         self.last_used_s_C[counts_C > 0] = now_s
@@ -73,7 +81,9 @@ class LoadHistory:
         mean_C = np.sum([slot.sum_C for slot in self._slots], axis=0) / num_steps
         variance_C = np.sum([slot.square_C for slot in self._slots], axis=0) / num_steps - mean_C**2
         dispersion_C = np.maximum(1.0, np.divide(variance_C, mean_C, out=np.ones_like(mean_C), where=mean_C > 0))
-        return WindowLoad(mean_C, dispersion_C, num_steps)
+        pairs = sum(slot.pairs for slot in self._slots)
+        square_pairs = sum(slot.square_pairs for slot in self._slots)
+        return WindowLoad(mean_C, dispersion_C, num_steps, square_pairs * num_steps / pairs**2 if pairs else 1.0)
 
     def _slot(self, now_s: float) -> _Slot:
         last = self._slots[-1] if self._slots else None

@@ -59,12 +59,14 @@ class Residency:
         sample_MLk: IntArray,
         *,
         seed: int,
+        balances_steps: bool = False,
     ) -> None:
         self._cluster, self._profile, self._config, self._sample_MLk = cluster, profile, config, sample_MLk
+        self._balances_steps = balances_steps
         self._model: ModelShape = profile.model
         self._rng = np.random.default_rng(seed)
         num_workers = cluster.num_workers
-        self.hosting = Hosting(plan, cluster, profile.expert_time, sample_MLk)
+        self.hosting = self._hosting(plan)
         self.target: Plan | None = None
         """The plan that is being loaded, and the instances that have to be."""
         self.pending_keys: IntArray = np.empty(0, dtype=np.int64)
@@ -147,7 +149,7 @@ class Residency:
         self.advance(now_s)
         plan, self.target = self._with_hosted_meanwhile(self.target), None
         self.pending_keys = self.pending_keys[:0]
-        self.hosting = Hosting(plan, self._cluster, self._profile.expert_time, self._sample_MLk)
+        self.hosting = self._hosting(plan)
         self._set_resident(np.bincount(plan.worker_N, minlength=self._cluster.num_workers), now_s)
 
     def host_cold(self, cells: IntArray, last_used_s_C: FloatArray, now_s: float) -> IntArray:
@@ -211,8 +213,18 @@ class Residency:
         self.num_evicted += len(dropped)
         change_W = np.bincount(workers, minlength=plan.num_workers)
         change_W -= np.bincount(plan.worker_N[dropped], minlength=plan.num_workers)
-        self.hosting = Hosting(grown, self._cluster, self._profile.expert_time, self._sample_MLk, like=self.hosting)
+        self.hosting = self._hosting(grown, like=self.hosting)
         self._set_resident(self._resident_W + change_W, now_s)
+
+    def _hosting(self, plan: Plan, *, like: Hosting | None = None) -> Hosting:
+        return Hosting(
+            plan,
+            self._cluster,
+            self._profile.expert_time,
+            self._sample_MLk,
+            like=like,
+            balances_steps=self._balances_steps,
+        )
 
     def _with_hosted_meanwhile(self, plan: Plan) -> Plan:
         """Keep what was started cold since the plan was made, where the plan has nothing in its stead."""

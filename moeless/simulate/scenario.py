@@ -61,6 +61,9 @@ class Policy:
     window_s: float | None = None
     """That planners look back on; or give `window_steps`. Neither: ten seconds."""
     window_steps: int | None = None
+    balances_steps: bool = False
+    """Replicas share each step's tokens so that its busiest worker is done early; else by the plan's shares. Only from
+    a hub, which sees all tokens before it sends any."""
     is_blocking: bool = False
     """Engines stop while weights move, which then come from other workers over the links between them."""
     prefetch_layers: int = 0
@@ -80,6 +83,8 @@ class Policy:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"policy {self.name}: {name} must be above 0, got {value}")
+        if self.balances_steps and self.topology != "hub":
+            raise ConfigError(f"policy {self.name}: balances_steps needs the topology hub, got {self.topology}")
         if self.prefetch_layers < 0:
             raise ConfigError(f"policy {self.name}: prefetch_layers must be at least 0, got {self.prefetch_layers}")
         if not 0 <= self.prefetch_recall <= 1:

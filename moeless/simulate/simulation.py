@@ -112,6 +112,7 @@ class _Simulation:
             scenario.transfers,
             sampled_choices(routing.trace.experts_TLk, num_workers=num_workers, seed=seeds[3]),
             seed=seeds[4],
+            balances_steps=policy.balances_steps,
         )
         self._costs = StepCosts(scenario, policy, self._residency)
         self._recorder = Recorder(

@@ -112,6 +112,7 @@ def moeless(scenario: Scenario, config: StandardConfig) -> Policy:
         if config.predicted is None
         else ForecastConfig(kind="predictor", quantile=quantile),
         predicted=config.predicted,
+        balances_steps=True,
         interval_s=resolved.tick_s,
         prefetch_layers=config.prefetch_layers,
         prefetch_recall=config.recall,
@@ -186,7 +187,7 @@ def _described_moeless(policy: Policy, config: StandardConfig) -> str:
     return (
         f"plans every {policy.interval_s:g} s in the background, told of the tokens of that time as {forecast} see "
         f"them (recall {config.recall:.0%}), functions loaded {policy.prefetch_layers} layers ahead with the same "
-        "recall, tokens from a hub"
+        "recall, tokens from a hub, which shares out each step's tokens among replicas anew"
     )
 
 

@@ -352,7 +352,9 @@ def test_planners_are_told_what_was_and_what_will_be(
     # Foresight of a tick and what was then observed are of the same tokens.
     seen = np.mean([o.window_LE for o in later[4:-4]], axis=0)
     foreseen = np.mean([o.mean_LE for o in later[3:-5]], axis=0)
-    assert np.abs(seen - foreseen).sum() / seen.sum() < 0.25
+    assert np.abs(seen / seen.sum() - foreseen / foreseen.sum()).sum() < 0.25
+    # What is foreseen is of the step that the average token is in: prompts come in few steps of many tokens.
+    assert foreseen.sum() > 2 * seen.sum()
 
 
 def test_progress_ends_with_all_requests(

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import itertools
+from math import inf
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moeless.core.balancing import CallCost, balanced_split
+from moeless.core.errors import ConfigError
+
+COSTS = st.builds(
+    CallCost, call_tokens=st.sampled_from([0.0, 2.0, 9.0]), floor_tokens=st.sampled_from([0.0, 15.0, 150.0])
+)
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> tuple[list[int], list[list[int]], list[float]]:
+    num_workers = draw(st.integers(2, 6))
+    busy_W = draw(st.lists(st.floats(0, 500), min_size=num_workers, max_size=num_workers))
+    workers = st.lists(st.integers(0, num_workers - 1), min_size=2, max_size=num_workers, unique=True)
+    workers_F = draw(st.lists(workers, min_size=1, max_size=6))
+    tokens_F = draw(st.lists(st.integers(0, 800), min_size=len(workers_F), max_size=len(workers_F)))
+    return tokens_F, workers_F, busy_W
+
+
+def busy(
+    split: list[list[int]], workers_F: list[list[int]], busy_W: list[float], cost: CallCost, speed_W: list[float]
+) -> list[float]:
+    after_W = list(busy_W)
+    for parts, workers in zip(split, workers_F, strict=True):
+        for tokens, worker in zip(parts, workers, strict=True):
+            after_W[worker] += cost(tokens) / speed_W[worker]
+    return after_W
+
+
+@given(layer=layers(), cost=COSTS, speeds=st.lists(st.sampled_from([0.5, 1.0, 2.0]), min_size=6, max_size=6))
+def test_every_token_is_computed_once_and_the_workers_times_are_told(
+    layer: tuple[list[int], list[list[int]], list[float]], cost: CallCost, speeds: list[float]
+) -> None:
+    tokens_F, workers_F, busy_W = layer
+    speed_W = speeds[: len(busy_W)]
+    after_W = list(busy_W)
+    split = balanced_split(tokens_F, workers_F, after_W, cost, speed_W=speed_W)
+    assert [sum(parts) for parts in split] == tokens_F
+    assert [len(parts) for parts in split] == [len(workers) for workers in workers_F]
+    assert min(itertools.chain.from_iterable(split)) >= 0
+    assert after_W == pytest.approx(busy(split, workers_F, busy_W, cost, speed_W), rel=1e-6, abs=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(layer=layers(), floor=st.sampled_from([0.0, 150.0]))
+def test_the_busiest_worker_is_close_to_the_best_that_whole_calls_allow(
+    layer: tuple[list[int], list[list[int]], list[float]], floor: float
+) -> None:
+    tokens_F, workers_F, busy_W = layer
+    cost = CallCost(call_tokens=2.0, floor_tokens=floor)
+    split = balanced_split(tokens_F, workers_F, list(busy_W), cost)
+    ones = [1.0] * len(busy_W)
+    best = inf
+    for choice in itertools.product(*(range(len(workers)) for workers in workers_F)):
+        whole = [
+            [tokens if index == chosen else 0 for index in range(len(workers))]
+            for tokens, workers, chosen in zip(tokens_F, workers_F, choice, strict=True)
+        ]
+        best = min(best, max(busy(whole, workers_F, busy_W, cost, ones)))
+    # List scheduling of the largest first is within a third of the optimum where all can go anywhere (Graham 1969).
+    assert max(busy(split, workers_F, busy_W, cost, ones)) <= best * 1.34 + 1e-6
+
+
+def test_a_call_below_the_floor_is_not_split() -> None:
+    busy_W = [0.0, 0.0]
+    assert balanced_split([100], [[0, 1]], busy_W, CallCost(floor_tokens=150)) == [[100, 0]]
+    assert busy_W == [150, 0]
+
+
+def test_tokens_above_the_floor_find_their_level() -> None:
+    busy_W = [300.0, 100.0, 0.0]
+    split = balanced_split([800], [[0, 1, 2]], busy_W, CallCost())
+    assert split == [[100, 300, 400]]
+    assert busy_W == [400, 400, 400]
+
+
+def test_a_faster_worker_gets_more() -> None:
+    busy_W = [0.0, 0.0]
+    assert balanced_split([900], [[0, 1]], busy_W, CallCost(), speed_W=[2.0, 1.0]) == [[600, 300]]
+    assert busy_W == [300, 300]
+
+
+def test_whole_functions_are_dealt_to_the_less_busy() -> None:
+    cost = CallCost(floor_tokens=100)
+    busy_W = [100.0, 0.0, 0.0]
+    split = balanced_split([5, 5], [[0, 1], [0, 2]], busy_W, cost)
+    assert split == [[0, 5], [0, 5]]
+    assert busy_W == [100, 100, 100]
+
+
+@pytest.mark.parametrize("name", ["call_tokens", "floor_tokens"])
+@pytest.mark.parametrize("value", [-1.0, inf, float("nan")])
+def test_a_cost_out_of_range_is_named(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=rf"call_cost\.{name} must be at least 0 and finite"):
+        CallCost(**{name: value})
