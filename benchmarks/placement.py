@@ -202,9 +202,11 @@ def _measure(case: Case, arguments: argparse.Namespace, imbalance: float) -> lis
         add("workers: integer programme", optimal, excess)
 
     def optimal_hops() -> Plan:
+        # A layer is solved several times, and what is left of a gap in one sweep may be found in the next.
+        limits = SolverLimits(time_limit_s=arguments.time_limit / 4, gap=0.003)
         return fewest_hops_plan(
-            best["hops"], fit, load_LE, *system, affinity=replace(affinity, objective="hops"), config=config,
-            bounds=None if has_replicas else bounds,
+            best["hops"], fit, load_LE, *system, affinity=replace(affinity, objective="hops"),
+            config=replace(config, limits=limits), bounds=None if has_replicas else bounds,
         ).plan  # fmt: skip
 
     add("hops: integer programme, layer by layer", optimal_hops, lambda plan: _hops_proved(case, plan, best, bounds))
