@@ -1,7 +1,7 @@
 """Placement: which worker hosts the instances of each function, and the share of its tokens that each gets.
 
-`place` is what a tick calls; `shares` splits tokens; `affinity`, `hops` and `programme` are for plans that also keep
-tokens on few workers; `measure` replays a trace against a plan.
+`place` is what a tick calls; `shares` splits tokens. planning.affinity is for plans that also keep tokens on few
+workers.
 """
 
 from moeless.planning.place.greedy import InfeasiblePlacementError
