@@ -45,7 +45,8 @@ from moeless.packages.backbone import load_backbone
 from moeless.packages.packed_model import PackedModel
 from moeless.packages.source import resolve_model
 
-_TOKEN = "benchmark"
+TOKEN = "benchmark"
+"""That engine and workers show each other."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     table = spread_evenly(
         num_layers=packed.manifest.num_moe_layers, num_experts=packed.manifest.num_experts, workers=names
     )
-    workers = [_start_worker(packed, table, name) for name in names]
+    workers = [start_worker(packed, table, name) for name in names]
     in_process = _Decoder(packed, RoutingTable(version=1))
     remote = _Decoder(packed, table, {name: endpoint for name, (_, endpoint) in zip(names, workers, strict=True)})
     steps: dict[int, dict[str, list[float]]] = {}
@@ -117,7 +118,7 @@ class _Decoder:
             {
                 name: connect(
                     endpoint,
-                    token=_TOKEN,
+                    token=TOKEN,
                     engine="benchmark",
                     hidden_size=layout.hidden_size,
                     top_k=packed.manifest.top_k,
@@ -160,7 +161,8 @@ class _Decoder:
             self._done.set()
 
 
-def _start_worker(packed: PackedModel, table: RoutingTable, name: str) -> tuple[Any, WorkerEndpoint]:
+def start_worker(packed: PackedModel, table: RoutingTable, name: str) -> tuple[Any, WorkerEndpoint]:
+    """A worker in a process of its own, with what the table gives it; kill the process in the end."""
     functions = [str(f) for f, shares in table.instances.items() if shares[0].worker == name]
     context = mp.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -170,11 +172,11 @@ def _start_worker(packed: PackedModel, table: RoutingTable, name: str) -> tuple[
 
 
 def _work(pipe: Connection, packed_path: str, name: str, functions: list[str]) -> None:
-    settings = ServeSettings(packed_path=packed_path, model_id="benchmark", token=_TOKEN, dtype="float32")
+    settings = ServeSettings(packed_path=packed_path, model_id="benchmark", token=TOKEN, dtype="float32")
     host = ExpertHost(settings, name, functions, threads=1)
     assert host.pool.state(FunctionId.parse(functions[0])).value == "warm"
     server = DataPlaneServer(
-        host.compute, worker=name, token=_TOKEN, max_rows=MAX_ROWS, num_experts=host.pool.num_experts
+        host.compute, worker=name, token=TOKEN, max_rows=MAX_ROWS, num_experts=host.pool.num_experts
     )
     server.start()
     pipe.send_bytes(msgspec.json.encode(server.endpoint))
