@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--replicas", type=int, nargs="+", default=[0, 8], help="instances beyond one each, of a layer")
     parser.add_argument("--max-imbalance", type=float, nargs="+", default=[1.0, 1.05, 1.1])
     parser.add_argument("--max-instances", type=int, help="of a layer on a worker; as many as EPLB's by default")
-    parser.add_argument("--kicks", type=int, default=40, help="of each layer, in the longer of the local searches")
+    parser.add_argument("--kicks", type=int, default=20, help="of each layer, in the longer of the local searches")
     parser.add_argument("--time-limit", type=float, default=20.0, help="seconds for the programme of one layer")
     parser.add_argument("--test-share", type=float, default=0.3)
     parser.add_argument("--seed", type=int, default=0)

@@ -137,5 +137,5 @@ def _groups(sets: ExpertSets, bounds: LayerBounds) -> tuple[BoolArray, FloatArra
             np.put_along_axis(mask_GE, prefix_Pj[prefix_G], True, axis=1)
             mask_GE[np.arange(len(prefix_G)), expert_G] = True
             masks.append(mask_GE)
-            costs.append(1.0 - missed_PE[prefix_G, expert_G])
+            costs.append(sets.weight_U.sum() - missed_PE[prefix_G, expert_G])
     return np.concatenate(masks), np.concatenate(costs)

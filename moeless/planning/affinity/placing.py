@@ -7,8 +7,8 @@ Called by planning.planner, benchmarks and who plans offline. A local search ove
    until it forbids it: what is far better often lies behind placements that are out of balance. Layers that end out of
    balance go back to what step 1 found. For hops, layers are first searched one after the other, each given the one
    before. The better of both counts.
-3. If asked, kicks: instances of a layer are swapped at random and the search goes on from there, which is kept where
-   it ends better (iterated local search).
+3. If asked, kicks: instances of a layer are swapped at random and the search goes on from there as in step 2, which
+   is kept where it ends better (iterated local search).
 
 Shapes: L layers, E experts, W workers, N instances.
 """
@@ -32,8 +32,10 @@ Objective = Literal["workers", "hops"]
 
 _PRICES = (0.2, 0.6, 2.0, 6.0, 20.0, 200.0)
 """Of exceeding the bound on load by the mean worker's, in multiples of the mean worker's part of the cost."""
-_SHAKE_SWAPS = 3
+_KICK_SWAPS = 6
 """Enough that the descent does not undo them one by one, few enough to keep what was good."""
+_KICK_PRICES = _PRICES[1:]
+"""Dearer from the beginning than those of a search from the start, which would undo all that was found."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -240,14 +242,20 @@ class _PlanSearch:
         return other
 
     def kicked(self, layer: int, rng: np.random.Generator) -> _PlanSearch:
-        """The search after a few random swaps in a layer and a descent from there; itself if that is no better."""
+        """The search after random swaps in a layer and a priced descent from there; itself if that is no better."""
         other = self.copy()
-        search = other._owned(layer)
-        before = search.change
-        search.shake(rng, num_swaps=_SHAKE_SWAPS)
-        other.cost += search.change - before
-        other._spoil_around(layer)
-        other.descend()
+        around = other._around(layer)
+        other._priced(layer, _KICK_PRICES[0])
+        other._owned(layer).shake(rng, num_swaps=_KICK_SWAPS)
+        for price in (*_KICK_PRICES, np.inf):
+            for near in around:
+                other._priced(near, price)
+            if np.isinf(price) and not all(other._layers[near].is_within_bounds for near in around):
+                return self
+            other.descend()
+        other.cost = (
+            other._whole_cost() if self._is_hops else self.cost + other._layer_cost(layer) - self._layer_cost(layer)
+        )
         return other if other.cost < self.cost - 1e-9 else self
 
     def _descend_layer(self, layer: int) -> None:
@@ -293,10 +301,18 @@ class _PlanSearch:
 
     def _spoil_around(self, layer: int) -> None:
         """The layer changed: what was known of it, and where hops count of its neighbours, is out of date."""
-        self._spoil(*((layer - 1, layer, layer + 1) if self._is_hops else (layer,)))
+        self._spoil(*self._around(layer))
 
     def _spoil(self, *layers: int) -> None:
-        self._stale |= set(layers) & set(range(len(self._layers)))
+        self._stale |= set(layers)
+
+    def _around(self, layer: int) -> list[int]:
+        """The layers whose cost depends on this one's placement."""
+        return [
+            near
+            for near in range(layer - 1, layer + 2)
+            if near == layer or (self._is_hops and 0 <= near < len(self._layers))
+        ]
 
     def _kept_EW(self, layer: int, *, is_forward: bool) -> FloatArray:
         """Pairs kept on one worker, with the neighbours as they are, if an expert's tokens were all computed there."""
@@ -310,8 +326,12 @@ class _PlanSearch:
 
     def _whole_cost(self) -> float:
         """Sum over layers, of workers touched or of hops."""
+        if not self._is_hops:
+            return sum(self._layer_cost(layer) for layer in range(len(self._layers)))
         shares = [layer.shares_EW for layer in self._layers]
-        if self._is_hops:
-            transitions = self._statistics.transitions_LEE
-            return sum(hops(one, next_, t) for one, next_, t in zip(shares, shares[1:], transitions, strict=False))
-        return sum(touched(one, sets) for one, sets in zip(shares, self._statistics.sets, strict=True))
+        transitions = self._statistics.transitions_LEE
+        return sum(hops(one, other, pairs) for one, other, pairs in zip(shares, shares[1:], transitions, strict=False))
+
+    def _layer_cost(self, layer: int) -> float:
+        """Workers touched in a layer."""
+        return touched(self._layers[layer].shares_EW, self._statistics.sets[layer])
