@@ -141,6 +141,30 @@ def test_a_plan_that_is_good_enough_stays() -> None:
     assert place_by_affinity(plan, *rest) is plan
 
 
+@pytest.mark.parametrize("objective", ["workers", "hops"])
+def test_a_layer_that_cannot_be_brought_back_to_balance_falls_back(objective: Any) -> None:
+    # Few placements are as balanced as the start, and by single swaps the search does not find back to one.
+    choices = clustered_routing(4, tokens=300, layers=2, experts=12, top_k=3)
+    start, statistics, load_LE, _, model = problem_of(choices, 12, 4)
+    config = AffinityConfig(objective=objective, max_imbalance=1.0, max_instances=5, num_kicks=3)
+    for memory in (6, 100):  # as much as the start needs, and plenty
+        full = even_cluster(4, memory_bytes=memory)
+        plan = place_by_affinity(start, statistics, load_LE, full, model, config=config)
+        assert cost(plan, statistics, objective) <= cost(start, statistics, objective)
+        assert (balance_L(plan, load_LE, np.ones(4)) <= balance_L(start, load_LE, np.ones(4)) + 1e-6).all()
+        assert np.bincount(plan.worker_N, minlength=4).max() <= memory
+
+
+def test_kicks_find_what_a_descent_does_not() -> None:
+    choices = clustered_routing(1, tokens=300, layers=1, experts=24, top_k=3, num_topics=6)
+    start, statistics, *rest = problem_of(choices, 24, 6)
+    costs = [
+        cost(place_by_affinity(start, statistics, *rest, config=AffinityConfig(num_kicks=kicks)), statistics, "workers")
+        for kicks in (0, 10)
+    ]
+    assert costs[1] < 0.97 * costs[0]
+
+
 def test_functions_without_an_instance_are_left_out() -> None:
     start, statistics, load_LE, cluster, model = problem_of(clustered_routing(0), 8, 4)
     keep_N = (start.layer_N != 1) & (start.expert_N != 2)

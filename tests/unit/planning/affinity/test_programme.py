@@ -145,6 +145,18 @@ def test_all_layers_at_once_hop_least_of_all_placements(seed: int, imbalance: fl
         assert solved.bound == pytest.approx(min(costs), abs=1e-6)
 
 
+def test_what_is_proved_holds_when_time_runs_out() -> None:
+    statistics = statistics_of(3, experts=12, top_k=3)
+    bounds = bounds_for(statistics.load_LE[0], imbalance=1.2, most=5)
+    best = fewest_workers_by_groups(statistics.sets[0], bounds)
+    hurried = fewest_workers_by_groups(statistics.sets[0], bounds, time_limit_s=1e-6)
+    assert best.gap == 0
+    assert 0 < hurried.bound <= best.cost + 1e-9
+    assert hurried.cost >= best.cost - 1e-9
+    by_sets = fewest_workers(statistics.sets[0], bounds, limits=SolverLimits(time_limit_s=1e-6))
+    assert by_sets.bound <= best.cost + 1e-9
+
+
 def test_bounds_that_nothing_keeps_to_have_no_placement() -> None:
     statistics = statistics_of(0)
     bounds = bounds_for(statistics.load_LE[0], imbalance=0.9, most=2)
