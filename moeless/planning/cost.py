@@ -107,13 +107,21 @@ class ExpertTime:
         """Seconds per token above the last knot."""
         return (self.seconds_K[-1] - self.seconds_K[-2]) / (self.tokens_K[-1] - self.tokens_K[-2])
 
-    def call_cost(self) -> CallCost:
-        """The same in tokens, as dispatch evens out a step: the last slope is a token's time."""
+    def call_cost(self, *, link_s: float = 0.0) -> CallCost:
+        """The same in tokens, as dispatch evens out a step: the last slope is a token's time.
+
+        Args:
+            link_s: of sending a token to its worker and the answer back.
+        """
         tokens, seconds, slope = self.tokens_K[-1], self.seconds_K[-1], self.last_slope
         if not slope > 0:
-            return CallCost(floor_tokens=tokens)
+            return CallCost(floor_tokens=tokens, link_tokens=link_s * tokens / seconds)
         call_tokens = max(0.0, seconds / slope - tokens)
-        return CallCost(call_tokens=call_tokens, floor_tokens=max(0.0, self.seconds_K[0] / slope - call_tokens))
+        return CallCost(
+            call_tokens=call_tokens,
+            floor_tokens=max(0.0, self.seconds_K[0] / slope - call_tokens),
+            link_tokens=link_s / slope,
+        )
 
     def averaged(self) -> MeanExpertTime:
         """Seconds of a call of so many tokens on average: of one that gets a tenth of a token mostly none."""
@@ -221,6 +229,12 @@ class CostProfile:
             raise ConfigError(
                 f"profile {self.name}: worker_start_s must be from a least >= 0 to a most, got {self.worker_start_s}"
             )
+
+    def link_s(self, cluster: Cluster) -> float:
+        """Seconds that a token takes on its worker's link, there and back; where there are nodes, between them."""
+        has_nodes = len({worker.node for worker in cluster.workers}) > 1
+        bytes_per_s = cluster.remote_bytes_per_s if has_nodes else cluster.local_bytes_per_s
+        return self.model.hidden_bytes * (1 + self.exchange.combine_ratio) / bytes_per_s
 
     def load_time(self, num_bytes: float, bytes_per_s: float) -> float:
         """Seconds of loading one instance over a link that gives it `bytes_per_s`."""

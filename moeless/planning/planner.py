@@ -38,6 +38,9 @@ from moeless.planning.scale import (
     replicas_min_max,
 )
 
+_LOADING_SHARE = 0.25
+"""Of a tick, that workers spend on loading instances only to balance load, where the policy sets no number."""
+
 Seconds = Callable[[FloatArray], FloatArray]
 """Time of calls of an expert with so many tokens, on a worker of speed 1."""
 
@@ -50,6 +53,8 @@ class PlannedSystem:
     cluster: Cluster
     seconds: Seconds | None = None
     """An expert's time. None: in proportion to its tokens."""
+    floor_tokens: float = 0.0
+    """A call of fewer tokens takes as long as one of so many, so that splitting it relieves nobody."""
     horizon_steps: float = 100.0
     """Engine steps that a plan will be in force."""
     load_s: float = 0.0
@@ -61,6 +66,10 @@ class PlannedSystem:
     def ready_s(self) -> float:
         """From the decision to start an instance until it is warm."""
         return self.load_s + self.model.expert_bytes / self.cluster.load_bytes_per_s
+
+    def loads_within(self, seconds: float) -> int:
+        """Instances that all workers load in that time, at least one."""
+        return max(1, int(self.cluster.num_workers * seconds / self.ready_s))
 
     @property
     def capacity(self) -> int:
@@ -144,6 +153,9 @@ class MoelessPlanner:
         self._policy = policy
         self._system = system
         self._budget = min(policy.budget, system.capacity)
+        self._max_moves = (
+            system.loads_within(_LOADING_SHARE * policy.tick_s) if policy.max_moves is None else policy.max_moves
+        )
         self._most_LE = np.minimum(policy.max_LE, system.cluster.num_workers)
         self._stabiliser = Stabiliser(
             up_window_s_LE=policy.up_window_s_LE,
@@ -168,7 +180,7 @@ class MoelessPlanner:
         hosted_LE = np.zeros(shape[:2], dtype=np.int64) if hosted is None else hosted.counts_LE()
         least_LE, counts_LE = self._counts(observation, None if hosted is None else hosted_LE, hosted_LE)
         if hosted is None:
-            plan = self._placed(counts_LE, observation, None, max_moves=self._policy.max_moves)
+            plan = self._placed(counts_LE, observation, None, max_moves=self._max_moves)
             return self._by_affinity(plan, observation, max_moves=None)
         needed_LE = np.clip(hosted_LE, least_LE, counts_LE)
         needed = self._placed(needed_LE, observation, hosted, max_moves=0)
@@ -179,19 +191,19 @@ class MoelessPlanner:
         if is_open_L.any():
             target_LE = np.where(is_open_L[:, None], counts_LE, needed_LE)
             num_starts = int((target_LE - needed_LE).sum())
-            if num_starts > self._policy.max_moves:
+            if num_starts > self._max_moves:
                 target_LE = fit_budgets(
                     target_LE,
                     Limits(least_LE=needed_LE, most_LE=target_LE, budget_L=np.full(shape[0], UNLIMITED)),
                     load_LE=observation.upper_LE,
                     wanted_LE=target_LE,
-                    budget=int(needed_LE.sum()) + self._policy.max_moves,
+                    budget=int(needed_LE.sum()) + self._max_moves,
                 )
-            left = max(0, self._policy.max_moves - num_starts)
+            left = max(0, self._max_moves - num_starts)
             better = self._placed(target_LE, observation, plan, max_moves=left)
             plan = self._where_it_pays(plan, better, observation, is_forced_L=np.zeros(shape[0], dtype=np.bool_))
         num_started = len(plan.started_since(hosted)) - int(np.maximum(needed_LE - hosted_LE, 0).sum())
-        plan = self._by_affinity(plan, observation, max_moves=max(0, self._policy.max_moves - num_started))
+        plan = self._by_affinity(plan, observation, max_moves=max(0, self._max_moves - num_started))
         if previous is not None and _are_same(plan, previous):
             return previous
         return replace(plan, version=1 if previous is None else previous.version + 1)
@@ -232,7 +244,7 @@ class MoelessPlanner:
                 worker_share=scaler.worker_share,
                 seconds=self._system.seconds,
             )
-        enough_L = scaler.worker_share * load_LE.sum(axis=1) / num_workers
+        enough_L = np.maximum(scaler.worker_share * load_LE.sum(axis=1) / num_workers, self._system.floor_tokens)
         return replicas_min_max(load_LE, limits, enough_L=enough_L)
 
     def _placed(self, counts_LE: IntArray, observation: Observation, before: Plan | None, *, max_moves: int) -> Plan:

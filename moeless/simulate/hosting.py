@@ -41,8 +41,8 @@ class Hosting:
     Args:
         sample_MLk: choices of some tokens, by which is told how many of a worker's pairs are of one token.
         like: hosting of a plan that differs in few instances, whose share of distinct tokens is taken over.
-        balances_steps: replicas share each step's tokens so that the busiest worker is done early, as dispatch does
-            with a call cost (core.balancing); else by the plan's shares.
+        step_cost: replicas share each step's tokens so that the busiest worker is done early by this cost, as dispatch
+            does (core.balancing); None: by the plan's shares.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Hosting:
         sample_MLk: IntArray,
         *,
         like: Hosting | None = None,
-        balances_steps: bool = False,
+        step_cost: CallCost | None = None,
     ) -> None:
         self.plan = plan
         self._expert_time = expert_time
@@ -77,16 +77,16 @@ class Hosting:
         self._from = np.where(is_first, 0.0, np.concatenate(([0.0], self._upto[:-1]))) if len(cells) else upto
         is_last = np.diff(cells, append=-1) != 0
         self._upto[is_last] = 1.0
-        self._cost = expert_time.call_cost() if balances_steps else None
+        self._step_cost = step_cost
         self._speeds = None if self._is_even else cluster.speed_W.tolist()
-        self._functions_L = self._replicated() if balances_steps else []
+        self._functions_L = [] if step_cost is None else self._replicated()
         self._distinct_LW: FloatArray = _distinct_share(plan, sample_MLk) if like is None else like._distinct_LW
 
     def load(self, counts_C: IntArray, *, num_tokens: int, step: int) -> WorkerLoad:
         """Of a step of `num_tokens` tokens; tokens of functions without an instance are left out."""
         tokens_N = counts_C[self._cell_N].astype(np.float64)
-        if self._cost is not None:
-            self._balance(tokens_N, counts_C, self._cost)
+        if self._step_cost is not None:
+            self._balance(tokens_N, counts_C, self._step_cost)
         elif len(self._shared):
             # Systematic sampling: whole tokens, all of them, each instance its share in the long run.
             shared, phase = tokens_N[self._shared], step * _GOLDEN % 1.0
@@ -99,15 +99,21 @@ class Hosting:
         pairs_LW: NDArray[Any] = np.bincount(self._place_N, weights=tokens_N, minlength=size).reshape(self._shape)
         return WorkerLoad(seconds_LW, pairs_LW, np.minimum(pairs_LW * self._distinct_LW, float(num_tokens)))
 
-    def _replicated(self) -> list[tuple[int, list[int], list[list[int]], list[list[int]]]]:
-        """Of each layer that has functions with replicas: its number, their cells, workers and instances."""
+    def _replicated(self) -> list[tuple[int, list[int], list[list[int]], list[list[float]], list[list[int]]]]:
+        """Of each layer that has functions with replicas: its number, their cells, workers, shares and instances."""
         by_layer: dict[int, dict[int, list[int]]] = {}
         for instance in self._shared.tolist():
             cells = by_layer.setdefault(int(self.plan.layer_N[instance]), {})
             cells.setdefault(int(self._cell_N[instance]), []).append(instance)
-        worker_N = self.plan.worker_N
+        worker_N, share_N = self.plan.worker_N, self.plan.share_N
         return [
-            (layer, list(cells), [worker_N[held].tolist() for held in cells.values()], list(cells.values()))
+            (
+                layer,
+                list(cells),
+                [worker_N[held].tolist() for held in cells.values()],
+                [share_N[held].tolist() for held in cells.values()],
+                list(cells.values()),
+            )
             for layer, cells in by_layer.items()
         ]
 
@@ -115,13 +121,14 @@ class Hosting:
         """Set the tokens of instances that are one of several."""
         tokens_N[self._shared] = 0
         cost_N = np.where(tokens_N > 0, cost.call_tokens + np.maximum(tokens_N, cost.floor_tokens), 0.0)
+        cost_N += cost.link_tokens * tokens_N
         if not self._is_even:
             cost_N /= self._speed_N
         size = self._shape[0] * self._shape[1]
         busy_LW: NDArray[Any] = np.bincount(self._place_N, weights=cost_N, minlength=size).reshape(self._shape)
-        for layer, cells, workers_F, instances_F in self._functions_L:
+        for layer, cells, workers_F, shares_F, instances_F in self._functions_L:
             split = balanced_split(
-                counts_C[cells].tolist(), workers_F, busy_LW[layer].tolist(), cost, speed_W=self._speeds
+                counts_C[cells].tolist(), workers_F, shares_F, busy_LW[layer].tolist(), cost, speed_W=self._speeds
             )
             for instances, tokens in zip(instances_F, split, strict=True):
                 tokens_N[instances] = tokens

@@ -62,7 +62,7 @@ class Residency:
         balances_steps: bool = False,
     ) -> None:
         self._cluster, self._profile, self._config, self._sample_MLk = cluster, profile, config, sample_MLk
-        self._balances_steps = balances_steps
+        self._step_cost = profile.expert_time.call_cost(link_s=profile.link_s(cluster)) if balances_steps else None
         self._model: ModelShape = profile.model
         self._rng = np.random.default_rng(seed)
         num_workers = cluster.num_workers
@@ -223,7 +223,7 @@ class Residency:
             self._profile.expert_time,
             self._sample_MLk,
             like=like,
-            balances_steps=self._balances_steps,
+            step_cost=self._step_cost,
         )
 
     def _with_hosted_meanwhile(self, plan: Plan) -> Plan:

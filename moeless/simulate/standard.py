@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+from moeless.core.cluster import Cluster
 from moeless.core.errors import ConfigError
+from moeless.core.plan import FloatArray
 from moeless.core.policy import Policy as PolicyDocument
 from moeless.core.policy import ResolvedPolicy, resolve
 from moeless.planning.baselines import EplbPlanner, StaticPlanner
+from moeless.planning.cost import CostProfile
 from moeless.planning.planner import MoelessPlanner, PaperPlanner, PlannedSystem
 from moeless.simulate.forecasts import ForecastConfig, SpanCounts
 from moeless.simulate.scenario import Policy, Scenario
@@ -248,13 +251,21 @@ def _quantile(policy: ResolvedPolicy) -> float:
 
 def _system(scenario: Scenario, interval_s: float) -> PlannedSystem:
     profile = scenario.profile
+    cost = profile.expert_time.call_cost(link_s=profile.link_s(scenario.cluster))
     return PlannedSystem(
         model=profile.model,
         cluster=scenario.cluster,
-        seconds=profile.expert_time.averaged(),
+        seconds=_worker_seconds(profile, scenario.cluster),
+        floor_tokens=cost.floor_tokens / (1 + cost.link_tokens),
         horizon_steps=max(1.0, interval_s * scenario.num_engines / _step_s(scenario)),
         load_s=profile.load_s,
     )
+
+
+def _worker_seconds(profile: CostProfile, cluster: Cluster) -> Callable[[FloatArray], FloatArray]:
+    """Time of a worker for the tokens of one of its instances: computing them, and what their transport takes."""
+    mean_s, link_s = profile.expert_time.averaged(), profile.link_s(cluster)
+    return lambda tokens: mean_s(tokens) + link_s * tokens
 
 
 def _step_s(scenario: Scenario) -> float:

@@ -44,7 +44,7 @@ class ResolvedPolicy:
     """Instances of all layers."""
     scaler: Scaler
     placer: Placer
-    max_moves: int
+    max_moves: int | None
     """Instances that one plan may start to balance load."""
     benefit_threshold: float
     lossy: LossyOptions | None
@@ -103,7 +103,6 @@ def resolve(policy: Policy, model: ModelShape, *, model_id: str = "") -> Resolve
     budget = UNLIMITED if settled.memory_budget is None else _instances(settled.memory_budget, all_bytes, model)
     assert settled.scaler is not None
     assert settled.placer is not None
-    assert settled.max_moves_per_tick is not None
     assert settled.benefit_threshold is not None
     resolved = ResolvedPolicy(
         tick_s=policy.tick_seconds,

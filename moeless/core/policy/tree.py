@@ -43,7 +43,7 @@ class MinMaxScaler(PolicyModel):
     """The least possible load of the busiest replica in each layer, with as few instances as that takes."""
 
     name: Literal["minMax"]
-    worker_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    worker_share: Annotated[float, Field(gt=0, le=1)] = 0.35
     """A replica needs no more relief once its load is at most this share of the mean worker's."""
 
 
@@ -136,12 +136,12 @@ class Settings(PolicyModel):
     """Memory for all instances: bytes, 12Gi, or a share such as 25% of all experts held once. Built in: no limit but
     the workers' memory."""
     scaler: Scaler | None = None
-    """How replicas are counted. Built in: benefit."""
+    """How replicas are counted. Built in: minMax."""
     placer: Placer | None = None
     """How instances find their workers. Built in: minimalMoves."""
     max_moves_per_tick: Annotated[int, Field(ge=0)] | None = None
     """Most instances that one plan may start only to balance load; those that functions must have are not counted.
-    Built in: 64."""
+    Built in: as many as the workers' links load in a quarter of the tick."""
     benefit_threshold: Annotated[float, Field(ge=0, le=1)] | None = None
     """A layer's placement stays unless a new one shortens its slowest worker's time by this share. Built in: 0.02."""
     lossy: LossyOptions | None = None
@@ -176,9 +176,8 @@ BUILTIN = Settings(
     scale_up_stabilization_seconds=0.0,
     scale_down_stabilization_seconds=10.0,
     cv_target=0.2,
-    scaler=BenefitScaler(name="benefit"),
+    scaler=MinMaxScaler(name="minMax"),
     placer=MinimalMovesPlacer(name="minimalMoves"),
-    max_moves_per_tick=64,
     benefit_threshold=0.02,
 )
 

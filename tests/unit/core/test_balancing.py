@@ -11,7 +11,10 @@ from moeless.core.balancing import CallCost, balanced_split
 from moeless.core.errors import ConfigError
 
 COSTS = st.builds(
-    CallCost, call_tokens=st.sampled_from([0.0, 2.0, 9.0]), floor_tokens=st.sampled_from([0.0, 15.0, 150.0])
+    CallCost,
+    call_tokens=st.sampled_from([0.0, 2.0, 9.0]),
+    floor_tokens=st.sampled_from([0.0, 15.0, 150.0]),
+    link_tokens=st.sampled_from([0.0, 0.3, 6.0]),
 )
 
 
@@ -23,6 +26,10 @@ def layers(draw: st.DrawFn) -> tuple[list[int], list[list[int]], list[float]]:
     workers_F = draw(st.lists(workers, min_size=1, max_size=6))
     tokens_F = draw(st.lists(st.integers(0, 800), min_size=len(workers_F), max_size=len(workers_F)))
     return tokens_F, workers_F, busy_W
+
+
+def even(workers_F: list[list[int]]) -> list[list[float]]:
+    return [[1 / len(workers)] * len(workers) for workers in workers_F]
 
 
 def busy(
@@ -42,7 +49,7 @@ def test_every_token_is_computed_once_and_the_workers_times_are_told(
     tokens_F, workers_F, busy_W = layer
     speed_W = speeds[: len(busy_W)]
     after_W = list(busy_W)
-    split = balanced_split(tokens_F, workers_F, after_W, cost, speed_W=speed_W)
+    split = balanced_split(tokens_F, workers_F, even(workers_F), after_W, cost, speed_W=speed_W)
     assert [sum(parts) for parts in split] == tokens_F
     assert [len(parts) for parts in split] == [len(workers) for workers in workers_F]
     assert min(itertools.chain.from_iterable(split)) >= 0
@@ -56,7 +63,7 @@ def test_the_busiest_worker_is_close_to_the_best_that_whole_calls_allow(
 ) -> None:
     tokens_F, workers_F, busy_W = layer
     cost = CallCost(call_tokens=2.0, floor_tokens=floor)
-    split = balanced_split(tokens_F, workers_F, list(busy_W), cost)
+    split = balanced_split(tokens_F, workers_F, even(workers_F), list(busy_W), cost)
     ones = [1.0] * len(busy_W)
     best = inf
     for choice in itertools.product(*(range(len(workers)) for workers in workers_F)):
@@ -69,34 +76,56 @@ def test_the_busiest_worker_is_close_to_the_best_that_whole_calls_allow(
     assert max(busy(split, workers_F, busy_W, cost, ones)) <= best * 1.34 + 1e-6
 
 
+@settings(max_examples=60, deadline=None)
+@given(layer=layers(), cost=COSTS)
+def test_a_split_is_no_worse_than_the_shares_where_calls_are_large(
+    layer: tuple[list[int], list[list[int]], list[float]], cost: CallCost
+) -> None:
+    tokens_F, workers_F, busy_W = layer
+    tokens_F = [2 * int(cost.floor_tokens) + 2 + tokens for tokens in tokens_F]
+    ones = [1.0] * len(busy_W)
+    by_shares = []
+    for tokens, workers in zip(tokens_F, workers_F, strict=True):
+        parts = [tokens // len(workers)] * len(workers)
+        parts[0] += tokens - sum(parts)
+        by_shares.append(parts)
+    split = balanced_split(tokens_F, workers_F, even(workers_F), list(busy_W), cost)
+    assert max(busy(split, workers_F, busy_W, cost, ones)) <= max(busy(by_shares, workers_F, busy_W, cost, ones)) + 1e-6
+
+
 def test_a_call_below_the_floor_is_not_split() -> None:
     busy_W = [0.0, 0.0]
-    assert balanced_split([100], [[0, 1]], busy_W, CallCost(floor_tokens=150)) == [[100, 0]]
+    assert balanced_split([100], [[0, 1]], [[0.5, 0.5]], busy_W, CallCost(floor_tokens=150)) == [[100, 0]]
     assert busy_W == [150, 0]
 
 
 def test_tokens_above_the_floor_find_their_level() -> None:
     busy_W = [300.0, 100.0, 0.0]
-    split = balanced_split([800], [[0, 1, 2]], busy_W, CallCost())
-    assert split == [[100, 300, 400]]
-    assert busy_W == [400, 400, 400]
+    balanced_split([800], [[0, 1, 2]], [[0.2, 0.3, 0.5]], busy_W, CallCost())
+    assert busy_W == pytest.approx([400, 400, 400], rel=0.021)
 
 
 def test_a_faster_worker_gets_more() -> None:
     busy_W = [0.0, 0.0]
-    assert balanced_split([900], [[0, 1]], busy_W, CallCost(), speed_W=[2.0, 1.0]) == [[600, 300]]
-    assert busy_W == [300, 300]
+    balanced_split([900], [[0, 1]], [[0.5, 0.5]], busy_W, CallCost(), speed_W=[2.0, 1.0])
+    assert busy_W == pytest.approx([300, 300], rel=0.021)
+
+
+def test_what_a_token_costs_its_link_counts() -> None:
+    busy_W = [400.0, 0.0]
+    # Four more for each token sent: the other functions' 400 weigh as much as 80 tokens.
+    balanced_split([200], [[0, 1]], [[0.5, 0.5]], busy_W, CallCost(link_tokens=4.0))
+    assert busy_W == pytest.approx([700, 700], rel=0.021)
 
 
 def test_whole_functions_are_dealt_to_the_less_busy() -> None:
-    cost = CallCost(floor_tokens=100)
     busy_W = [100.0, 0.0, 0.0]
-    split = balanced_split([5, 5], [[0, 1], [0, 2]], busy_W, cost)
+    split = balanced_split([5, 5], [[0, 1], [0, 2]], [[1.0, 0.0], [1.0, 0.0]], busy_W, CallCost(floor_tokens=100))
     assert split == [[0, 5], [0, 5]]
     assert busy_W == [100, 100, 100]
 
 
-@pytest.mark.parametrize("name", ["call_tokens", "floor_tokens"])
+@pytest.mark.parametrize("name", ["call_tokens", "floor_tokens", "link_tokens"])
 @pytest.mark.parametrize("value", [-1.0, inf, float("nan")])
 def test_a_cost_out_of_range_is_named(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=rf"call_cost\.{name} must be at least 0 and finite"):

@@ -15,10 +15,10 @@ from moeless.core.errors import ConfigError, MoelessError
 from moeless.core.policy import (
     UNLIMITED,
     AffinityPlacer,
-    BenefitScaler,
     CvScaler,
     LossyOptions,
     MinimalMovesPlacer,
+    MinMaxScaler,
     Policy,
     ResolvedPolicy,
     Rule,
@@ -47,8 +47,8 @@ def message_of(document: object) -> str:
 
 def test_an_empty_policy_is_what_is_built_in() -> None:
     policy = resolved({})
-    assert (policy.tick_s, policy.budget, policy.max_moves) == (1.0, UNLIMITED, 64)
-    assert isinstance(policy.scaler, BenefitScaler)
+    assert (policy.tick_s, policy.budget, policy.max_moves) == (1.0, UNLIMITED, None)
+    assert isinstance(policy.scaler, MinMaxScaler)
     assert isinstance(policy.placer, MinimalMovesPlacer)
     assert policy.lossy is None
     assert policy.min_LE.shape == (4, 8)
