@@ -53,7 +53,7 @@ def report_plots(report: SimulationReport) -> list[Plot]:
             "latency",
             "Latency",
             "Share of requests (left, middle) and of MoE layers (right) that took at most so long; the axis is "
-            "logarithmic. The steeper and the further left, the better.",
+            "logarithmic and ends at twice the largest p99. The steeper and the further left, the better.",
             _svg("latency", 3, lambda axes: _draw_latency(axes, results)),
         ),
         Plot(
@@ -87,16 +87,23 @@ def _draw_latency(axes: Sequence[Axes], results: Sequence[PolicyResult]) -> None
         ("MoE layer, µs", 1e6, lambda result: result.layer_s),
     ]
     for panel, (label, scale, latency_of) in zip(axes, kinds, strict=True):
-        for result in results:
-            cdf = latency_of(result).cdf
-            if cdf:
-                panel.plot(np.array(cdf) * scale, np.linspace(0, 1, len(cdf)), **_style(result))
+        cdfs = [(result, np.array(latency_of(result).cdf) * scale) for result in results if latency_of(result).cdf]
+        for result, cdf in cdfs:
+            panel.plot(cdf, np.linspace(0, 1, len(cdf)), **_style(result))
         panel.set_xscale("log")
-        panel.xaxis.set_major_formatter("{x:g}")
-        panel.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+        if cdfs:
+            _limit_latency(panel, min(cdf[0] for _, cdf in cdfs), 2 * max(cdf[99] for _, cdf in cdfs))
         panel.set_xlabel(label)
         panel.set_ylim(0, 1)
     axes[0].set_ylabel("share")
+
+
+def _limit_latency(panel: Axes, low: float, high: float) -> None:
+    """Show what nearly all took, with as many labels as have room."""
+    panel.set_xlim(low, high)
+    labelled = "25" if high / low < 60 else "3" if high / low < 1000 else ""
+    panel.xaxis.set_major_formatter("{x:g}")
+    panel.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in labelled else "")
 
 
 def _draw_instances(axes: Sequence[Axes], report: SimulationReport) -> None:

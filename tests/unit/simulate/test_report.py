@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from moeless.simulate.report import report_html
@@ -19,6 +20,7 @@ from moeless.simulate.settings import described
 from moeless.simulate.simulation import simulate
 from moeless.simulate.standard import standard_policies
 from moeless.simulate.tables import comparison_tables
+from moeless.simulate.workload import made_up_arrivals
 from tests.support.browser import Browser
 
 MakeScenario = Callable[..., Scenario]
@@ -100,6 +102,14 @@ def test_names_within_a_plot_are_its_own(page: str) -> None:
 
 def test_the_same_results_make_the_same_page(report: SimulationReport, page: str) -> None:
     assert report_html(report) == page
+
+
+def test_answers_of_one_token_have_a_report_too(report: SimulationReport, make_scenario: MakeScenario) -> None:
+    arrivals = made_up_arrivals(rate_per_s=1, num_requests=1, prompt_tokens=30, output_tokens=1)
+    scenario = make_scenario(arrivals=arrivals)
+    (policy,) = standard_policies(scenario, names=["limit"])
+    alone = msgspec.structs.replace(report, slo_s=None, results=[simulate(scenario, policy)])
+    assert "within" not in _Page(report_html(alone)).words
 
 
 def test_without_matplotlib_the_error_says_what_to_install(
