@@ -88,6 +88,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--time-limit", type=float, default=20.0, help="seconds for the programme of one layer")
     parser.add_argument("--test-share", type=float, default=0.3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-tokens", type=int, help="to fit on, evenly spaced; all by default")
+    parser.add_argument(
+        "--synthetic", type=int, nargs=3, default=[12, 32, 4], metavar=("L", "E", "K"), help="layers, experts and top-k"
+    )
     parser.add_argument("--no-programmes", action="store_true", help="only what is fast")
     parser.add_argument("--no-synthetic", action="store_true", help="only the traces given")
     parser.add_argument("--json", type=Path)
@@ -95,6 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if arguments.quick:
         arguments.max_imbalance, arguments.replicas, arguments.kicks = [1.05], [0, 4], 5
+        arguments.synthetic = [4, 16, 4]
     results = {}
     with threadpool_limits(1):
         for name, trace in _traces(arguments):
@@ -121,17 +126,17 @@ def _traces(arguments: argparse.Namespace) -> list[tuple[str, RoutingTrace]]:
             raise SystemExit(f"{file}: must hold routing, got arrivals")
         found.append((file.stem, trace))
     if not arguments.no_synthetic or not found:
-        size = {"num_layers": 4, "num_sequences": 20} if arguments.quick else {"num_layers": 12, "num_sequences": 200}
-        experts = 16 if arguments.quick else 32
-        found.append(("synthetic", synthetic_trace(**size, num_experts=experts, top_k=4, seed=arguments.seed)))
+        num_layers, num_experts, top_k = arguments.synthetic
+        size = {"num_layers": num_layers, "num_experts": num_experts, "top_k": top_k}
+        num_sequences = 20 if arguments.quick else 200
+        found.append(("synthetic", synthetic_trace(num_sequences=num_sequences, **size, seed=arguments.seed)))
     return found
 
 
 def _case(trace: RoutingTrace, arguments: argparse.Namespace, replicas: int) -> Case:
-    fit, test = (
-        gather_statistics(part.experts_TLk, num_experts=trace.num_experts)
-        for part in trace.split(test_share=arguments.test_share, seed=arguments.seed)
-    )
+    train, rest = trace.split(test_share=arguments.test_share, seed=arguments.seed)
+    fit = gather_statistics(train.experts_TLk, num_experts=trace.num_experts, max_tokens=arguments.max_tokens)
+    test = gather_statistics(rest.experts_TLk, num_experts=trace.num_experts)
     model = ModelShape(
         num_layers=trace.num_layers, num_experts=trace.num_experts, top_k=trace.top_k, expert_bytes=1, hidden_bytes=1
     )
@@ -180,11 +185,12 @@ def _measure(case: Case, arguments: argparse.Namespace, imbalance: float) -> lis
     objectives: tuple[Objective, ...] = ("workers", "hops")
     for objective in objectives:
         add(f"{objective}: 64 moves from EPLB", lambda o=objective: searched(o, max_moves=64))  # type: ignore[misc]
-        add(f"{objective}: local search", lambda o=objective: searched(o))  # type: ignore[misc]
-        best[objective] = add(
-            f"{objective}: local search, {kicks[objective]} kicks",
-            lambda o=objective: searched(o, kicks=kicks[o]),  # type: ignore[misc]
-        )
+        best[objective] = add(f"{objective}: local search", lambda o=objective: searched(o))  # type: ignore[misc]
+        if arguments.kicks:
+            best[objective] = add(
+                f"{objective}: local search, {kicks[objective]} kicks",
+                lambda o=objective: searched(o, kicks=kicks[o]),  # type: ignore[misc]
+            )
     if arguments.no_programmes:
         return rows
     affinity = AffinityConfig(max_imbalance=imbalance, max_instances=arguments.max_instances)
