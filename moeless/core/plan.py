@@ -14,6 +14,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from moeless.core.balancing import CallCost
 from moeless.core.errors import ConfigError
 from moeless.core.expert import FunctionId
 from moeless.core.routing_table import InstanceShare, RoutingTable
@@ -128,16 +129,22 @@ class Plan:
         """Indices of this plan's instances that `before` does not have: what has to be loaded."""
         return np.flatnonzero(~np.isin(self.keys_N, before.keys_N, assume_unique=True))
 
-    def to_routing_table(self, workers: Sequence[str]) -> RoutingTable:
-        """As the dispatcher uses it, with the workers' names. Instances without a share are left out."""
+    def to_routing_table(self, workers: Sequence[str], *, step_cost: CallCost | None = None) -> RoutingTable:
+        """As the dispatcher uses it, with the workers' names.
+
+        Args:
+            step_cost: see RoutingTable. Without it, instances without a share are left out.
+        """
         instances: dict[FunctionId, list[InstanceShare]] = {}
         for layer, expert, worker, share in zip(
             self.layer_N.tolist(), self.expert_N.tolist(), self.worker_N.tolist(), self.share_N.tolist(), strict=True
         ):
-            if share > 0:
+            if share > 0 or step_cost is not None:
                 instances.setdefault(FunctionId(layer, expert), []).append(InstanceShare(workers[worker], share))
         return RoutingTable(
-            version=self.version, instances={function: tuple(shares) for function, shares in instances.items()}
+            version=self.version,
+            instances={function: tuple(shares) for function, shares in instances.items()},
+            step_cost=step_cost,
         )
 
     def _check(self, key_N: IntArray) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from moeless.core.balancing import CallCost
 from moeless.core.errors import ConfigError
 from moeless.core.expert import FunctionId
 
@@ -17,7 +18,8 @@ LOCAL_WORKER = "engine"
 
 @dataclass(frozen=True, slots=True)
 class InstanceShare:
-    """One instance of a function and the share of its tokens that it gets, 0 < share <= 1."""
+    """One instance of a function and the share of its tokens that it gets, 0 < share <= 1; 0 in tables with a step
+    cost, where it may get tokens all the same."""
 
     worker: str
     share: float = 1.0
@@ -32,12 +34,17 @@ class RoutingTable:
 
     version: int
     instances: Mapping[FunctionId, tuple[InstanceShare, ...]] = field(default_factory=dict)
+    step_cost: CallCost | None = None
+    """By which each step's tokens are shared out among replicas anew, beginning with their shares (core.balancing).
+    None: always by the shares."""
 
     def __post_init__(self) -> None:
         for function, shares in self.instances.items():
             total = sum(instance.share for instance in shares)
-            if any(instance.share <= 0 for instance in shares) or abs(total - 1.0) > 1e-6:
-                raise ConfigError(f"routing table: shares of {function} must be > 0 and sum to 1, got {shares}")
+            is_low = any(i.share < 0 or (i.share == 0 and self.step_cost is None) for i in shares)
+            if is_low or abs(total - 1.0) > 1e-6:
+                least = "> 0" if self.step_cost is None else ">= 0"
+                raise ConfigError(f"routing table: shares of {function} must be {least} and sum to 1, got {shares}")
             if len({instance.worker for instance in shares}) != len(shares):
                 raise ConfigError(f"routing table: {function} names a worker twice: {shares}")
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from moeless.core.balancing import CallCost, balanced_split
 from moeless.core.expert import FunctionId
 from moeless.core.routing_table import LOCAL_WORKER, RoutingTable
 
@@ -29,6 +30,8 @@ class CompiledLayer:
     """The expert's first worker."""
     shares_of: dict[int, tuple[IntArray, FloatArray]]
     """Only experts with replicas: their workers and the cumulative shares."""
+    step_cost: CallCost | None = None
+    """As of the table."""
 
     def replicas(self, expert: int) -> IntArray:
         """Numbers of the workers that hold an instance of `expert`."""
@@ -71,12 +74,14 @@ def compile_layer(
         if len(found) > 1:
             found.sort()
             shares = np.array([share for _, share in found])
+            if not shares.any():  # of what can be reached
+                shares[:] = 1.0
             shares_of[expert] = (
                 np.array([number[worker] for worker, _ in found]),
                 np.cumsum(shares / shares.sum()),
             )
     worker_of_E = np.array([number[kept[expert][0][0]] for expert in range(num_experts)], dtype=np.int64)
-    return CompiledLayer(workers=workers, worker_of_E=worker_of_E, shares_of=shares_of)
+    return CompiledLayer(workers=workers, worker_of_E=worker_of_E, shares_of=shares_of, step_cost=table.step_cost)
 
 
 def group_by_worker(compiled: CompiledLayer, experts_Tk: IntArray, *, step: int) -> list[WorkerGroup]:
@@ -84,19 +89,16 @@ def group_by_worker(compiled: CompiledLayer, experts_Tk: IntArray, *, step: int)
 
     Args:
         experts_Tk: the router's choice.
-        step: counts the layer's calls; replicas take turns by it when a call has few tokens for them.
+        step: counts the layer's calls; without a step cost, replicas take turns by it when a call has few tokens for
+            them.
     """
     num_tokens, top_k = experts_Tk.shape
     experts_n = experts_Tk.reshape(-1)
     workers_n = compiled.worker_of_E[experts_n]
-    for expert, (replicas, cumulative) in compiled.shares_of.items():
-        positions = np.flatnonzero(experts_n == expert)
-        if len(positions):
-            points = ((np.arange(len(positions)) + step * _GOLDEN) % len(positions)) / len(positions)
-            if len(positions) == 1:
-                points = np.array([step * _GOLDEN % 1.0])
-            chosen = np.minimum(np.searchsorted(cumulative, points, side="right"), len(replicas) - 1)
-            workers_n[positions] = replicas[chosen]
+    if compiled.step_cost is None:
+        _take_turns(compiled, experts_n, workers_n, step)
+    elif compiled.shares_of:
+        _even_out(compiled, experts_n, workers_n, compiled.step_cost)
     order_n = np.argsort(workers_n * len(compiled.worker_of_E) + experts_n, kind="stable")
     sorted_workers = workers_n[order_n]
     starts = np.searchsorted(sorted_workers, np.arange(len(compiled.workers) + 1))
@@ -106,6 +108,41 @@ def group_by_worker(compiled: CompiledLayer, experts_Tk: IntArray, *, step: int)
         if len(pairs_n):
             groups.append(_group(worker, pairs_n, experts_n, num_tokens, top_k))
     return groups
+
+
+def _take_turns(compiled: CompiledLayer, experts_n: IntArray, workers_n: IntArray, step: int) -> None:
+    """Give the pairs of experts with replicas to these by their shares."""
+    for expert, (replicas, cumulative) in compiled.shares_of.items():
+        positions = np.flatnonzero(experts_n == expert)
+        if len(positions):
+            points = ((np.arange(len(positions)) + step * _GOLDEN) % len(positions)) / len(positions)
+            if len(positions) == 1:
+                points = np.array([step * _GOLDEN % 1.0])
+            chosen = np.minimum(np.searchsorted(cumulative, points, side="right"), len(replicas) - 1)
+            workers_n[positions] = replicas[chosen]
+
+
+def _even_out(compiled: CompiledLayer, experts_n: IntArray, workers_n: IntArray, cost: CallCost) -> None:
+    """Give the pairs of experts with replicas to these so that the busiest worker is done early."""
+    counts_E = np.bincount(experts_n, minlength=len(compiled.worker_of_E))
+    alone_E = counts_E.copy()
+    functions = [expert for expert in compiled.shares_of if counts_E[expert]]
+    alone_E[functions] = 0
+    cost_E = np.where(
+        alone_E > 0,
+        cost.call_tokens + np.maximum(alone_E, cost.floor_tokens) + alone_E * cost.link_tokens,
+        0.0,
+    )
+    busy_W = np.bincount(compiled.worker_of_E, weights=cost_E, minlength=len(compiled.workers))
+    split = balanced_split(
+        counts_E[functions].tolist(),
+        [compiled.shares_of[expert][0].tolist() for expert in functions],
+        [np.diff(compiled.shares_of[expert][1], prepend=0.0).tolist() for expert in functions],
+        busy_W.tolist(),
+        cost,
+    )
+    for expert, tokens in zip(functions, split, strict=True):
+        workers_n[experts_n == expert] = np.repeat(compiled.shares_of[expert][0], tokens)
 
 
 def regroup_elsewhere(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from moeless.core.balancing import CallCost
+from moeless.core.errors import ConfigError
 from moeless.core.expert import FunctionId
 from moeless.core.routing_table import LOCAL_WORKER, InstanceShare, RoutingTable
 from moeless.dispatch.grouping import WorkerGroup, compile_layer, group_by_worker, regroup_elsewhere
@@ -136,6 +138,45 @@ def test_replicas_get_their_shares_in_the_long_run(num_tokens: int, shares: tupl
         for group in group_by_worker(compiled, experts_Tk, step=step):
             served[group.worker] += len(group.pairs_n)
     np.testing.assert_allclose(served / (num_steps * num_tokens), shares, atol=0.01)
+
+
+@unhurried
+@given(case=cases(), floor=st.sampled_from([0.0, 4.0, 100.0]))
+def test_a_step_is_evened_out_among_the_instances_that_there_are(case: Case, floor: float) -> None:
+    cost = CallCost(call_tokens=1.0, floor_tokens=floor)
+    table = replace(case.table, step_cost=cost)
+    groups = group_by_worker(compile_layer(table, LAYER, case.num_experts), case.experts_Tk, step=case.step)
+    pairs = [pair for group in groups for pair in group.pairs_n.tolist()]
+    assert sorted(pairs) == list(range(case.experts_Tk.size))
+    workers = compile_layer(table, LAYER, case.num_experts).workers
+    for group in groups:
+        assert_consistent(group, case.experts_Tk)
+        for expert in group.experts_n.tolist():
+            assert workers[group.worker] in case.holders(expert)
+
+
+def test_a_hot_expert_leaves_the_worker_that_others_keep_busy() -> None:
+    instances = {
+        FunctionId(LAYER, 0): (InstanceShare("worker-0", 1.0), InstanceShare("worker-1", 0.0)),
+        FunctionId(LAYER, 1): (InstanceShare("worker-0"),),
+    }
+    table = RoutingTable(version=1, instances=instances, step_cost=CallCost())
+    experts_Tk = np.array([[0]] * 30 + [[1]] * 30, dtype=np.int64)
+    groups = group_by_worker(compile_layer(table, LAYER, 2), experts_Tk, step=0)
+    assert [len(group.pairs_n) for group in groups] == [30, 30]
+    by_shares = group_by_worker(
+        compile_layer(RoutingTable(version=1, instances={f: i[:1] for f, i in instances.items()}), LAYER, 2),
+        experts_Tk,
+        step=0,
+    )
+    assert [len(group.pairs_n) for group in by_shares] == [60]
+
+
+def test_an_instance_without_a_share_needs_a_step_cost() -> None:
+    instances = {FunctionId(0, 0): (InstanceShare("a", 1.0), InstanceShare("b", 0.0))}
+    assert RoutingTable(version=1, instances=instances, step_cost=CallCost()).workers == ("a", "b")
+    with pytest.raises(ConfigError, match="must be > 0 and sum to 1"):
+        RoutingTable(version=1, instances=instances)
 
 
 @unhurried
