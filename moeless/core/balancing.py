@@ -73,22 +73,36 @@ def balanced_split(
     Returns: for each function the tokens of each of its workers, in the order of `workers_F`; they sum to its tokens.
     """
     speeds = [1.0] * len(busy_W) if speed_W is None else speed_W
+    call, floor, link = cost.call_tokens, cost.floor_tokens, cost.link_tokens
+    most_whole = max(1, 2 * floor)
     split = [[0] * len(workers) for workers in workers_F]
     whole: list[tuple[float, int, int]] = []
-    for function, (tokens, shares) in enumerate(zip(tokens_F, shares_F, strict=True)):
-        if tokens > 2 * cost.floor_tokens and tokens > 1:
-            split[function] = parts = _by_shares(tokens, shares)
+    for function, tokens in enumerate(tokens_F):
+        if tokens > most_whole:
+            split[function] = parts = _by_shares(tokens, shares_F[function])
             for worker, part in zip(workers_F[function], parts, strict=True):
                 busy_W[worker] += cost(part) / speeds[worker]
         elif tokens:
-            whole.append((-cost(tokens), len(shares), function))
-    for _, _, function in sorted(whole):
-        tokens, workers = tokens_F[function], workers_F[function]
-        ends = [busy_W[worker] + cost(tokens) / speeds[worker] for worker in workers]
-        least = ends.index(min(ends))
-        split[function][least] = tokens
-        busy_W[workers[least]] = ends[least]
-    _move_on(split, workers_F, busy_W, cost, speeds)
+            added = call + (tokens if tokens > floor else floor) + tokens * link
+            whole.append((-added, len(workers_F[function]), function))
+    whole.sort()
+    for less, num_workers, function in whole:
+        workers = workers_F[function]
+        if num_workers == 2 and speed_W is None:
+            first, second = workers
+            least = 0 if busy_W[first] <= busy_W[second] else 1
+        else:
+            ends = [busy_W[worker] - less / speeds[worker] for worker in workers]
+            least = ends.index(min(ends))
+        split[function][least] = tokens_F[function]
+        worker = workers[least]
+        busy_W[worker] -= less / speeds[worker]
+    if speed_W is None:
+        mean = sum(busy_W) / len(busy_W)
+    else:
+        mean = sum([busy * speed for busy, speed in zip(busy_W, speeds, strict=True)]) / sum(speeds)
+    if max(busy_W) > _ENOUGH * mean:
+        _move_on(split, workers_F, busy_W, cost, speeds, enough=_ENOUGH * mean)
     return split
 
 
@@ -105,27 +119,28 @@ def _move_on(
     busy_W: list[float],
     cost: CallCost,
     speeds: Sequence[float],
+    *,
+    enough: float,
 ) -> None:
     """Take calls or parts of them off the busiest worker while whoever takes over is less busy for it."""
-    enough = _ENOUGH * sum(busy * speed for busy, speed in zip(busy_W, speeds, strict=True)) / sum(speeds)
-    held_by: list[list[tuple[int, int]]] = [[] for _ in busy_W]
-    for function, workers in enumerate(workers_F):
-        for index, worker in enumerate(workers):
-            held_by[worker].append((function, index))
+    least_call = cost(1)
     for _ in range(_MOST_ROUNDS):
-        busiest = max(range(len(busy_W)), key=busy_W.__getitem__)
-        high = busy_W[busiest]
+        high = max(busy_W)
         if high <= enough:
             return
+        busiest = busy_W.index(high)
         best_end, best = high * (1 - _LEAST_GAIN), (-1, -1, -1, 0)
-        for function, origin in held_by[busiest]:
+        for function, workers in enumerate(workers_F):
+            if busiest not in workers:
+                continue
+            origin = workers.index(busiest)
             tokens = split[function][origin]
             if not tokens:
                 continue
-            for target, worker in enumerate(workers_F[function]):
-                if busy_W[worker] >= best_end:
-                    continue
+            for target, worker in enumerate(workers):
                 held = split[function][target]
+                if busy_W[worker] + (0.0 if held else least_call / speeds[worker]) >= best_end:
+                    continue
                 for moved in _amounts(tokens, held, high - busy_W[worker], cost, speeds[busiest], speeds[worker]):
                     left = high - (cost(tokens) - cost(tokens - moved)) / speeds[busiest]
                     end = max(left, busy_W[worker] + (cost(held + moved) - cost(held)) / speeds[worker])

@@ -99,23 +99,22 @@ class Hosting:
         pairs_LW: NDArray[Any] = np.bincount(self._place_N, weights=tokens_N, minlength=size).reshape(self._shape)
         return WorkerLoad(seconds_LW, pairs_LW, np.minimum(pairs_LW * self._distinct_LW, float(num_tokens)))
 
-    def _replicated(self) -> list[tuple[int, list[int], list[list[int]], list[list[float]], list[list[int]]]]:
-        """Of each layer that has functions with replicas: its number, their cells, workers, shares and instances."""
-        by_layer: dict[int, dict[int, list[int]]] = {}
-        for instance in self._shared.tolist():
-            cells = by_layer.setdefault(int(self.plan.layer_N[instance]), {})
-            cells.setdefault(int(self._cell_N[instance]), []).append(instance)
-        worker_N, share_N = self.plan.worker_N, self.plan.share_N
-        return [
-            (
-                layer,
-                list(cells),
-                [worker_N[held].tolist() for held in cells.values()],
-                [share_N[held].tolist() for held in cells.values()],
-                list(cells.values()),
-            )
-            for layer, cells in by_layer.items()
-        ]
+    def _replicated(self) -> list[tuple[int, slice, list[list[int]], list[list[float]]]]:
+        """Of each layer that has functions with replicas: its number, their part of those of all layers, and their
+        workers and shares. In the order of `_shared`, whose cells are kept.
+        """
+        cells, begins = np.unique(self._cell_N[self._shared], return_index=True)
+        self._shared_cells = cells
+        workers_F, shares_F = (
+            [held.tolist() for held in np.split(of_N[self._shared], begins[1:])]
+            for of_N in (self.plan.worker_N, self.plan.share_N)
+        )
+        layers_F = cells // self.plan.num_experts
+        found = []
+        for layer in np.unique(layers_F).tolist():
+            part = slice(*np.searchsorted(layers_F, [layer, layer + 1]).tolist())
+            found.append((layer, part, workers_F[part], shares_F[part]))
+        return found
 
     def _balance(self, tokens_N: FloatArray, counts_C: IntArray, cost: CallCost) -> None:
         """Set the tokens of instances that are one of several."""
@@ -126,12 +125,12 @@ class Hosting:
             cost_N /= self._speed_N
         size = self._shape[0] * self._shape[1]
         busy_LW: NDArray[Any] = np.bincount(self._place_N, weights=cost_N, minlength=size).reshape(self._shape)
-        for layer, cells, workers_F, shares_F, instances_F in self._functions_L:
-            split = balanced_split(
-                counts_C[cells].tolist(), workers_F, shares_F, busy_LW[layer].tolist(), cost, speed_W=self._speeds
-            )
-            for instances, tokens in zip(instances_F, split, strict=True):
-                tokens_N[instances] = tokens
+        tokens_F, busy = counts_C[self._shared_cells].tolist(), busy_LW.tolist()
+        split: list[int] = []
+        for layer, part, workers_F, shares_F in self._functions_L:
+            for parts in balanced_split(tokens_F[part], workers_F, shares_F, busy[layer], cost, speed_W=self._speeds):
+                split += parts
+        tokens_N[self._shared] = split
 
 
 def balanced_load(
