@@ -66,10 +66,11 @@ class StepCosts:
         else:
             load = self._residency.hosting.load(counts_C, num_tokens=step.num_tokens, step=number)
         free_link_W = self._residency.free_link_W(now_s)
-        dispatch_L, combine_L = (
-            self._exchange(load.tokens_LW, token_bytes, engine, free_link_W)
-            for token_bytes in (model.hidden_bytes, model.hidden_bytes * profile.exchange.combine_ratio)
-        )
+        dispatch_L = self._exchange(load.tokens_LW, model.hidden_bytes, engine, free_link_W)
+        ratio = profile.exchange.combine_ratio
+        combine_L = dispatch_L
+        if ratio != 1:
+            combine_L = self._exchange(load.tokens_LW, model.hidden_bytes * ratio, engine, free_link_W)
         return StepTimes(step, backbone_s / model.num_layers, load, dispatch_L, combine_L)
 
     def _exchange(
