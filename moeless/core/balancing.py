@@ -62,7 +62,8 @@ def balanced_split(
 
     A function of many tokens starts with the plan's shares, which fit the load that was forecast; one of few goes whole
     to the least busy of its workers, the largest first. Then, some rounds long and as long as it helps, one of the
-    busiest worker's functions moves on to another worker that has it, whole or in part.
+    busiest worker's functions moves on to another worker that has it, whole or in part, or whole to one that passes on
+    another in its stead.
 
     Args:
         tokens_F: of each function.
@@ -148,12 +149,78 @@ def _move_on(
                         best_end, best = end, (function, origin, target, moved)
         function, origin, target, moved = best
         if function < 0:
-            return
+            if not _pass_along(split, workers_F, busy_W, cost, speeds, busiest):
+                return
+            continue
         tokens, held = split[function][origin], split[function][target]
         worker = workers_F[function][target]
         busy_W[busiest] -= (cost(tokens) - cost(tokens - moved)) / speeds[busiest]
         busy_W[worker] += (cost(held + moved) - cost(held)) / speeds[worker]
         split[function][origin], split[function][target] = tokens - moved, held + moved
+
+
+def _pass_along(
+    split: list[list[int]],
+    workers_F: Sequence[Sequence[int]],
+    busy_W: list[float],
+    cost: CallCost,
+    speeds: Sequence[float],
+    busiest: int,
+) -> bool:
+    """Move a call off the busiest worker to one that passes on another, and so on to one with room (an augmenting path,
+    found breadth first). Returns whether there is one that leaves all workers less busy than the busiest was."""
+    enough = busy_W[busiest] * (1 - _LEAST_GAIN)
+    came_from: dict[int, tuple[int, int, int, int]] = {busiest: (-1, -1, -1, -1)}
+    queue = [busiest]
+    for worker in queue:
+        for function, workers in enumerate(workers_F):
+            if worker not in workers:
+                continue
+            origin = workers.index(worker)
+            tokens = split[function][origin]
+            if not tokens or sum(map(bool, split[function])) > 1:
+                continue  # those that are split have been levelled already
+            for target, receiver in enumerate(workers):
+                if receiver in came_from:
+                    continue
+                came_from[receiver] = (worker, function, origin, target)
+                if busy_W[receiver] + cost(tokens) / speeds[receiver] < enough:
+                    if _apply_path(split, busy_W, cost, speeds, came_from, receiver, enough):
+                        return True
+                    del came_from[receiver]
+                else:
+                    queue.append(receiver)
+    return False
+
+
+def _apply_path(
+    split: list[list[int]],
+    busy_W: list[float],
+    cost: CallCost,
+    speeds: Sequence[float],
+    came_from: dict[int, tuple[int, int, int, int]],
+    last: int,
+    enough: float,
+) -> bool:
+    """Make the moves that lead to `last`, unless one of the workers between is then as busy as the busiest."""
+    path = []
+    receiver = last
+    while came_from[receiver][0] >= 0:
+        worker, function, origin, target = came_from[receiver]
+        path.append((worker, receiver, function, origin, target))
+        receiver = worker
+    after = {worker: busy_W[worker] for worker, *_ in path} | {last: busy_W[last]}
+    for worker, receiver, function, origin, _ in path:
+        added = cost(split[function][origin])
+        after[worker] -= added / speeds[worker]
+        after[receiver] += added / speeds[receiver]
+    if max(after.values()) >= enough:
+        return False
+    for worker, busy in after.items():
+        busy_W[worker] = busy
+    for _, _, function, origin, target in path:
+        split[function][target], split[function][origin] = split[function][origin], 0
+    return True
 
 
 def _amounts(tokens: int, held: int, gap: float, cost: CallCost, from_speed: float, to_speed: float) -> tuple[int, ...]:

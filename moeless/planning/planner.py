@@ -245,7 +245,10 @@ class MoelessPlanner:
                 seconds=self._system.seconds,
             )
         enough_L = np.maximum(scaler.worker_share * load_LE.sum(axis=1) / num_workers, self._system.floor_tokens)
-        return replicas_min_max(load_LE, limits, enough_L=enough_L)
+        most_L = np.floor((1 + scaler.max_extra_share) * np.count_nonzero(limits.least_LE, axis=1)).astype(np.int64)
+        least_L = limits.least_LE.sum(axis=1)
+        within = replace(limits, budget_L=np.minimum(limits.budget_L, np.maximum(most_L, least_L)))
+        return replicas_min_max(load_LE, within, enough_L=enough_L)
 
     def _placed(self, counts_LE: IntArray, observation: Observation, before: Plan | None, *, max_moves: int) -> Plan:
         placer = self._policy.placer

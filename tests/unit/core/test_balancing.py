@@ -21,10 +21,12 @@ COSTS = st.builds(
 @st.composite
 def layers(draw: st.DrawFn) -> tuple[list[int], list[list[int]], list[float]]:
     num_workers = draw(st.integers(2, 6))
-    busy_W = draw(st.lists(st.floats(0, 500), min_size=num_workers, max_size=num_workers))
+    idle = st.just([0.0] * num_workers)
+    busy_W = draw(idle | st.lists(st.floats(0, 500), min_size=num_workers, max_size=num_workers))
     workers = st.lists(st.integers(0, num_workers - 1), min_size=2, max_size=num_workers, unique=True)
     workers_F = draw(st.lists(workers, min_size=1, max_size=6))
-    tokens_F = draw(st.lists(st.integers(0, 800), min_size=len(workers_F), max_size=len(workers_F)))
+    most = draw(st.sampled_from([100, 800]))
+    tokens_F = draw(st.lists(st.integers(0, most), min_size=len(workers_F), max_size=len(workers_F)))
     return tokens_F, workers_F, busy_W
 
 
@@ -74,6 +76,8 @@ def test_the_busiest_worker_is_close_to_the_best_that_whole_calls_allow(
         best = min(best, max(busy(whole, workers_F, busy_W, cost, ones)))
     # List scheduling of the largest first is within a third of the optimum where all can go anywhere (Graham 1969).
     assert max(busy(split, workers_F, busy_W, cost, ones)) <= best * 1.34 + 1e-6
+    if all(tokens <= floor for tokens in tokens_F) and not any(busy_W):
+        assert max(busy(split, workers_F, busy_W, cost, ones)) == pytest.approx(best)
 
 
 @settings(max_examples=60, deadline=None)
@@ -91,6 +95,16 @@ def test_a_split_is_no_worse_than_the_shares_where_calls_are_large(
         by_shares.append(parts)
     split = balanced_split(tokens_F, workers_F, even(workers_F), list(busy_W), cost)
     assert max(busy(split, workers_F, busy_W, cost, ones)) <= max(busy(by_shares, workers_F, busy_W, cost, ones)) + 1e-6
+
+
+def test_calls_are_passed_along_to_a_worker_with_room() -> None:
+    # Two calls fit only worker 0 and 1, and 1 and 2: the first may have taken what the second needs.
+    cost = CallCost(floor_tokens=100)
+    busy_W = [0.0, 0.0, 0.0, 0.0]
+    workers_F = [[0, 1], [0, 1], [1, 2], [2, 3]]
+    split = balanced_split([90, 80, 70, 60], workers_F, even(workers_F), busy_W, cost)
+    assert busy_W == [100, 100, 100, 100]
+    assert all(max(parts) == sum(parts) for parts in split)
 
 
 def test_a_call_below_the_floor_is_not_split() -> None:
