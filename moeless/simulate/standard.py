@@ -172,7 +172,7 @@ def described_policies(policies: Sequence[Policy], config: StandardConfig) -> di
 def _described_eplb(policy: Policy, config: StandardConfig) -> str:
     return (
         f"EPLB's global form every {policy.interval_steps:,} engine steps from the load of the last "
-        f"{policy.window_steps:,}, {config.eplb_redundant} spare instances on each worker and layer, engines wait "
+        f"{policy.window_steps:,}, spare instances on each worker and layer: {config.eplb_redundant}, engines wait "
         "while weights move from worker to worker, tokens all to all"
     )
 
