@@ -1,0 +1,89 @@
+"""Small models and clusters to plan for, by hand and for hypothesis, and what is true of every plan.
+
+Shapes: L layers, E experts, W workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from hypothesis import strategies as st
+
+from moeless.core.cluster import Cluster, ModelShape, WorkerSpec
+from moeless.core.plan import FloatArray, IntArray, Plan
+
+
+def model_of(num_layers: int, num_experts: int, *, expert_bytes: int = 1) -> ModelShape:
+    return ModelShape(
+        num_layers=num_layers, num_experts=num_experts, top_k=1, expert_bytes=expert_bytes, hidden_bytes=1
+    )
+
+
+def cluster_of(
+    memory: Sequence[int], *, speeds: Sequence[float] | None = None, nodes: Sequence[str] | None = None
+) -> Cluster:
+    """Workers w0, w1, ... with memory for so many instances of one byte."""
+    return Cluster(
+        workers=tuple(
+            WorkerSpec(
+                name=f"w{i}",
+                memory_bytes=num,
+                speed=1.0 if speeds is None else speeds[i],
+                node="node-0" if nodes is None else nodes[i],
+            )
+            for i, num in enumerate(memory)
+        )
+    )
+
+
+@st.composite
+def clusters(draw: st.DrawFn, *, least_memory: int, most_memory: int, most_workers: int = 4) -> Cluster:
+    """Workers of different memory, speed and node."""
+    specs = draw(
+        st.lists(
+            st.tuples(
+                st.integers(least_memory, most_memory),
+                st.sampled_from([1.0, 0.5, 1.7, 3.0]),
+                st.sampled_from(["a", "b"]),
+            ),
+            min_size=1,
+            max_size=most_workers,
+        )
+    )
+    memory, speeds, nodes = zip(*specs, strict=True)
+    return cluster_of(memory, speeds=speeds, nodes=nodes)
+
+
+def fits(counts_LE: IntArray, capacity_W: IntArray) -> bool:
+    """Whether all instances find workers, no two of a function the same: the theorem of Gale and Ryser."""
+    sorted_W = np.sort(capacity_W)
+    return all(
+        sorted_W[: len(sorted_W) - num].sum() + np.minimum(counts_LE, num).sum() >= counts_LE.sum()
+        for num in range(len(sorted_W) + 1)
+    )
+
+
+def busiest_of(plan: Plan, load_LE: FloatArray, speed_W: FloatArray) -> list[float]:
+    """Load over speed of each layer's busiest worker."""
+    busiest: list[float] = (plan.worker_load_LW(load_LE) / speed_W).max(axis=1).tolist()
+    return busiest
+
+
+def workers_of(plan: Plan) -> dict[tuple[int, int], list[int]]:
+    """The workers of each function that has any."""
+    workers: dict[tuple[int, int], list[int]] = {}
+    for layer, expert, worker in zip(
+        plan.layer_N.tolist(), plan.expert_N.tolist(), plan.worker_N.tolist(), strict=True
+    ):
+        workers.setdefault((layer, expert), []).append(worker)
+    return workers
+
+
+def assert_whole(plan: Plan, cluster: Cluster, model: ModelShape) -> None:
+    """No worker hosts more than fits; shares are >= 0 and sum to 1 over each function; a function is nowhere twice."""
+    assert (np.bincount(plan.worker_N, minlength=cluster.num_workers) <= cluster.capacity_W(model)).all()
+    assert (np.diff(plan.keys_N) > 0).all()
+    assert (plan.share_N >= 0).all()
+    has_LEW, shares_LEW = plan.dense()
+    np.testing.assert_allclose(shares_LEW.sum(axis=2), has_LEW.any(axis=2), atol=1e-9)
