@@ -16,6 +16,11 @@ from collections.abc import Callable, Generator, Iterator
 
 import psutil
 import pytest
+from hypothesis import settings
+
+# Other processes share the cores, and what is compiled is compiled at the first example.
+settings.register_profile("moeless", deadline=None)
+settings.load_profile("moeless")
 
 REQUIRED_IN_CI = frozenset({"redis", "k8s", "browser"})
 """Markers whose tests must not skip under MOELESS_REQUIRE_ALL."""

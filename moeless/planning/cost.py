@@ -220,6 +220,8 @@ class CostProfile:
     """Of a load beside its bytes: finding, allocating, copying's start."""
     worker_start_s: tuple[float, float] = (10.0, 40.0)
     """Least and most that a new worker takes until it can load: process, device context, framework."""
+    device_bytes: int | None = None
+    """Memory of the device that is a worker, experts being a part of what it holds; None: the profile does not tell."""
 
     def __post_init__(self) -> None:
         if not self.load_s >= 0:

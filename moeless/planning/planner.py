@@ -98,6 +98,8 @@ def hosted_instances(previous: Plan | None, pending_keys: IntArray, shape: tuple
 
     They get no tokens where the function has other instances, and equal shares where it has none.
     """
+    if not len(pending_keys):
+        return previous
     before_keys = np.empty(0, dtype=np.int64) if previous is None else previous.keys_N
     added = np.setdiff1d(pending_keys, before_keys)
     if not len(added):

@@ -11,17 +11,18 @@ from moeless.planning.cost import BackboneTime, CostProfile, ExchangeTime, Exper
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Device:
-    """What a device reaches of its data sheet's bandwidth and half-precision rate."""
+    """What a device reaches of its data sheet's bandwidth and half-precision rate, and its memory."""
 
     name: str
     bytes_per_s: float
     flops_per_s: float
+    memory_bytes: int
 
 
 # 768 GB/s and 155 dense BF16 TFLOPS on the data sheet; 80 and 60 % of them.
-_A6000 = Device(name="A6000", bytes_per_s=614e9, flops_per_s=93e12)
+_A6000 = Device(name="A6000", bytes_per_s=614e9, flops_per_s=93e12, memory_bytes=48 * 10**9)
 # 3.35 TB/s and 989.
-_H800 = Device(name="H800", bytes_per_s=2.7e12, flops_per_s=600e12)
+_H800 = Device(name="H800", bytes_per_s=2.7e12, flops_per_s=600e12, memory_bytes=80 * 10**9)
 DEVICES = {"a6000": _A6000, "h800": _H800}
 # One kernel writes to all peers, whether they are the experts' devices or the same that attend: the engine has as many
 # devices as there are workers.
@@ -81,6 +82,7 @@ def roofline_profile(
         ),
         exchange=_LINKED,
         load_s=0.3e-3,
+        device_bytes=device.memory_bytes,
     )
 
 
@@ -101,6 +103,7 @@ def _h800_deepseek_v3() -> CostProfile:
         ),
         exchange=ExchangeTime(hub_s=15e-6, message_s=0.0, all_to_all_s=15e-6, combine_ratio=2.0),
         load_s=0.3e-3,
+        device_bytes=_H800.memory_bytes,
     )
 
 

@@ -17,13 +17,11 @@ from sklearn.base import BaseEstimator
 from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from moeless_predictors.compiled import compiled
 from moeless_predictors.metrics import recall_at_k
 
 FloatArray = NDArray[np.floating[Any]]
 IntArray = NDArray[np.integer[Any]]
-
-# Scores that sum to less are scaled up before they are divided by.
-_LEAST_SUM = 1e-20
 
 
 class LoadPredictor(BaseEstimator):  # type: ignore[misc]  # scikit-learn ships no types
@@ -161,21 +159,53 @@ def capped_to_sum(scores_nE: FloatArray, total: int) -> FloatArray:
 
     A row of zeros is spread evenly. `total` must be at most the number of columns.
     """
-    # Reductions of ufuncs, in place: in a decoding step each call counts. Zeros become a trillionth of the highest, so
-    # that they can grow and nothing overflows when they do.
-    highest_n1 = np.maximum.reduce(scores_nE, axis=1, keepdims=True)
-    scaled_nE: FloatArray = np.maximum(scores_nE, highest_n1 * 1e-12)
-    sum_n1 = np.add.reduce(scaled_nE, axis=1, keepdims=True)
-    if not (sum_n1 > _LEAST_SUM).all():
-        scaled_nE = np.maximum(scores_nE / np.where(highest_n1 > 0, highest_n1, 1), 1e-12)
-        sum_n1 = np.add.reduce(scaled_nE, axis=1, keepdims=True)
-    scaled_nE *= total / sum_n1
-    for _ in range(scaled_nE.shape[1]):
-        if np.maximum.reduce(scaled_nE, axis=None, initial=0) <= 1 + 1e-6:
-            break
-        is_full_nE = scaled_nE >= 1
-        room_n1 = total - np.add.reduce(is_full_nE, axis=1, keepdims=True)
-        scaled_nE[is_full_nE] = 0
-        scaled_nE *= room_n1 / np.maximum(np.add.reduce(scaled_nE, axis=1, keepdims=True), 1e-30)
-        scaled_nE[is_full_nE] = 1
-    return np.minimum(scaled_nE, 1, out=scaled_nE)
+    scaled_nE: FloatArray = np.array(scores_nE, order="C")
+    _cap_rows(scaled_nE, total)
+    return scaled_nE
+
+
+@compiled
+def _cap_rows(scaled_nE: FloatArray, total: int) -> None:
+    """In place. Sums are of doubles, whatever the scores are."""
+    num_experts = scaled_nE.shape[1]
+    for row_E in scaled_nE:
+        highest = row_E.max()
+        if highest <= 0:
+            highest = row_E[:] = 1.0
+        # Zeros become a trillionth of the highest, so that they can grow.
+        rest = 0.0
+        for expert in range(num_experts):
+            row_E[expert] = max(row_E[expert] / highest, 1e-12)
+            rest += row_E[expert]
+        row_E *= total / rest
+        for _ in range(num_experts):
+            if row_E.max() <= 1 + 1e-6:
+                break
+            room, rest = float(total), 0.0
+            for expert in range(num_experts):
+                if row_E[expert] >= 1:
+                    row_E[expert] = 1.0
+                    room -= 1
+                else:
+                    rest += row_E[expert]
+            factor = room / max(rest, 1e-30)
+            for expert in range(num_experts):
+                if row_E[expert] < 1:
+                    row_E[expert] *= factor
+        for expert in range(num_experts):
+            row_E[expert] = min(row_E[expert], 1.0)
+
+
+@compiled
+def num_found(scores_nE: FloatArray, experts_nk: IntArray) -> int:
+    """How many of the tokens' true experts are among the k with the highest scores; of equal ones the lower index."""
+    found = 0
+    top_k = experts_nk.shape[1]
+    for row in range(len(experts_nk)):
+        for expert in experts_nk[row]:
+            score, num_better = scores_nE[row, expert], 0
+            for other in range(scores_nE.shape[1]):
+                better = scores_nE[row, other]
+                num_better += better > score or (better == score and other < expert)
+            found += num_better < top_k
+    return found

@@ -7,7 +7,6 @@ Shapes: n or T tokens, H hidden size, E experts, k experts per token.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any, Literal, Self, get_args
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moeless_predictors.base import FloatArray, IntArray, LoadPredictor, top_k_of
+from moeless_predictors.compiled import compiled
 
 BoolArray = NDArray[np.bool_]
 Scoring = Literal["logits", "sigmoid", "softmax"]
@@ -163,13 +163,13 @@ class GatePredictor(LoadPredictor):
     def forward(self, hidden_TH: Tensor) -> Tensor:
         """The chance that each token goes to each expert, shape (T, E), float32; every row sums to k within 1%.
 
-        For callers that have tensors: nothing is validated and nothing copied.
+        For callers that have tensors in host memory: nothing is validated and nothing copied.
         """
         with torch.inference_mode():
             scores_TE = self._scores(hidden_TH.float(), self._weight_HE, self._bias_E)
             if self.top_k_ == self.n_experts_:
                 return torch.ones_like(scores_TE)
-            return torch.sigmoid(scores_TE - _thresholds(scores_TE, self.top_k_, _NEWTON_STEPS_PREDICTING))
+            return scores_TE.sub_(_thresholds(scores_TE, self.top_k_, _NEWTON_STEPS_PREDICTING)).sigmoid_()
 
     def predict_topk(self, X: ArrayLike) -> IntArray:
         """The k most probable experts of each token, shape (n, k), the most probable first.
@@ -336,20 +336,42 @@ class _Tuner:
 
 
 def _thresholds(scores_TE: Tensor, top_k: int, num_steps: int) -> Tensor:
-    """Each row's c, shape (T, 1), such that the sigmoids of score - c sum to `top_k`, which must be < E.
+    """Each row's c, shape (T, 1), such that the sigmoids of score - c sum to `top_k`, which must be < E."""
+    return torch.from_numpy(_solved(scores_TE.numpy(), top_k, num_steps))
 
-    Newton's method on the log-odds of the sum, in which scores that are all alike need one step, from the middle
+
+@compiled
+def _solved(scores_TE: FloatArray, top_k: int, num_steps: int) -> FloatArray:
+    """Newton's method on the log-odds of the sum, in which scores that are all alike need one step, from the middle
     between the k-th score and the next.
     """
-    num_experts = scores_TE.shape[1]
-    target = math.log(top_k / (num_experts - top_k))
-    threshold_T1 = scores_TE.topk(top_k + 1, dim=1).values[:, top_k - 1 :].mean(dim=1, keepdim=True)
-    for _ in range(num_steps):
-        proba_TE = torch.sigmoid(scores_TE - threshold_T1)
-        share_T1 = proba_TE.mean(dim=1, keepdim=True)
-        slope_T1 = share_T1 - proba_TE.square_().mean(dim=1, keepdim=True)
-        excess_T1 = torch.logit(share_T1, 1e-6).sub_(target)
-        threshold_T1 += excess_T1.mul_(share_T1 * (1 - share_T1)).div_(slope_T1.add_(1e-5)).clamp_(-4, 4)
+    num_rows, num_experts = scores_TE.shape
+    target = np.log(top_k / (num_experts - top_k))
+    threshold_T1 = np.empty((num_rows, 1), dtype=np.float32)
+    highest = np.empty(top_k + 1)
+    for row in range(num_rows):
+        scores_E = scores_TE[row]
+        highest[:] = -np.inf
+        for score in scores_E:
+            place = top_k
+            if score > highest[place]:
+                while place > 0 and highest[place - 1] < score:
+                    highest[place] = highest[place - 1]
+                    place -= 1
+                highest[place] = score
+        threshold = (highest[top_k - 1] + highest[top_k]) / 2
+        for _ in range(num_steps):
+            total = squares = 0.0
+            for score in scores_E:
+                proba = 1 / (1 + np.exp(np.float32(threshold) - score))
+                total += proba
+                squares += proba * proba
+            share = total / num_experts
+            slope = share - squares / num_experts
+            bounded = min(max(share, 1e-6), 1 - 1e-6)
+            excess = np.log(bounded / (1 - bounded)) - target
+            threshold += min(max(excess * share * (1 - share) / (slope + 1e-5), -4.0), 4.0)
+        threshold_T1[row, 0] = threshold
     return threshold_T1
 
 

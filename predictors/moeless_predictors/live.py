@@ -22,10 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from moeless_predictors.base import FloatArray, IntArray, one_hot, top_k_of
+from moeless_predictors.base import FloatArray, IntArray, num_found, one_hot
 from moeless_predictors.features import choice_values
 from moeless_predictors.live_features import LiveFeatures, StepRows
-from moeless_predictors.metrics import recall_at_k
 from moeless_predictors.predictor_set import PairPredictor, PredictorSet
 from moeless_predictors.quantile import load_moments
 
@@ -141,6 +140,7 @@ class LivePredictor:
         self._is_prefill = False
         self._clock = clock
         self._began_s = self._spent_s = self._owed_s = 0.0
+        self._warm_up()
 
     def begin_step(self, rows: Sequence[StepRows]) -> None:
         """The rows of the next forward pass, in order."""
@@ -213,6 +213,30 @@ class LivePredictor:
     def accuracy(self) -> list[LayerAccuracy]:
         """Of every layer that is predicted, in order."""
         return [self._layers[layer].accuracy() for layer in sorted(self._layers)]
+
+    def _warm_up(self) -> None:
+        """Have what is compiled compiled now, on copies, not between two layers of the first steps."""
+        predictors = self._predictors
+        shape = {"num_layers": predictors.num_layers, "num_experts": predictors.num_experts, "top_k": predictors.top_k}
+        features = LiveFeatures(predictors.features, **shape, num_slots=1)
+        experts_nk = np.arange(predictors.top_k)[np.newaxis]
+        weights_nk = np.ones(experts_nk.shape, dtype=np.float32)
+        pair_of_kind = {forecaster.pair.kind: forecaster.pair for forecaster in self._layers.values()}
+        for position in range(2):
+            features.begin_step([StepRows("", 1, position)])
+            for layer in range(predictors.num_layers):
+                features.observe(layer, experts_nk, weights_nk)
+                for kind, pair in pair_of_kind.items():
+                    if layer != pair.layer:
+                        continue
+                    X_nF = np.zeros((1, pair.predictor.n_features_in_), dtype=np.float32)
+                    if kind == "history":
+                        X_nF = features.features(layer, pair.target)
+                    forecaster = _LayerForecaster(pair, self._config)
+                    probabilities_nE = None if kind == "popularity" else pair.predictor.fast_proba(X_nF)
+                    forecaster.forecast(probabilities_nE, 1, is_measured=True, is_prefill=False)
+                    forecaster.settle(experts_nk, is_prefill=False)
+            features.end_step()
 
     def _probabilities(
         self, forecaster: _LayerForecaster, experts_nk: IntArray, weights_nk: FloatArray, hidden: Callable[[], Any]
@@ -300,20 +324,21 @@ class _LayerForecaster:
         forecast, num_experts = pending.forecast, len(pending.mean_E)
         load_E = np.bincount(experts_nk.ravel(), minlength=num_experts).astype(np.float64)
         total = load_E.sum()
-        topk_nk = (
-            np.broadcast_to(np.argsort(-pending.popularity_E, kind="stable")[: self._top_k], experts_nk.shape)
-            if pending.probabilities_nE is None
-            else top_k_of(pending.probabilities_nE, self._top_k)
-        )
+        scores_nE = pending.probabilities_nE
+        if scores_nE is None:
+            scores_nE = np.broadcast_to(pending.popularity_E, (len(experts_nk), num_experts))
         self._samples.append(
             _Sample(
                 error=float(np.abs(forecast.load_E - load_E).sum() / total),
                 popularity_error=float(np.abs(pending.popularity_E - load_E).sum() / total),
-                recall=recall_at_k(topk_nk, one_hot(experts_nk, num_experts)),
+                recall=num_found(np.ascontiguousarray(scores_nE), np.ascontiguousarray(experts_nk, dtype=np.int64))
+                / experts_nk.size,
                 coverage=float((load_E <= pending.upper_E).mean()),
             )
         )
-        self._quantiles[is_prefill].update(pending.mean_E, pending.variance_E, load_E, len(experts_nk))
+        self._quantiles[is_prefill].update(
+            pending.mean_E, pending.variance_E, load_E, len(experts_nk), upper=pending.upper_E
+        )
         fade = 0.5 ** (len(experts_nk) / self._config.popularity_half_life_tokens)
         self._counts_E = self._counts_E * fade + load_E
         self._judge()

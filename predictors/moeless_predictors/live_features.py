@@ -1,7 +1,8 @@
 """The features of `features.py`, kept up step by step while a server decodes.
 
 The past of each sequence is a ring of its last W tokens: their experts, and the same as bit sets, so that what two
-tokens share is a popcount. A step's own choices join the past at its end. Of a step that is not followed only the
+tokens share is a popcount. What is done between two layers are the loops of `live_loops.py`. A step's own choices join
+the past at its end. Of a step that is not followed only the
 routing is kept; before the next one that is, such steps join the past together, at a fraction of the cost.
 
 Shapes: n rows of a step (padding left out), q rows among them with a past, m tokens of a sequence, L layers, E experts,
@@ -12,28 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moeless_predictors import live_loops as loops
 from moeless_predictors.base import FloatArray, IntArray
-from moeless_predictors.features import (
-    LEAST_SHARE,
-    MEAN_SCALE,
-    NUM_BEFORE,
-    FeatureConfig,
-    choice_values,
-    experts_as_bits,
-    ranked_values,
-)
+from moeless_predictors.features import MEAN_SCALE, FeatureConfig, choice_values, experts_as_bits, ranked_values
 
 _MOST_SKIPPED = 64
 """Steps of which the routing is kept before it joins the past."""
-
-_LEAST_MEAN = 1e-12
-"""Below it, that of an expert long unused is zero: else it ends as a subnormal number after some 1,700 tokens, and such
-made the network seven times as slow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +80,7 @@ class LiveFeatures:
         self._means_ZLE = np.zeros((num_slots, num_layers, num_experts), dtype=np.float32)
         self._num_seen_Z = np.zeros(num_slots, dtype=np.int64)
         self._next_position_Z = np.zeros(num_slots, dtype=np.int64)
+        self._above = [np.array(config.above(layer)) for layer in range(num_layers)]
         self._rows: list[StepRows] = []
         self._slots: list[int] = []
         self._is_followed = True
@@ -117,7 +107,6 @@ class LiveFeatures:
             return
         self._catch_up()
         self._slots = [self._slot(item) for item in rows]
-        self._num_rows = sum(item.num_rows for item in rows)
         firsts = np.cumsum([0, *(item.num_rows for item in rows)])[:-1].tolist()
         self._firsts: list[int] = firsts
         has_past = [
@@ -127,13 +116,9 @@ class LiveFeatures:
         self._past_rows_q = np.array([first for first, has in zip(firsts, has_past, strict=True) if has], dtype=np.intp)
         slots_q = np.array([slot for slot, has in zip(self._slots, has_past, strict=True) if has], dtype=np.intp)
         self._past_slots_q = slots_q
-        self._has_past_everywhere = len(slots_q) == self._num_rows
         num_layers, num_rows, window = self._num_layers, self._num_rows, self._config.window
-        words = self._bits_LZWw.shape[3]
-        self._row_n1 = np.arange(num_rows)[:, np.newaxis]
-        self._bits_Lnw = np.empty((num_layers, num_rows, words), dtype=np.uint64)
+        self._bits_Lnw = np.zeros((num_layers, num_rows, self._bits_LZWw.shape[3]), dtype=np.uint64)
         self._values_nLE = np.zeros((num_rows, num_layers, self._num_experts), dtype=np.float32)
-        self._past_bits_qWw = np.empty((len(slots_q), window, words), dtype=np.uint64)
         self._overlaps_qW = np.zeros((len(slots_q), window), dtype=np.float32)
         self._shared_qW = np.zeros((len(slots_q), window), dtype=np.float32)
         scale = self._config.sharpness * self._config.context_weight / (num_layers * self._top_k)
@@ -149,70 +134,48 @@ class LiveFeatures:
         if not self._is_followed:
             self._weights_Lnk[layer] = weights_nk
             return
-        self._values_nLE[self._row_n1, layer, experts_nk] = choice_values(weights_nk)
-        bits_nw = self._bits_Lnw[layer] = experts_as_bits(experts_nk, self._num_experts)
+        loops.note_choices(
+            np.ascontiguousarray(experts_nk, dtype=np.int64),
+            np.ascontiguousarray(weights_nk, dtype=np.float32),
+            self._values_nLE[:, layer],
+            self._bits_Lnw[layer],
+        )
         if self._config.sees_ranks(layer):
             self._ranked_nF = ranked_values(experts_nk, weights_nk, self._num_experts)
-        if len(self._past_slots_q):
-            past_qWw = self._past_bits_qWw
-            np.take(self._bits_LZWw[layer], self._past_slots_q, axis=0, out=past_qWw, mode="clip")
-            past_qWw &= self._with_past(bits_nw)[:, np.newaxis]
-            counts_qWw = np.bitwise_count(past_qWw)
-            counts_qW = counts_qWw[:, :, 0] if counts_qWw.shape[2] == 1 else counts_qWw.sum(axis=2)
-            shared_qW = counts_qW.astype(np.float32)
-            self._overlaps_qW *= np.float32(self._config.layer_decay)
-            self._overlaps_qW += shared_qW
-            self._shared_qW += shared_qW
+        loops.compare_with_past(
+            self._bits_LZWw[layer],
+            self._bits_Lnw[layer],
+            self._past_slots_q,
+            self._past_rows_q,
+            self._config.layer_decay,
+            self._overlaps_qW,
+            self._shared_qW,
+        )
 
     def features(self, layer: int, target: int) -> FloatArray:
         """Of every row, shape (n, F), float32, after `layer` was observed and before the next one is."""
-        num_experts, num_rows, config = self._num_experts, self._num_rows, self._config
+        num_experts, config = self._num_experts, self._config
         num_features = config.num_features(layer, num_experts=num_experts, top_k=self._top_k)
         num_above = config.num_above(layer, num_experts=num_experts, top_k=self._top_k)
-        features_nF = np.zeros((num_rows, num_features), dtype=np.float32)
-        above = config.above(layer)
-        num_first = len(above) - min(config.layers_above, layer + 1)
-        nearest = self._values_nLE[:, above[num_first] : layer + 1].reshape(num_rows, -1)
-        features_nF[:, : num_first * num_experts] = self._values_nLE[:, :num_first].reshape(num_rows, -1)
-        features_nF[:, num_first * num_experts : len(above) * num_experts] = nearest
+        features_nF = np.zeros((self._num_rows, num_features), dtype=np.float32)
+        above = self._above[layer]
+        loops.fill_above(features_nF, self._values_nLE, above)
         if config.sees_ranks(layer):
             features_nF[:, len(above) * num_experts : num_above] = self._ranked_nF
-        slots_q = self._past_slots_q
-        if len(slots_q):
-            before = (
-                self._last_values_ZLE[slots_q, target],
-                self._means_ZLE[slots_q, target],
-                self._retrieved(layer, target),
+        if len(self._past_slots_q):
+            powers_qW = self._overlaps_qW * np.float32(config.sharpness * config.overlap_scale(layer, self._top_k))
+            powers_qW += self._context_qW
+            np.exp(powers_qW, out=powers_qW)  # scores are from 0 to some tens: nothing overflows
+            loops.fill_past(
+                features_nF[:, num_above:],
+                self._past_slots_q,
+                self._past_rows_q,
+                self._last_values_ZLE[:, target],
+                self._means_ZLE[:, target],
+                self._experts_LZWk[target],
+                powers_qW,
             )
-            assert len(before) == NUM_BEFORE
-            rows_q = slice(None) if self._has_past_everywhere else self._past_rows_q
-            for block, values_qE in enumerate(before):
-                start = num_above + block * num_experts
-                features_nF[rows_q, start : start + num_experts] = values_qE
         return features_nF
-
-    def _retrieved(self, layer: int, target: int) -> FloatArray:
-        # As in features.retrieval_shares, over the few places that count.
-        scale = self._config.sharpness * self._config.overlap_scale(layer, self._top_k)
-        powers_qW = self._overlaps_qW * np.float32(scale)
-        powers_qW += self._context_qW
-        np.exp(powers_qW, out=powers_qW)  # scores are from 0 to some tens: nothing overflows
-        sums_q = np.add.reduce(powers_qW, axis=1)
-        place_m = np.flatnonzero(powers_qW >= (sums_q * np.float32(LEAST_SHARE))[:, np.newaxis])
-        row_m = place_m // powers_qW.shape[1]
-        shares_m = powers_qW.ravel()[place_m] / sums_q[row_m]
-        # The places of all slots in a row; np.take reads rows of k at once.
-        place_m += (self._past_slots_q - np.arange(len(sums_q)))[row_m] * powers_qW.shape[1]
-        experts_mk = self._experts_LZWk[target].reshape(-1, self._top_k).take(place_m, axis=0)
-        flat_mk = experts_mk + (row_m * self._num_experts)[:, np.newaxis]
-        size = len(powers_qW) * self._num_experts
-        retrieved: NDArray[Any] = np.bincount(flat_mk.ravel(), weights=np.repeat(shares_m, self._top_k), minlength=size)
-        retrieved_qE: FloatArray = retrieved.reshape(len(powers_qW), self._num_experts)
-        return retrieved_qE
-
-    def _with_past(self, values_n: NDArray[Any]) -> NDArray[Any]:
-        """Of the rows that have a past."""
-        return values_n if self._has_past_everywhere else values_n[self._past_rows_q]
 
     def end_step(self) -> None:
         """Every layer was observed: the step's tokens join their sequences' past."""
@@ -223,8 +186,14 @@ class LiveFeatures:
                 self._catch_up()
             return
         rows_q, slots_q = self._past_rows_q, self._past_slots_q
-        if len(slots_q):
-            self._append(slots_q, rows_q, self._with_past(self._values_nLE))
+        self._shared_ZW[slots_q] = self._shared_qW
+        loops.append_tokens(
+            slots_q,
+            rows_q,
+            (self._experts_Lnk, self._bits_Lnw, self._values_nLE),
+            (self._experts_LZWk, self._bits_LZWw, self._last_values_ZLE, self._means_ZLE, self._num_seen_Z),
+            self._config.mean_rate,
+        )
         followed = set(rows_q.tolist())
         for item, slot, first in zip(self._rows, self._slots, self._firsts, strict=True):
             if first not in followed:
@@ -291,21 +260,6 @@ class LiveFeatures:
         values_qLE[places] = values_Lqk
         return values_qLE
 
-    def _append(self, slots_q: IntArray, rows_q: IntArray, values_qLE: FloatArray) -> None:
-        """One token for each of these sequences, whose shared experts were followed through the layers."""
-        places_q = self._num_seen_Z[slots_q] % self._config.window
-        self._experts_LZWk[:, slots_q, places_q] = self._experts_Lnk[:, rows_q]
-        self._bits_LZWw[:, slots_q, places_q] = self._bits_Lnw[:, rows_q]
-        self._shared_ZW[slots_q] = self._shared_qW
-        self._last_values_ZLE[slots_q] = values_qLE
-        rate = np.float32(self._config.mean_rate)
-        means_qLE = self._means_ZLE[slots_q]
-        means_qLE *= 1 - rate
-        means_qLE += (values_qLE > 0) * np.float32(rate * MEAN_SCALE)
-        means_qLE[means_qLE < _LEAST_MEAN] = 0
-        self._means_ZLE[slots_q] = means_qLE
-        self._num_seen_Z[slots_q] += 1
-
     def _append_tokens(self, slots_q: IntArray, experts_mLqk: IntArray, last_values_qLE: FloatArray) -> None:
         """Any number of tokens for each of these sequences.
 
@@ -339,7 +293,7 @@ class LiveFeatures:
         means_qLE = self._means_ZLE[slots_q]
         means_qLE *= np.float32((1 - rate) ** num_tokens)
         means_qLE += added.reshape(means_qLE.shape)
-        means_qLE[means_qLE < _LEAST_MEAN] = 0
+        means_qLE[means_qLE < loops.LEAST_MEAN] = 0
         self._means_ZLE[slots_q] = means_qLE
         self._num_seen_Z[slots_q] += num_tokens
 

@@ -195,11 +195,24 @@ class LoadQuantile(BaseEstimator):  # type: ignore[misc]  # scikit-learn ships n
         (mean_E,) = self._checked(num_tokens, mean_E=mean_E)
         return self._corrected(mean_E, num_tokens)
 
-    def update(self, mean_E: ArrayLike, variance_E: ArrayLike, load_E: ArrayLike, num_tokens: int) -> Self:
-        """Learn from a batch whose true load is known: see what the bound would have covered, then move it."""
+    def update(
+        self,
+        mean_E: ArrayLike,
+        variance_E: ArrayLike,
+        load_E: ArrayLike,
+        num_tokens: int,
+        *,
+        upper: FloatArray | None = None,
+    ) -> Self:
+        """Learn from a batch whose true load is known: see what the bound would have covered, then move it.
+
+        Args:
+            upper: what `upper` gave for the batch, if it was asked and nothing was learned since; saves its time.
+        """
         mean_E, variance_E, load_E = self._checked(num_tokens, mean_E=mean_E, variance_E=variance_E, load_E=load_E)
         if self.learning_rate > 0:
-            missed_Q = (load_E > self._upper(mean_E, variance_E, num_tokens)).mean(axis=1)
+            upper_QE = self._upper(mean_E, variance_E, num_tokens) if upper is None else np.atleast_2d(upper)
+            missed_Q = (load_E > upper_QE).mean(axis=1)
             step_Q = self.learning_rate * (1 - self._quantiles_Q - missed_Q)
             low, high, high_share = self._neighbours(num_tokens)
             self.miscoverage_ = self.miscoverage_.copy()  # the old array may have been handed out, or be read-only

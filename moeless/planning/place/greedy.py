@@ -11,14 +11,14 @@ Shapes: L layers, E experts, W workers.
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
-from heapq import heapify, heappop, heappush
+from collections import deque
 
 import numpy as np
 
 from moeless.core.cluster import Cluster, ModelShape
 from moeless.core.errors import ConfigError
 from moeless.core.plan import BoolArray, FloatArray, IntArray
+from moeless_predictors.compiled import compiled
 
 
 class InfeasiblePlacementError(ConfigError):
@@ -56,104 +56,73 @@ def heaviest_first(
 
     Raises: InfeasiblePlacementError if not all of them fit.
     """
-    counts_LE = has_LEW.sum(axis=2) + add_LE
+    if not add_LE.any():
+        return
+    hosted_LE = has_LEW.sum(axis=2)
+    counts_LE = hosted_LE + add_LE
     weight_LE = load_LE / np.maximum(counts_LE, 1)
-    speeds = cluster.speed_W.tolist()
-    capacity_W = cluster.capacity_W(model)
-    free = (capacity_W - has_LEW.sum(axis=(0, 1))).tolist()
-    part_L = counts_LE.sum(axis=1) / max(int(counts_LE.sum()), 1)
+    speed_W, capacity_W = cluster.speed_W, cluster.capacity_W(model)
+    free_W = capacity_W - has_LEW.sum(axis=(0, 1))
+    part_L = counts_LE.sum(axis=1) / counts_LE.sum()
     for layer in np.flatnonzero(add_LE.any(axis=1)).tolist():
-        has_EW = has_LEW[layer]
-        hosted_W = has_EW.sum(axis=0)
-        quota = (np.ceil(capacity_W * part_L[layer] - 1e-9).astype(np.int64) - hosted_W).tolist()
-        load = (weight_LE[layer] @ has_EW).tolist()
+        has_EW, weight_E = has_LEW[layer], weight_LE[layer]
+        quota_W = np.ceil(capacity_W * part_L[layer] - 1e-9).astype(np.int64) - has_EW.sum(axis=0)
+        load_W = weight_E @ has_EW
         experts = np.repeat(np.arange(model.num_experts), add_LE[layer])
-        experts = experts[np.argsort(-weight_LE[layer, experts], kind="stable")]
-        hosts = _hosts(has_EW)
-        queue = _Queue(load, speeds, [min(room) for room in zip(free, quota, strict=True)])
-        weights = weight_LE[layer].tolist()
-        placed: list[int] = []
-        for expert in experts.tolist():
-            weight, taken = weights[expert], hosts[expert]
-            worker = queue.take(weight, taken)
-            if worker is None:
-                open_workers = [w for w, room in enumerate(free) if room > 0 and w not in taken]
-                if open_workers:
-                    worker = min(open_workers, key=lambda w: ((queue.load[w] + weight) / speeds[w], w))
-                else:
-                    has_EW[experts[: len(placed)], placed] = True
-                    worker = _make_room(has_LEW, free, taken, f"layer {layer}, expert {expert}")
-                    hosts = _hosts(has_EW)
-                    # What the chain moved in this layer is in place: later entries must not put it back.
-                    experts, placed = experts[len(placed) :], []
-                    taken = hosts[expert]
-                    free[worker] -= 1
-                    queue = _Queue(queue.load, speeds, free.copy())
-                    free[worker] += 1
-                queue.load[worker] += weight
-            taken.add(worker)
-            placed.append(worker)
-            free[worker] -= 1
-        has_EW[experts, placed] = True
+        experts = experts[np.argsort(-weight_E[experts], kind="stable")]
+        placed = 0
+        while True:
+            placed += _pack(experts[placed:], weight_E, has_EW, load_W, free_W, quota_W, speed_W)
+            if placed == len(experts):
+                break
+            expert = int(experts[placed])
+            worker = _make_room(has_LEW, free_W, has_EW[expert], f"layer {layer}, expert {expert}")
+            has_EW[expert, worker] = True
+            load_W = weight_E @ has_EW
+            free_W[worker] -= 1
+            placed += 1
 
 
-def _hosts(has_EW: BoolArray) -> defaultdict[int, set[int]]:
-    hosts: defaultdict[int, set[int]] = defaultdict(set)
-    for expert, worker in zip(*(index.tolist() for index in np.nonzero(has_EW)), strict=True):
-        hosts[expert].add(worker)
-    return hosts
+@compiled
+def _pack(
+    experts: IntArray,
+    weight_E: FloatArray,
+    has_EW: BoolArray,
+    load_W: FloatArray,
+    free_W: IntArray,
+    quota_W: IntArray,
+    speed_W: FloatArray,
+) -> int:
+    """Place instances of the experts in their order; returns how many: fewer than all if one finds no room.
 
-
-class _Queue:
-    """Workers of one layer that have room, by load; one heap for each speed."""
-
-    def __init__(self, load: list[float], speeds: list[float], room: list[int]) -> None:
-        self.load, self._room = load, room
-        self._heaps: list[tuple[float, list[tuple[float, int]]]] = []
-        for speed in sorted(set(speeds)):
-            heap = [(load[w], w) for w, s in enumerate(speeds) if s == speed and room[w] > 0]
-            heapify(heap)
-            self._heaps.append((speed, heap))
-
-    def take(self, weight: float, taken: set[int]) -> int | None:
-        """The worker outside `taken` that `weight` would leave least busy; it has that load now, and less room."""
-        if len(self._heaps) == 1:
-            heap = self._heaps[0][1]
-            if heap and heap[0][1] not in taken:
-                return self._give(weight, heap, *heappop(heap))
-        popped: list[tuple[list[tuple[float, int]], tuple[float, int]]] = []
-        best: tuple[float, int, int] | None = None
-        for speed, heap in self._heaps:
-            while heap:
-                entry = heappop(heap)
-                popped.append((heap, entry))
-                if entry[1] not in taken:
-                    candidate = ((entry[0] + weight) / speed, entry[1], len(popped) - 1)
-                    best = candidate if best is None else min(best, candidate)
-                    break
-        worker = None
-        if best is not None:
-            heap, entry = popped.pop(best[2])
-            worker = self._give(weight, heap, *entry)
-        for heap, entry in popped:
-            heappush(heap, entry)
-        return worker
-
-    def _give(self, weight: float, heap: list[tuple[float, int]], load: float, worker: int) -> int:
-        self.load[worker] = load + weight
-        self._room[worker] -= 1
-        if self._room[worker] > 0:
-            heappush(heap, (self.load[worker], worker))
-        return worker
-
-
-def _make_room(has_LEW: BoolArray, free: list[int], taken: set[int], name: str) -> int:
-    """Free memory on a worker outside `taken` by moving instances along a chain that ends where memory is free.
-
-    Changes `has_LEW` and `free`. By the theory of augmenting paths there is a chain whenever everything fits.
+    A worker whose part of the memory is used up is taken only where no other is left.
     """
-    num_workers = len(free)
-    before: dict[int, int] = {w: -1 for w in range(num_workers) if w not in taken}
+    num_workers = len(load_W)
+    for place, expert in enumerate(experts):
+        best, best_worker, best_is_over = np.inf, -1, True
+        for worker in range(num_workers):
+            if free_W[worker] <= 0 or has_EW[expert, worker]:
+                continue
+            is_over = quota_W[worker] <= 0
+            busy = (load_W[worker] + weight_E[expert]) / speed_W[worker]
+            if (best_is_over and not is_over) or (is_over == best_is_over and busy < best):
+                best, best_worker, best_is_over = busy, worker, is_over
+        if best_worker < 0:
+            return place
+        has_EW[expert, best_worker] = True
+        load_W[best_worker] += weight_E[expert]
+        free_W[best_worker] -= 1
+        quota_W[best_worker] -= 1
+    return len(experts)
+
+
+def _make_room(has_LEW: BoolArray, free_W: IntArray, taken_W: BoolArray, name: str) -> int:
+    """Free memory on a worker that is not taken, by moving instances along a chain that ends where memory is free.
+
+    Changes `has_LEW` and `free_W`. By the theory of augmenting paths there is a chain whenever everything fits.
+    """
+    num_workers = len(free_W)
+    before: dict[int, int] = {w: -1 for w in range(num_workers) if not taken_W[w]}
     queue = deque(before)
     while queue:
         worker = queue.popleft()
@@ -161,16 +130,16 @@ def _make_room(has_LEW: BoolArray, free: list[int], taken: set[int], name: str) 
             if other in before or not (has_LEW[:, :, worker] & ~has_LEW[:, :, other]).any():
                 continue
             before[other] = worker
-            if free[other] == 0:
+            if free_W[other] == 0:
                 queue.append(other)
                 continue
-            free[other] -= 1
+            free_W[other] -= 1
             while before[other] >= 0:
                 source = before[other]
                 layers, experts = np.nonzero(has_LEW[:, :, source] & ~has_LEW[:, :, other])
                 has_LEW[layers[0], experts[0], source] = False
                 has_LEW[layers[0], experts[0], other] = True
                 other = source
-            free[other] += 1
+            free_W[other] += 1
             return other
     raise InfeasiblePlacementError(f"{name}: no worker has memory for another instance, and none can be freed")

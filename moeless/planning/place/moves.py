@@ -5,19 +5,19 @@ falls also where several workers are equally busy and one move alone does not re
 end is the busiest worker once the shares are split anew. Of the moves tried for a layer those are made, from the first
 on, that leave the greatest gain over cost; none if that is not above zero.
 
-Shapes: n instances of one layer, b of them on the busiest worker, s their siblings, W workers.
+Shapes: n instances of one layer, W workers, F functions with instances, G replicated ones with load.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from moeless.core.cluster import Cluster, ModelShape
 from moeless.core.plan import BoolArray, FloatArray, IntArray
-from moeless.planning.place.shares import min_max_shares
+from moeless.planning.place.shares import descend
+from moeless_predictors.compiled import compiled
 
 _PATIENCE = 3
 """Stop trying for a layer after so many steps that made nothing better."""
@@ -25,12 +25,38 @@ _LEAST_GAIN = 1e-9
 """Relative; below it is rounding."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """One or two instances (indices into n) and where they go; `gain` is what load² / speed falls by."""
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class TransferTimes:
+    """Seconds of bringing an instance to a worker by the fastest way: from a worker that has it, or from the host."""
 
-    moves: tuple[tuple[int, int], ...]
-    gain: float
+    node_W: IntArray
+    load_s: float
+    local_s: float
+    remote_s: float
+
+    @classmethod
+    def of(cls, cluster: Cluster, model: ModelShape) -> TransferTimes:
+        load_s, local_s, remote_s = (
+            model.expert_bytes / bytes_per_s
+            for bytes_per_s in (cluster.load_bytes_per_s, cluster.local_bytes_per_s, cluster.remote_bytes_per_s)
+        )
+        return cls(node_W=cluster.node_W, load_s=load_s, local_s=min(load_s, local_s), remote_s=min(load_s, remote_s))
+
+    @property
+    def least_s(self) -> float:
+        """Of any way."""
+        return min(self.local_s, self.remote_s)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoveLimits:
+    """When moving instances of a layer is worth it."""
+
+    max_moves: int
+    good_enough: float
+    """Stop once busiest over perfectly balanced is at most this."""
+    value_s: float
+    """Seconds gained over the plan's time in force, for each token less on the busiest worker of speed 1."""
 
 
 @dataclass(slots=True)
@@ -40,18 +66,6 @@ class LayerMoves:
     worker_n: IntArray
     share_n: FloatArray
     num_moves: int = 0
-    num_tried: int = 0
-
-
-def transfer_s(source_W: BoolArray, target: int, cluster: Cluster, model: ModelShape) -> float:
-    """Seconds of bringing an instance to `target` by the fastest way: from a worker that has it, or from the host."""
-    node_W = cluster.node_W
-    rates = [cluster.load_bytes_per_s]
-    if (source_W & (node_W == node_W[target])).any():
-        rates.append(cluster.local_bytes_per_s)
-    elif source_W.any():
-        rates.append(cluster.remote_bytes_per_s)
-    return model.expert_bytes / max(rates)
 
 
 def improve_layer(
@@ -62,130 +76,204 @@ def improve_layer(
     free_W: IntArray,
     speed_W: FloatArray,
     *,
+    limits: MoveLimits,
+    transfers: TransferTimes,
+) -> LayerMoves:
+    """Moves for one layer, at most `limits.max_moves`.
+
+    Args:
+        expert_n: ascending.
+        free_W: instances that still fit each worker; not changed.
+    """
+    starts_F = np.flatnonzero(np.diff(expert_n, prepend=-1))
+    count_F = np.diff(starts_F, append=len(expert_n))
+    load_F = load_E[expert_n[starts_F]].astype(np.float64)
+    replicated = np.flatnonzero((count_F > 1) & (load_F > 0))
+    replicated = replicated[np.argsort(-load_F[replicated], kind="stable")]
+    best_worker_n, best_share_n, num_moves = _improve(
+        np.repeat(np.arange(len(starts_F)), count_F),
+        worker_n.astype(np.int64),
+        share_n.astype(np.float64),
+        load_F,
+        np.append(starts_F, len(expert_n)),
+        replicated,
+        free_W.astype(np.int64),
+        speed_W.astype(np.float64),
+        limits.max_moves,
+        limits.good_enough,
+        limits.value_s,
+        transfers.node_W,
+        (transfers.load_s, transfers.local_s, transfers.remote_s),
+    )
+    return LayerMoves(best_worker_n, best_share_n, num_moves)
+
+
+@compiled
+def _improve(
+    function_n: IntArray,
+    worker_n: IntArray,
+    share_n: FloatArray,
+    load_F: FloatArray,
+    bounds_F1: IntArray,
+    replicated_G: IntArray,
+    free_W: IntArray,
+    speed_W: FloatArray,
     max_moves: int,
     good_enough: float,
     value_s: float,
-    cost_s: Callable[[int, IntArray, int], float],
-) -> LayerMoves:
-    """Moves for one layer, at most `max_moves`.
-
-    Args:
-        free_W: instances that still fit each worker; not changed.
-        good_enough: stop once busiest over perfectly balanced is at most this.
-        value_s: seconds gained over the plan's time in force, for each token less on the busiest worker of speed 1.
-        cost_s: seconds that moving an instance costs: of its expert, the workers that have it, and the target.
-    """
-    best = LayerMoves(worker_n, share_n)
-    ideal = load_E[expert_n].dot(share_n) / speed_W.sum()
-    start = busiest = _busiest(worker_n, load_E[expert_n] * share_n, speed_W)
+    node_W: IntArray,
+    transfer_s: tuple[float, float, float],
+) -> tuple[IntArray, FloatArray, int]:
+    """Changes `worker_n` and `free_W`, which are copies."""
+    num_instances, num_workers = len(worker_n), len(speed_W)
+    best_worker_n, best_share_n, best_moves = worker_n.copy(), share_n.copy(), 0
+    tokens_n = load_F[function_n] * share_n
+    has_FW = np.zeros((len(load_F), num_workers), dtype=np.bool_)
+    load_W = np.zeros(num_workers)
+    for n in range(num_instances):
+        has_FW[function_n[n], worker_n[n]] = True
+        load_W[worker_n[n]] += tokens_n[n]
+    starts_G = bounds_F1[replicated_G]
+    count_G = bounds_F1[replicated_G + 1] - starts_G
+    load_G = load_F[replicated_G]
+    ideal = load_W.sum() / speed_W.sum()
+    start = busiest = (load_W / speed_W).max()
     best_net, spent_s, num_moves, worse = 0.0, 0.0, 0, 0
-    free_W, worker_n, share_n = free_W.copy(), worker_n.copy(), share_n.copy()
-    while busiest > good_enough * ideal and worse < _PATIENCE:
-        step = _best_step(expert_n, worker_n, share_n, load_E, free_W, speed_W, max_moves=max_moves - num_moves)
-        if step is None:
+    while busiest > good_enough * ideal and worse < _PATIENCE and num_moves < max_moves:
+        first, first_target, second, second_target = _best_step(
+            function_n, worker_n, tokens_n, load_W, has_FW, bounds_F1, free_W, speed_W, max_moves - num_moves
+        )
+        if first < 0:
             break
-        for index, target in step.moves:
-            spent_s += cost_s(int(expert_n[index]), worker_n[expert_n == expert_n[index]], target)
-            free_W[worker_n[index]] += 1
+        for n, target in ((first, first_target), (second, second_target)):
+            if n < 0:
+                continue
+            has_W = has_FW[function_n[n]]
+            spent_s += _transfer_s(has_W, target, node_W, transfer_s)
+            origin = worker_n[n]
+            has_W[origin], has_W[target] = False, True
+            free_W[origin] += 1
             free_W[target] -= 1
-            worker_n[index] = target
-        num_moves += len(step.moves)
-        order_n = np.lexsort((worker_n, expert_n))
-        share_n[order_n] = min_max_shares(
-            np.zeros_like(expert_n), expert_n[order_n], worker_n[order_n], load_E[np.newaxis], speed_W,
-            start_N=share_n[order_n],
-        )  # fmt: skip
-        busiest = _busiest(worker_n, load_E[expert_n] * share_n, speed_W)
+            load_W[origin] -= tokens_n[n]
+            load_W[target] += tokens_n[n]
+            worker_n[n] = target
+            num_moves += 1
+        if len(starts_G):
+            descend(starts_G, count_G, load_G, worker_n, tokens_n, load_W, speed_W)
+        busiest = (load_W / speed_W).max()
         net = (start - busiest) * value_s - spent_s
-        worse = 0 if net > best_net else worse + 1
+        worse += 1
         if net > best_net:
-            best_net = net
-            best = LayerMoves(worker_n.copy(), share_n.copy(), num_moves)
-    best.num_tried = num_moves
-    return best
+            worse, best_net, best_moves = 0, net, num_moves
+            best_worker_n[:] = worker_n
+            for n in range(num_instances):
+                load = load_F[function_n[n]]
+                best_share_n[n] = tokens_n[n] / load if load > 0 else share_n[n]
+    return best_worker_n, best_share_n, best_moves
 
 
-def _busiest(worker_n: IntArray, tokens_n: FloatArray, speed_W: FloatArray) -> float:
-    return float((np.bincount(worker_n, weights=tokens_n, minlength=len(speed_W)) / speed_W).max())
+@compiled
+def _transfer_s(has_W: BoolArray, target: int, node_W: IntArray, transfer_s: tuple[float, float, float]) -> float:
+    seconds = transfer_s[0]
+    for worker in range(len(has_W)):
+        if has_W[worker]:
+            seconds = min(seconds, transfer_s[1] if node_W[worker] == node_W[target] else transfer_s[2])
+    return seconds
 
 
-def _best_step(
-    expert_n: IntArray,
-    worker_n: IntArray,
-    share_n: FloatArray,
-    load_E: FloatArray,
-    free_W: IntArray,
-    speed_W: FloatArray,
-    *,
-    max_moves: int,
-) -> _Step | None:
-    """The step that lowers load² / speed most for each instance it moves; None if no step lowers it."""
-    tokens_n = load_E[expert_n] * share_n
-    load_W: FloatArray = np.bincount(worker_n, weights=tokens_n, minlength=len(speed_W)).astype(np.float64)
-    busiest = int(np.argmax(load_W / speed_W))
-    least = _LEAST_GAIN * load_W[busiest] ** 2
-    on_b = np.flatnonzero((worker_n == busiest) & (tokens_n > 0))
-    if max_moves < 1 or not len(on_b):
-        return None
-    hosts_nW = np.zeros((len(load_E), len(speed_W)), dtype=np.bool_)
-    hosts_nW[expert_n, worker_n] = True
-    steps = []
-    tokens_b1 = tokens_n[on_b, np.newaxis]
-    closed_W = free_W <= 0
-    # One instance of the busiest worker to another.
-    gain_bW = _gain(load_W[busiest], speed_W[busiest], load_W, speed_W, tokens_b1)
-    gain_bW[hosts_nW[expert_n[on_b]] | closed_W] = -np.inf
-    b, target = np.unravel_index(np.argmax(gain_bW), gain_bW.shape)
-    steps.append(_Step(((int(on_b[b]), int(target)),), float(gain_bW[b, target])))
-    steps.extend(_sibling_steps(expert_n, worker_n, tokens_n, load_W, speed_W, on_b, hosts_nW, closed_W))
-    if max_moves >= 2:
-        less_bn = tokens_b1 - tokens_n
-        gain_bn = _gain(load_W[busiest], speed_W[busiest], load_W[worker_n], speed_W[worker_n], less_bn)
-        gain_bn[hosts_nW[expert_n[on_b]][:, worker_n] | hosts_nW[expert_n, busiest]] = -np.inf
-        b, n = np.unravel_index(np.argmax(gain_bn), gain_bn.shape)
-        moves = ((int(on_b[b]), int(worker_n[n])), (int(n), busiest))
-        steps.append(_Step(moves, float(gain_bn[b, n])))
-    step = max(steps, key=lambda step: step.gain / len(step.moves))
-    return step if step.gain > least else None
-
-
-def _gain(
-    from_load: FloatArray, from_speed: FloatArray, to_load: FloatArray, to_speed: FloatArray, tokens: FloatArray
-) -> FloatArray:
+@compiled
+def _gain(from_load: float, from_speed: float, to_load: float, to_speed: float, tokens: float) -> float:
     """What load² / speed of two workers falls by when `tokens` go from the one to the other."""
-    gain: FloatArray = tokens * ((2 * from_load - tokens) / from_speed - (2 * to_load + tokens) / to_speed)
-    return gain
+    return tokens * ((2 * from_load - tokens) / from_speed - (2 * to_load + tokens) / to_speed)
 
 
-def _sibling_steps(
-    expert_n: IntArray,
+@compiled
+def _best_step(
+    function_n: IntArray,
     worker_n: IntArray,
     tokens_n: FloatArray,
     load_W: FloatArray,
+    has_FW: BoolArray,
+    bounds_F1: IntArray,
+    free_W: IntArray,
     speed_W: FloatArray,
-    on_b: IntArray,
-    hosts_EW: BoolArray,
-    closed_W: BoolArray,
-) -> list[_Step]:
-    """An instance elsewhere of a function that the busiest worker hosts goes where it can take more of its tokens."""
-    busiest = worker_n[on_b[0]]
-    on_busiest_E = np.full(len(hosts_EW), -1, dtype=np.int64)
-    on_busiest_E[expert_n[on_b]] = on_b
-    sibling_s = np.flatnonzero((on_busiest_E[expert_n] >= 0) & (worker_n != busiest))
-    if not len(sibling_s):
-        return []
-    tokens_s1 = tokens_n[sibling_s, np.newaxis]
-    own_s1 = tokens_n[on_busiest_E[expert_n[sibling_s]]][:, np.newaxis]
-    others_s1 = load_W[busiest] - own_s1
-    both_s1 = own_s1 + tokens_s1
-    ratio_W = speed_W / (speed_W + speed_W[busiest])
-    # What the new place gets: both of the function's parts, split between it and the busiest worker.
-    given_sW = np.clip((both_s1 + others_s1 + load_W) * ratio_W - load_W, 0.0, both_s1)
-    left_s = worker_n[sibling_s]
-    squares_sW = (others_s1 + both_s1 - given_sW) ** 2 / speed_W[busiest] + (load_W + given_sW) ** 2 / speed_W
-    before_sW = load_W[busiest] ** 2 / speed_W[busiest] + load_W**2 / speed_W
-    left_gain_s = (load_W[left_s] ** 2 - (load_W[left_s] - tokens_n[sibling_s]) ** 2) / speed_W[left_s]
-    gain_sW = before_sW - squares_sW + left_gain_s[:, np.newaxis]
-    gain_sW[hosts_EW[expert_n[sibling_s]] | closed_W] = -np.inf
-    s, target = np.unravel_index(np.argmax(gain_sW), gain_sW.shape)
-    return [_Step(((int(sibling_s[s]), int(target)),), float(gain_sW[s, target]))]
+    max_moves: int,
+) -> tuple[int, int, int, int]:
+    """The step that lowers load² / speed most for each instance it moves: one or two instances and where they go; -1
+    for none. Of equally good ones, the first of: one off the busiest worker, a sibling, a swap.
+    """
+    num_workers = len(speed_W)
+    busiest = int(np.argmax(load_W / speed_W))
+    high, speed = load_W[busiest], speed_W[busiest]
+    best = _LEAST_GAIN * high * high
+    step = (-1, -1, -1, -1)
+    for n in range(len(worker_n)):
+        if worker_n[n] != busiest or tokens_n[n] <= 0:
+            continue
+        has_W = has_FW[function_n[n]]
+        for target in range(num_workers):
+            if free_W[target] > 0 and not has_W[target]:
+                gain = _gain(high, speed, load_W[target], speed_W[target], tokens_n[n])
+                if gain > best:
+                    best, step = gain, (n, target, -1, -1)
+    for n in range(len(worker_n)):
+        if worker_n[n] != busiest or tokens_n[n] <= 0:
+            continue
+        function = function_n[n]
+        for sibling in range(bounds_F1[function], bounds_F1[function + 1]):
+            if sibling == n:
+                continue
+            gain, target = _sibling_gain(
+                worker_n[sibling], tokens_n[sibling], busiest, tokens_n[n], load_W, has_FW[function], free_W, speed_W
+            )
+            if gain > best:
+                best, step = gain, (sibling, target, -1, -1)
+    if max_moves < 2:
+        return step
+    for n in range(len(worker_n)):
+        if worker_n[n] != busiest or tokens_n[n] <= 0:
+            continue
+        has_W = has_FW[function_n[n]]
+        for other in range(len(worker_n)):
+            target = worker_n[other]
+            less = tokens_n[n] - tokens_n[other]
+            if less > 0 and not has_W[target] and not has_FW[function_n[other], busiest]:
+                gain = _gain(high, speed, load_W[target], speed_W[target], less) / 2
+                if gain > best:
+                    best, step = gain, (n, target, other, busiest)
+    return step
+
+
+@compiled
+def _sibling_gain(
+    origin: int,
+    tokens: float,
+    busiest: int,
+    own: float,
+    load_W: FloatArray,
+    has_W: BoolArray,
+    free_W: IntArray,
+    speed_W: FloatArray,
+) -> tuple[float, int]:
+    """Of an instance elsewhere of a function that the busiest worker hosts going where it can take more of its tokens:
+    the most that load² / speed falls by, and where that is.
+
+    Args:
+        origin, tokens: the instance's worker and tokens.
+        own: tokens of the function on the busiest worker.
+    """
+    speed, others, both = speed_W[busiest], load_W[busiest] - own, own + tokens
+    left = load_W[origin] - tokens
+    left_gain = (load_W[origin] ** 2 - left**2) / speed_W[origin]
+    best, best_target = -np.inf, -1
+    for target in range(len(speed_W)):
+        if free_W[target] <= 0 or has_W[target]:
+            continue
+        load, to_speed = load_W[target], speed_W[target]
+        # What the new place gets: both of the function's parts, split between it and the busiest worker.
+        given = min(max((both + others + load) * to_speed / (to_speed + speed) - load, 0.0), both)
+        squares = (others + both - given) ** 2 / speed + (load + given) ** 2 / to_speed
+        gain = load_W[busiest] ** 2 / speed + load**2 / to_speed - squares + left_gain
+        if gain > best:
+            best, best_target = gain, target
+    return best, best_target

@@ -13,9 +13,9 @@ import numpy as np
 
 from moeless.core.cluster import Cluster, ModelShape
 from moeless.core.errors import ConfigError
-from moeless.core.plan import BoolArray, FloatArray, IntArray, Plan
+from moeless.core.plan import FloatArray, IntArray, Plan
 from moeless.planning.place.greedy import check_counts, heaviest_first
-from moeless.planning.place.moves import improve_layer, transfer_s
+from moeless.planning.place.moves import MoveLimits, TransferTimes, improve_layer
 from moeless.planning.place.shares import busiest_L, ideal_L, min_max_shares
 
 
@@ -89,38 +89,39 @@ def _with_counts(
 ) -> Plan:
     """The previous plan with instances added and dropped; functions that changed have equal shares."""
     shape = (model.num_layers, model.num_experts, cluster.num_workers)
-    if previous is None:
-        has_LEW = np.zeros(shape, dtype=np.bool_)
-        kept_LE = np.zeros_like(counts_LE)
-        version = 1
-    else:
+    kept: Plan | None = None
+    if previous is not None:
         if (previous.num_layers, previous.num_experts, previous.num_workers) != shape:
             raise ConfigError(
                 f"previous must be a plan of {shape} layers, experts and workers, got "
                 f"{(previous.num_layers, previous.num_experts, previous.num_workers)}"
             )
         kept = _kept(previous, counts_LE, load_LE, cluster.capacity_W(model))
-        kept_LE = kept.counts_LE()
-        if kept is previous and np.array_equal(kept_LE, counts_LE):
-            return replace(previous, version=previous.version + 1)
-        has_LEW, _ = kept.dense()
-        version = previous.version + 1
+    kept_LE = np.zeros_like(counts_LE) if kept is None else kept.counts_LE()
+    if previous is not None and kept is previous and np.array_equal(kept_LE, counts_LE):
+        return replace(previous, version=previous.version + 1)
+    has_LEW = np.zeros(shape, dtype=np.bool_)
+    if kept is not None:
+        has_LEW[kept.layer_N, kept.expert_N, kept.worker_N] = True
     heaviest_first(has_LEW, counts_LE - kept_LE, load_LE, cluster, model)
-    layer_N, expert_N, worker_N = np.nonzero(has_LEW)
-    share_N = (1.0 / np.maximum(has_LEW.sum(axis=2), 1))[layer_N, expert_N]
+    key_N = np.flatnonzero(has_LEW)
+    function_N = key_N // shape[2]
+    share_N = 1.0 / counts_LE.ravel()[function_N]
     if previous is not None:
         # Unchanged functions keep their shares, from which splitting anew starts.
-        before_LEW, shares_LEW = previous.dense()
-        same_LE = (before_LEW == has_LEW).all(axis=2)
-        share_N = np.where(same_LE[layer_N, expert_N], shares_LEW[layer_N, expert_N, worker_N], share_N)
-    return Plan.from_instances(
-        version=version,
+        was_there_N = np.isin(key_N, previous.keys_N, assume_unique=True)
+        same_F = np.bincount(function_N, weights=was_there_N, minlength=counts_LE.size) == counts_LE.ravel()
+        same_F &= previous.counts_LE().ravel() == counts_LE.ravel()
+        before_N = np.searchsorted(previous.keys_N, key_N[same_F[function_N]])
+        share_N[same_F[function_N]] = previous.share_N[before_N]
+    return Plan(
+        version=1 if previous is None else previous.version + 1,
         num_layers=shape[0],
         num_experts=shape[1],
         num_workers=shape[2],
-        layer_N=layer_N,
-        expert_N=expert_N,
-        worker_N=worker_N,
+        layer_N=function_N // shape[1],
+        expert_N=function_N % shape[1],
+        worker_N=key_N % shape[2],
         share_N=share_N,
     )
 
@@ -129,17 +130,19 @@ def _kept(previous: Plan, counts_LE: IntArray, load_LE: FloatArray, capacity_W: 
     """Those instances of the previous plan that may stay; itself if all may. Shares need not sum to 1."""
     keep_N = np.ones(previous.num_instances, dtype=np.bool_)
     surplus_LE = previous.counts_LE() - counts_LE
-    if (surplus_LE > 0).any():
-        function_N = previous.layer_N.astype(np.int64) * previous.num_experts + previous.expert_N
-        order_N = np.lexsort((previous.worker_N, previous.share_N, function_N))
-        starts_F = np.flatnonzero(np.diff(function_N[order_N], prepend=-1))
-        rank_N = np.arange(len(order_N)) - np.repeat(starts_F, np.diff(starts_F, append=len(order_N)))
-        keep_N[order_N] = rank_N >= surplus_LE.reshape(-1)[function_N[order_N]]
-    tokens_N = load_LE[previous.layer_N, previous.expert_N] * previous.share_N
+    surplus_N = surplus_LE[previous.layer_N, previous.expert_N]
+    some = np.flatnonzero(surplus_N > 0)
+    if len(some):
+        function = previous.keys_N[some] // previous.num_workers
+        order = np.lexsort((previous.worker_N[some], previous.share_N[some], function))
+        starts = np.flatnonzero(np.diff(function[order], prepend=-1))
+        rank = np.arange(len(order)) - np.repeat(starts, np.diff(starts, append=len(order)))
+        keep_N[some[order]] = rank >= surplus_N[some[order]]
     hosted_W = np.bincount(previous.worker_N[keep_N], minlength=previous.num_workers)
     for worker in np.flatnonzero(hosted_W > capacity_W).tolist():
         here = np.flatnonzero(keep_N & (previous.worker_N == worker))
-        lightest = here[np.argsort(tokens_N[here], kind="stable")]
+        tokens = load_LE[previous.layer_N[here], previous.expert_N[here]] * previous.share_N[here]
+        lightest = here[np.argsort(tokens, kind="stable")]
         keep_N[lightest[: hosted_W[worker] - capacity_W[worker]]] = False
     if keep_N.all():
         return previous
@@ -165,39 +168,37 @@ def _settled_shares(
 
 def _rebalanced(plan: Plan, load_LE: FloatArray, cluster: Cluster, model: ModelShape, config: PlacementConfig) -> Plan:
     """The plan after at most `config.max_moves` moves, most needed layers first."""
+    if config.max_moves == 0:
+        return plan
     speed_W = cluster.speed_W
     load_LW = plan.worker_load_LW(load_LE)
-    excess_L = busiest_L(load_LW, speed_W) - config.good_enough * ideal_L(load_LW, speed_W)
-    # No more can be gained in a layer than its excess, and a move costs at least this.
-    fastest = max(cluster.load_bytes_per_s, cluster.local_bytes_per_s, cluster.remote_bytes_per_s)
+    busy_L, balanced_L = busiest_L(load_LW, speed_W), ideal_L(load_LW, speed_W)
+    excess_L = busy_L - config.good_enough * balanced_L
+    transfers = TransferTimes.of(cluster, model)
     value_s = config.token_s * config.horizon_steps
-    layers = [layer for layer in np.argsort(-excess_L, kind="stable").tolist() if excess_L[layer] > 0]
+    # No more can be gained in a layer than its distance from balance.
+    is_open_L = (excess_L > 0) & ((busy_L - balanced_L) * value_s > transfers.least_s)
+    if not is_open_L.any():
+        return plan
     free_W = cluster.capacity_W(model) - np.bincount(plan.worker_N, minlength=cluster.num_workers)
-    worker_N, share_N = plan.worker_N, plan.share_N
+    worker_N, share_N = plan.worker_N.copy(), plan.share_N.copy()
     left = config.max_moves
     bounds_L1 = np.searchsorted(plan.layer_N, np.arange(plan.num_layers + 1))
-
-    def cost_s(expert: int, hosts: IntArray, target: int) -> float:
-        source_W: BoolArray = np.isin(np.arange(cluster.num_workers), hosts)
-        return transfer_s(source_W, target, cluster, model)
-
-    for layer in layers:
-        ideal = load_LW[layer].sum() / speed_W.sum()
-        most_s = (busiest_L(load_LW[layer : layer + 1], speed_W)[0] - ideal) * value_s
-        if left == 0 or most_s <= model.expert_bytes / fastest:
-            continue
+    open_layers = np.flatnonzero(is_open_L)
+    for layer in open_layers[np.argsort(-excess_L[open_layers], kind="stable")].tolist():
         span = slice(bounds_L1[layer], bounds_L1[layer + 1])
         found = improve_layer(
             plan.expert_N[span], worker_N[span], share_N[span], load_LE[layer], free_W, speed_W,
-            max_moves=left, good_enough=config.good_enough, value_s=value_s, cost_s=cost_s,
+            limits=MoveLimits(max_moves=left, good_enough=config.good_enough, value_s=value_s), transfers=transfers,
         )  # fmt: skip
         if found.num_moves:
             free_W += np.bincount(worker_N[span], minlength=len(free_W))
             free_W -= np.bincount(found.worker_n, minlength=len(free_W))
-            worker_N, share_N = worker_N.copy(), share_N.copy()
             worker_N[span], share_N[span] = found.worker_n, found.share_n
         left -= found.num_moves
-    if worker_N is plan.worker_N:
+        if left == 0:
+            break
+    if left == config.max_moves:
         return plan
     return Plan.from_instances(
         version=plan.version,

@@ -5,9 +5,9 @@ Called by placing, the baselines' comparisons and the benchmarks. Pure.
 The fast method gives one replicated function after the other the split that is best for it alone (water-filling of
 its workers, heaviest function first) and goes round again until nothing moves. That is block coordinate descent on
 the sum of load² / speed, whose minimum over fractional splits has also the least busiest worker (a lexicographically
-optimal base: Fujishige 1980). Functions that share no worker are filled in one go, in all layers at once.
+optimal base: Fujishige 1980).
 
-Shapes: L layers, E experts, W workers, N instances, G replicated functions, C most instances of one, R of a round.
+Shapes: L layers, E experts, W workers, N instances, F functions, G replicated ones with load, S = L x W places.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from scipy.optimize import linprog
 from scipy.sparse import coo_array
 
 from moeless.core.plan import FloatArray, IntArray, Plan
+from moeless_predictors.compiled import compiled
 
 _MAX_SWEEPS = 12
 _SETTLED = 1e-2
@@ -51,79 +52,117 @@ def min_max_shares(
         load_LE: tokens, >= 0.
         start_N: where to begin, shares that sum to 1 over each function; default: equal.
     """
-    num_workers, num_experts = len(speed_W), load_LE.shape[1]
+    num_workers, (num_layers, num_experts) = len(speed_W), load_LE.shape
     function_N = layer_N.astype(np.int64) * num_experts + expert_N
     starts_F = np.flatnonzero(np.diff(function_N, prepend=-1))
     count_F = np.diff(starts_F, append=len(function_N))
-    load_F = load_LE.reshape(-1)[function_N[starts_F]]
+    load_F = load_LE.reshape(-1)[function_N[starts_F]].astype(np.float64)
     share_N = np.repeat(1.0 / count_F, count_F) if start_N is None else start_N.astype(np.float64)
     replicated = np.flatnonzero((count_F > 1) & (load_F > 0))
     if not len(replicated):
         return share_N
     slot_N = layer_N.astype(np.int64) * num_workers + worker_N
-    num_slots = load_LE.shape[0] * num_workers
     tokens_N = share_N * np.repeat(load_F, count_F)
-    # One slot more, into which the padding of functions with fewer instances points.
-    load_S = np.bincount(slot_N, weights=tokens_N, minlength=num_slots + 1)
-    mean_L = load_S[:num_slots].reshape(-1, num_workers).mean(axis=1)
-    settled_S = np.append(np.repeat(np.maximum(mean_L, 1e-300), num_workers), np.inf) * _SETTLED
-    replicated = replicated[np.argsort(-load_F[replicated], kind="stable")]
-    offset_C = np.arange(count_F[replicated].max())
-    real_GC = offset_C < count_F[replicated][:, np.newaxis]
-    index_GC = np.where(real_GC, starts_F[replicated][:, np.newaxis] + offset_C, 0)
-    slot_GC = np.where(real_GC, slot_N[index_GC], num_slots)
-    tokens_GC = np.where(real_GC, tokens_N[index_GC], 0.0)
-    speed_GC = np.where(real_GC, np.append(np.tile(speed_W, load_LE.shape[0]), 1.0)[slot_GC], 1.0)
-    load_G = load_F[replicated]
-    rounds = [(rows, slot_GC[rows], real_GC[rows], speed_GC[rows], load_G[rows]) for rows in _rounds(slot_GC, real_GC)]
-    for _ in range(_MAX_SWEEPS):
-        before_S = load_S.copy()
-        for rows, slot_RC, real_RC, speed_RC, load_R in rounds:
-            others_RC = load_S[slot_RC] - tokens_GC[rows]
-            filled_RC = _fill(np.where(real_RC, others_RC, np.inf), speed_RC, load_R)
-            tokens_GC[rows] = filled_RC
-            load_S[slot_RC] = others_RC + filled_RC
-        if (np.abs(load_S - before_S) <= settled_S).all():
-            break
-    share_N[index_GC[real_GC]] = (tokens_GC / load_G[:, np.newaxis])[real_GC]
+    load_S: FloatArray = np.bincount(slot_N, weights=tokens_N, minlength=num_layers * num_workers)  # type: ignore[assignment]
+    layer_G = function_N[starts_F[replicated]] // num_experts
+    order_G = np.lexsort((-load_F[replicated], layer_G))
+    replicated, layer_G = replicated[order_G], layer_G[order_G]
+    bounds_L1 = np.searchsorted(layer_G, np.arange(num_layers + 1))
+    starts_G, count_G, load_G = starts_F[replicated], count_F[replicated], load_F[replicated]
+    _descend_layers(bounds_L1, starts_G, count_G, load_G, worker_N.astype(np.int64), tokens_N, load_S, speed_W)
+    index_N = np.repeat(starts_G - np.cumsum(count_G) + count_G, count_G) + np.arange(count_G.sum())
+    share_N[index_N] = tokens_N[index_N] / np.repeat(load_G, count_G)
     return share_N
 
 
-def _rounds(slot_GC: IntArray, real_GC: NDArray[np.bool_]) -> list[IntArray]:
-    """Rows in which no slot occurs twice; of two that share a slot the earlier row comes in an earlier round."""
-    left_R = np.arange(len(slot_GC))
-    rounds = []
-    first_S = np.empty(int(slot_GC.max()) + 1, dtype=np.int64)
-    while len(left_R):
-        slot_RC, real_RC = slot_GC[left_R], real_GC[left_R]
-        # Assigned backwards, so that the earliest row's number stays.
-        first_S[slot_RC[::-1].reshape(-1)] = np.repeat(left_R[::-1], slot_RC.shape[1])
-        is_first_R = ((first_S[slot_RC] == left_R[:, np.newaxis]) | ~real_RC).all(axis=1)
-        rounds.append(left_R[is_first_R])
-        left_R = left_R[~is_first_R]
-    return rounds
+@compiled
+def _descend_layers(
+    bounds_L1: IntArray,
+    starts_G: IntArray,
+    count_G: IntArray,
+    load_G: FloatArray,
+    worker_N: IntArray,
+    tokens_N: FloatArray,
+    load_S: FloatArray,
+    speed_W: FloatArray,
+) -> None:
+    num_workers = len(speed_W)
+    for layer in range(len(bounds_L1) - 1):
+        begin, end = bounds_L1[layer], bounds_L1[layer + 1]
+        if begin < end:
+            load_W = load_S[layer * num_workers : (layer + 1) * num_workers]
+            descend(starts_G[begin:end], count_G[begin:end], load_G[begin:end], worker_N, tokens_N, load_W, speed_W)
 
 
-def _fill(others_RC: FloatArray, speed_RC: FloatArray, load_R: FloatArray) -> FloatArray:
-    """Tokens for each worker that bring all that get any to one level of load / speed; inf: no worker there."""
-    if others_RC.shape[1] == 2:
-        first_R, second_R = others_RC[:, 0], others_RC[:, 1]
-        share_R = speed_RC[:, 0] / speed_RC.sum(axis=1)
-        tokens_R = np.clip((load_R + first_R + second_R) * share_R - first_R, 0.0, load_R)
-        return np.stack([tokens_R, load_R - tokens_R], axis=1)
-    level_RC = others_RC / speed_RC
-    order_RC = np.argsort(level_RC, axis=1, kind="stable")
-    sorted_RC = np.take_along_axis(level_RC, order_RC, axis=1)
-    speed_sorted_RC = np.take_along_axis(speed_RC, order_RC, axis=1)
-    speed_sum_RC = np.cumsum(speed_sorted_RC, axis=1)
-    load_sum_RC = np.cumsum(np.where(np.isfinite(sorted_RC), sorted_RC * speed_sorted_RC, np.inf), axis=1)
-    reached_RC = (load_R[:, np.newaxis] + load_sum_RC) / speed_sum_RC
+@compiled
+def descend(
+    starts_G: IntArray,
+    count_G: IntArray,
+    load_G: FloatArray,
+    worker_N: IntArray,
+    tokens_N: FloatArray,
+    load_W: FloatArray,
+    speed_W: FloatArray,
+) -> None:
+    """Split the tokens of one layer's replicated functions anew, one after the other, until that changes little.
+
+    Args:
+        starts_G, count_G: each function's instances in `worker_N` and `tokens_N`, in the order in which they are split.
+        tokens_N: of each instance, changed; `load_W`, all that a worker computes of the layer, follows.
+    """
+    settled = _SETTLED * load_W.sum() / len(load_W)
+    most = count_G.max()
+    level_c, order_c = np.empty(most), np.empty(most, dtype=np.int64)
+    before_W = np.empty_like(load_W)
+    for _ in range(_MAX_SWEEPS):
+        before_W[:] = load_W
+        for g in range(len(starts_G)):
+            _fill(starts_G[g], count_G[g], load_G[g], worker_N, tokens_N, load_W, speed_W, level_c, order_c)
+        if np.abs(load_W - before_W).max() <= settled:
+            break
+
+
+@compiled
+def _fill(
+    start: int,
+    count: int,
+    load: float,
+    worker_N: IntArray,
+    tokens_N: FloatArray,
+    load_W: FloatArray,
+    speed_W: FloatArray,
+    level_c: FloatArray,
+    order_c: IntArray,
+) -> None:
+    """Tokens of one function that bring all its workers that get any to one level of load / speed."""
+    for c in range(count):
+        worker = worker_N[start + c]
+        load_W[worker] -= tokens_N[start + c]
+        level_c[c] = load_W[worker] / speed_W[worker]
+        place = c
+        while place > 0 and level_c[order_c[place - 1]] > level_c[c]:
+            order_c[place] = order_c[place - 1]
+            place -= 1
+        order_c[place] = c
     # The least busy workers join while the level they would be raised to is above their own.
-    joined_R = np.maximum((reached_RC > sorted_RC).sum(axis=1) - 1, 0)
-    level_R1 = np.take_along_axis(reached_RC, joined_R[:, np.newaxis], axis=1)
-    tokens_RC = np.maximum(level_R1 - level_RC, 0.0) * speed_RC
-    tokens_RC *= (load_R / tokens_RC.sum(axis=1))[:, np.newaxis]
-    return tokens_RC
+    speed_sum = load_sum = level = 0.0
+    for c in order_c[:count]:
+        if speed_sum > 0 and level <= level_c[c]:
+            break
+        speed = speed_W[worker_N[start + c]]
+        speed_sum += speed
+        load_sum += level_c[c] * speed
+        level = (load + load_sum) / speed_sum
+    total = 0.0
+    for c in range(count):
+        given = max(level - level_c[c], 0.0) * speed_W[worker_N[start + c]]
+        tokens_N[start + c] = given
+        total += given
+    if total <= 0:  # so few tokens that no level rises by them
+        tokens_N[start + order_c[0]] = total = load
+    for c in range(count):
+        tokens_N[start + c] *= load / total
+        load_W[worker_N[start + c]] += tokens_N[start + c]
 
 
 def exact_shares(plan: Plan, load_LE: FloatArray, speed_W: FloatArray) -> FloatArray:

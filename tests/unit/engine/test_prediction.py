@@ -124,10 +124,11 @@ def test_a_predictor_that_raises_is_taken_out_and_generation_goes_on(
     family = load_family(PAGED)
     predictors = fitted(record(family), "transition")
     expected = generate(family)
+    live = LivePredictor(predictors)
     for pair in predictors.pairs.values():
         pair.predictor._matrix_SE = np.ones((1, 1))  # type: ignore[attr-defined]
     with caplog.at_level(logging.ERROR):
-        assert generate(family, PredictionObserver(LivePredictor(predictors))) == expected
+        assert generate(family, PredictionObserver(live)) == expected
     assert "observer taken out observer=PredictionObserver" in caplog.text
 
 

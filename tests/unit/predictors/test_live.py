@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from moeless_predictors import base, live_loops
 from moeless_predictors.base import FloatArray
 from moeless_predictors.features import FeatureConfig
 from moeless_predictors.fitting import FitConfig, fit_predictors
@@ -155,6 +156,7 @@ def test_forecasting_keeps_to_its_share_of_the_steps_time(
 
     monkeypatch.setattr(TransitionPredictor, "fast_proba", slow_proba)
     live = LivePredictor(predictors, LiveConfig(max_share=max_share), clock=lambda: now_s)
+    spent_s = 0.0  # making it ready does not count
     followed = []
     num_steps = 2000
     for step in range(num_steps):
@@ -185,3 +187,22 @@ def test_a_share_out_of_range_is_refused(max_share: float) -> None:
 def test_a_setting_out_of_range_is_named(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         LiveConfig(**{name: 0})
+
+
+def test_nothing_is_left_to_compile_when_the_first_step_comes(trace: RoutingTrace) -> None:
+    fitted = fit_predictors(
+        trace, FitConfig(kinds=("history",), distances=(1,), history={"epochs": 1, "min_steps": 1}, batch_sizes=(1, 16))
+    )
+    live = LivePredictor(fitted, LiveConfig(max_share=1.0, measure_every=1))
+    kernels = (
+        live_loops.note_choices,
+        live_loops.compare_with_past,
+        live_loops.fill_above,
+        live_loops.fill_past,
+        live_loops.append_tokens,
+        base.num_found,
+    )
+    compiled = [len(kernel.signatures) for kernel in kernels]  # type: ignore[attr-defined]
+    decode(live, trace, steps=3)
+    assert all(count > 0 for count in compiled)
+    assert [len(kernel.signatures) for kernel in kernels] == compiled  # type: ignore[attr-defined]
