@@ -27,7 +27,7 @@ def replicated(load_E: np.ndarray, num_workers: int, num_extra: int) -> tuple[np
         np.zeros(num_workers),
         np.full(num_workers, len(experts) // num_workers),
     )
-    for instance in np.argsort(-share):
+    for instance in np.argsort(-share, kind="stable"):  # unstable ones differ by processor
         worker = int(np.argmin(np.where(free > 0, loads, np.inf)))
         workers[instance] = worker
         loads[worker] += share[instance]
