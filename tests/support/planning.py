@@ -1,11 +1,12 @@
 """Small models and clusters to plan for, by hand and for hypothesis, and what is true of every plan.
 
-Shapes: L layers, E experts, W workers.
+Shapes: L layers, E experts, W workers, X ways to place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 
 import numpy as np
 from hypothesis import strategies as st
@@ -68,6 +69,15 @@ def busiest_of(plan: Plan, load_LE: FloatArray, speed_W: FloatArray) -> list[flo
     """Load over speed of each layer's busiest worker."""
     busiest: list[float] = (plan.worker_load_LW(load_LE) / speed_W).max(axis=1).tolist()
     return busiest
+
+
+def least_busiest(load_E: FloatArray, speed_W: FloatArray) -> float:
+    """Load over speed of the busiest worker at best, if every function has one instance: by trying all ways."""
+    ways = np.array(list(product(range(len(speed_W)), repeat=len(load_E))))
+    load_XW = np.zeros((len(ways), len(speed_W)))
+    for expert, load in enumerate(load_E):
+        load_XW[np.arange(len(ways)), ways[:, expert]] += load
+    return float((load_XW / speed_W).max(axis=1).min())
 
 
 def workers_of(plan: Plan) -> dict[tuple[int, int], list[int]]:

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from itertools import product
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,7 +10,7 @@ from moeless.core.errors import ConfigError
 from moeless.core.plan import BoolArray, FloatArray, IntArray
 from moeless.planning.place import InfeasiblePlacementError
 from moeless.planning.place.greedy import check_counts, heaviest_first
-from tests.support.planning import cluster_of, clusters, fits, model_of
+from tests.support.planning import cluster_of, clusters, fits, least_busiest, model_of
 
 
 def placed(
@@ -38,13 +36,6 @@ def busiest(has_EW: BoolArray, load_E: FloatArray, speed_W: FloatArray) -> float
     """If a function's tokens are split equally."""
     weight_E = load_E / np.maximum(has_EW.sum(axis=1), 1)
     return float((weight_E @ has_EW / speed_W).max())
-
-
-def least_busiest(load_E: FloatArray, speed_W: FloatArray) -> float:
-    """Of every function once, by trying all."""
-    ways = product(range(len(speed_W)), repeat=len(load_E))
-    eye = np.eye(len(speed_W), dtype=np.bool_)
-    return min(busiest(eye[list(workers)], load_E, speed_W) for workers in ways)
 
 
 @st.composite
