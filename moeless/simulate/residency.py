@@ -18,6 +18,7 @@ from moeless.core.cluster import Cluster, ModelShape
 from moeless.core.errors import ConfigError
 from moeless.core.plan import Plan
 from moeless.planning.cost import CostProfile
+from moeless.planning.place import InfeasiblePlacementError
 from moeless.simulate.hosting import Hosting
 
 FloatArray = NDArray[np.floating[Any]]
@@ -242,9 +243,9 @@ class Residency:
         cells = plan.layer_N[there] * self._model.num_experts + plan.expert_N[there]
         usable = ~np.isin(cells, needed)
         if not usable.any():
-            raise ConfigError(
-                f"cluster: memory_bytes of {self._cluster.workers[worker].name} must hold an instance, "
-                f"got {self._cluster.workers[worker].memory_bytes}"
+            raise InfeasiblePlacementError(
+                f"cluster: memory_bytes of {self._cluster.workers[worker].name} must hold what a step needs beside "
+                f"what is being loaded, got {self._cluster.workers[worker].memory_bytes}"
             )
         return int(there[usable][np.argmin(last_used_s_C[cells[usable]])])
 

@@ -71,6 +71,8 @@ class Policy:
     when its tokens are there."""
     prefetch_recall: float = 1.0
     """Share of such functions that are predicted."""
+    num_known_tokens: int = 0
+    """Of the routing, whose statistics the planner was made with."""
     is_prefetch_in_time: bool = False
     """Every such function is there when its tokens are, however long it takes to load: with perfect foresight."""
     is_bound: bool = False

@@ -11,12 +11,15 @@ from dataclasses import dataclass, field, replace
 from moeless.core.cluster import Cluster
 from moeless.core.errors import ConfigError
 from moeless.core.plan import FloatArray
+from moeless.core.policy import AffinityPlacer, ResolvedPolicy, resolve
 from moeless.core.policy import Policy as PolicyDocument
-from moeless.core.policy import ResolvedPolicy, resolve
+from moeless.planning.affinity.statistics import AffinityStatistics, gather_statistics
 from moeless.planning.baselines import EplbPlanner, StaticPlanner
 from moeless.planning.cost import CostProfile
+from moeless.planning.place import InfeasiblePlacementError
 from moeless.planning.planner import MoelessPlanner, PaperPlanner, PlannedSystem
 from moeless.simulate.forecasts import ForecastConfig, SpanCounts
+from moeless.simulate.routing import SequenceRouting
 from moeless.simulate.scenario import Policy, Scenario
 
 EPLB_WINDOW_STEPS = 1000
@@ -24,6 +27,8 @@ VLLM_INTERVAL_STEPS = 3000
 SGLANG_INTERVAL_STEPS = 1000
 PAPER_CV = 0.2
 """V in the MoEless paper."""
+AFFINITY_TOKENS = 20_000
+"""Of the routing, evenly spaced, that the placer affinity goes by: the time of its search grows with them."""
 MEASURED_RECALL = 0.84
 """Share of a token's experts that our predictor finds one layer ahead on gpt-oss-20b (docs/predictors.md)."""
 
@@ -43,6 +48,8 @@ class StandardConfig:
     the forecast. (The paper fine-tunes what falls below 0.8.)"""
     predicted: SpanCounts | None = None
     """What fitted predictors say of the routing; moeless then forecasts by them."""
+    affinity: AffinityStatistics | None = None
+    """Of the routing, for the policy's placer affinity; None: gathered where that is asked for."""
     prefetch_layers: int = 3
     """How many layers ahead moeless's predictor tells which functions are needed."""
     paper_prefetch_layers: int = 1
@@ -108,9 +115,12 @@ def moeless(scenario: Scenario, config: StandardConfig) -> Policy:
     """
     resolved = _resolved(scenario, config)
     quantile = _quantile(resolved)
+    affinity = None
+    if isinstance(resolved.placer, AffinityPlacer):
+        affinity = config.affinity or routing_statistics(scenario.routing)
     return Policy(
         name="moeless",
-        planner=MoelessPlanner(resolved, _system(scenario, resolved.tick_s)),
+        planner=MoelessPlanner(resolved, replace(_system(scenario, resolved.tick_s), affinity=affinity)),
         forecast=ForecastConfig(kind="foresight", recall=config.recall, quantile=quantile)
         if config.predicted is None
         else ForecastConfig(kind="predictor", quantile=quantile),
@@ -119,7 +129,13 @@ def moeless(scenario: Scenario, config: StandardConfig) -> Policy:
         interval_s=resolved.tick_s,
         prefetch_layers=config.prefetch_layers,
         prefetch_recall=config.recall,
+        num_known_tokens=affinity.num_tokens if affinity else 0,
     )
+
+
+def routing_statistics(routing: SequenceRouting) -> AffinityStatistics:
+    """What the placer affinity is told of the routing: that which is simulated, so that nothing of it is new."""
+    return gather_statistics(routing.trace.experts_TLk, num_experts=routing.num_experts, max_tokens=AFFINITY_TOKENS)
 
 
 def foresight(scenario: Scenario, config: StandardConfig) -> Policy:
@@ -187,10 +203,12 @@ def _described_paper(policy: Policy, config: StandardConfig) -> str:
 
 def _described_moeless(policy: Policy, config: StandardConfig) -> str:
     forecast = "assumed predictors" if config.predicted is None else "the predictors given"
+    known = policy.num_known_tokens
+    by_affinity = f"; placed by the affinity of {known:,} tokens of the very routing that is simulated" if known else ""
     return (
         f"plans every {policy.interval_s:g} s in the background, told of the tokens of that time as {forecast} see "
         f"them (recall {config.recall:.0%}), functions loaded {policy.prefetch_layers} layers ahead with the same "
-        "recall, tokens from a hub, which shares out each step's tokens among replicas anew"
+        "recall, tokens from a hub, which shares out each step's tokens among replicas anew" + by_affinity
     )
 
 
@@ -217,7 +235,7 @@ def _eplb(scenario: Scenario, config: StandardConfig, name: str, interval_steps:
     slots = -(-(model.num_experts + redundant) // cluster.num_workers) * model.num_layers
     room = int(cluster.capacity_W(model).min())
     if slots > room:
-        raise ConfigError(
+        raise InfeasiblePlacementError(
             f"eplb_redundant must leave room: with {config.eplb_redundant} spare instances on each worker and layer a "
             f"worker holds {slots}, and {room} fit its memory"
         )

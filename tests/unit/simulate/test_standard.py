@@ -14,7 +14,13 @@ from moeless.planning.baselines import EplbPlanner
 from moeless.simulate.results import PolicyResult
 from moeless.simulate.scenario import Scenario
 from moeless.simulate.simulation import simulate
-from moeless.simulate.standard import STANDARD, StandardConfig, standard_policies
+from moeless.simulate.standard import (
+    STANDARD,
+    StandardConfig,
+    described_policies,
+    routing_statistics,
+    standard_policies,
+)
 from moeless.simulate.workload import made_up_arrivals
 
 MakeScenario = Callable[..., Scenario]
@@ -80,6 +86,20 @@ def test_moeless_follows_the_policy_document(make_scenario: MakeScenario) -> Non
     assert simulate(scenario, policy).peak_instances >= 24
     doubled = simulated(scenario, "moeless", config=replace(config, model_id="small"))["moeless"]
     assert doubled.peak_instances >= 48
+
+
+def test_a_policy_that_places_by_affinity_is_told_of_the_routing(make_scenario: MakeScenario) -> None:
+    scenario = make_scenario()
+    document = parse_policy({"tickSeconds": 0.25, "defaults": {"placer": {"name": "affinity", "maxImbalance": 1.5}}})
+    config = StandardConfig(document=document)
+    policies = standard_policies(scenario, names=["static", "moeless", "foresight"], config=config)
+    static, moeless, foresight = described_policies(policies, config).values()
+    assert "by the affinity of 320 tokens of the very routing that is simulated" in moeless
+    assert "affinity" not in static + foresight
+    assert simulate(scenario, policies[1]).num_requests == 60
+    assert simulated(scenario, "moeless", config=config) != simulated(scenario, "moeless")
+    gathered = replace(config, affinity=routing_statistics(scenario.routing))
+    assert simulated(scenario, "moeless", config=gathered) == simulated(scenario, "moeless", config=config)
 
 
 def test_moeless_forecasts_with_the_measured_recall_and_foresight_without_error(make_scenario: MakeScenario) -> None:
