@@ -115,7 +115,7 @@ def eplb_hierarchical(
 def replicate(load_F: FloatArray, slots: int, *, most: int) -> IntArray:
     """EPLB's replica counts, shape (F,): one each, then one more to the highest load per replica, at most `most`."""
     counts = [1] * len(load_F)
-    heap = [(-load, index) for index, load in enumerate(load_F.tolist())]
+    heap = [(-load, index) for index, load in enumerate(load_F.tolist())] if most > 1 else []
     heapify(heap)
     for _ in range(slots - len(counts)):
         if not heap:
