@@ -134,14 +134,30 @@ class Hosting:
 
 
 def balanced_load(
-    counts_C: IntArray, cluster: Cluster, expert_time: ExpertTime, *, num_layers: int, top_k: int, num_tokens: int
+    counts_C: IntArray,
+    cluster: Cluster,
+    expert_time: ExpertTime,
+    *,
+    num_layers: int,
+    top_k: int,
+    num_tokens: int,
+    are_calls_whole: bool = False,
 ) -> WorkerLoad:
     """The bound of every plan: one call for each function with tokens, and the work spread evenly, as if it were sand.
 
     A worker gets as many distinct tokens as if every token chose its workers independently.
+
+    Args:
+        are_calls_whole: the least time that so many calls take the workers, each the time of reading an expert at
+            least, is a bound, too: below some number of tokens a call cannot be split.
     """
     num_workers = cluster.num_workers
     work_L = expert_time(counts_C).reshape(num_layers, -1).sum(axis=1) / cluster.speed_W.sum()
+    if are_calls_whole:
+        num_calls_L = (counts_C.reshape(num_layers, -1) > 0).sum(axis=1)
+        rounds = np.arange(1, int(num_calls_L.max()) + 1)
+        ends = np.sort((rounds[:, np.newaxis] * float(expert_time(1.0)) / cluster.speed_W).ravel())
+        work_L = np.maximum(work_L, np.where(num_calls_L > 0, ends[num_calls_L - 1], 0.0))
     pairs_L = counts_C.reshape(num_layers, -1).sum(axis=1) / num_workers
     distinct = num_tokens * (1 - (1 - 1 / num_workers) ** top_k)
     shape = (num_layers, num_workers)

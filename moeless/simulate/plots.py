@@ -27,9 +27,10 @@ _COLOURS = {
     "moeless-paper": "#c2559d",
     "moeless": "#12957f",
     "foresight": "#3f87d9",
+    "whole-experts": "#e08a5a",
     "limit": "#d64545",
 }
-_STYLES = {"limit": "--", "foresight": "-.", "eplb-sglang": ":"}
+_STYLES = {"limit": "--", "whole-experts": (0, (5, 1)), "foresight": "-.", "eplb-sglang": ":"}
 _GIB = 2**30
 
 

@@ -16,6 +16,7 @@ from moeless.simulate.routing import SequenceRouting
 from moeless_predictors.traces import ArrivalTrace
 
 Topology = Literal["hub", "all_to_all"]
+Bound = Literal["sand", "whole"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,8 +76,9 @@ class Policy:
     """Of the routing, whose statistics the planner was made with."""
     is_prefetch_in_time: bool = False
     """Every such function is there when its tokens are, however long it takes to load: with perfect foresight."""
-    is_bound: bool = False
-    """The physical limit: whatever the plan, work is spread evenly, like sand, and the faster topology used."""
+    bound: Bound | None = None
+    """Whatever the plan, work is spread evenly and the faster topology used: like sand, which is the physical limit, or
+    as evenly as whole calls of experts can be, which is the limit of every placement."""
 
     def __post_init__(self) -> None:
         if self.interval_s is not None and self.interval_steps is not None:

@@ -149,7 +149,13 @@ def limit(scenario: Scenario, config: StandardConfig) -> Policy:
 
     It holds what static expert parallelism holds.
     """
-    return replace(static(scenario, config), name="limit", is_bound=True)
+    return replace(static(scenario, config), name="limit", bound="sand")
+
+
+def whole_experts(scenario: Scenario, config: StandardConfig) -> Policy:
+    """The limit of every placement: as `limit`, but a call of an expert takes the time of reading its weights at least,
+    so that five calls take four workers two rounds."""
+    return replace(static(scenario, config), name="whole-experts", bound="whole")
 
 
 STANDARD: dict[str, Callable[[Scenario, StandardConfig], Policy]] = {
@@ -159,9 +165,13 @@ STANDARD: dict[str, Callable[[Scenario, StandardConfig], Policy]] = {
     "moeless-paper": moeless_paper,
     "moeless": moeless,
     "foresight": foresight,
+    "whole-experts": whole_experts,
     "limit": limit,
 }
 """By name, in the order of the tables."""
+
+BOUNDS = ("foresight", "whole-experts", "limit")
+"""Those that nobody can run."""
 
 
 def standard_policies(
@@ -221,6 +231,10 @@ _DESCRIBED: dict[str, Callable[[Policy, StandardConfig], str]] = {
     "foresight": lambda policy, _: (
         f"moeless told of the very tokens that will come in the next {policy.interval_s:g} s, and no function is ever "
         "waited for: the bound of every predictor"
+    ),
+    "whole-experts": lambda *_: (
+        "the bound of every placement of whole experts: perfect balance as far as calls that read all of an expert's "
+        "weights allow, the faster of both topologies, nothing moved; it holds what static holds"
     ),
     "limit": lambda *_: (
         "the bound of every plan: work spread evenly like sand, the faster of both topologies, nothing moved; it holds "

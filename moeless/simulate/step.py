@@ -54,7 +54,7 @@ class StepCosts:
             devices=self._devices,
         )
         model = profile.model
-        if self._policy.is_bound:
+        if self._policy.bound is not None:
             load = balanced_load(
                 counts_C,
                 scenario.cluster,
@@ -62,6 +62,7 @@ class StepCosts:
                 num_layers=model.num_layers,
                 top_k=model.top_k,
                 num_tokens=step.num_tokens,
+                are_calls_whole=self._policy.bound == "whole",
             )
         else:
             load = self._residency.hosting.load(counts_C, num_tokens=step.num_tokens, step=number)
@@ -79,7 +80,7 @@ class StepCosts:
         scenario = self._scenario
         cluster, exchange = scenario.cluster, scenario.profile.exchange
         hub_L = all_to_all_L = np.full(len(tokens_LW), np.inf)
-        if self._policy.topology == "hub" or self._policy.is_bound:
+        if self._policy.topology == "hub" or self._policy.bound is not None:
             hub_L = hub_seconds(
                 tokens_LW,
                 cluster,
@@ -89,7 +90,7 @@ class StepCosts:
                 engine_links=self._devices,
                 free_link_W=free_link_W,
             )
-        if self._policy.topology == "all_to_all" or self._policy.is_bound:
+        if self._policy.topology == "all_to_all" or self._policy.bound is not None:
             all_to_all_L = all_to_all_seconds(
                 tokens_LW, cluster, exchange, token_bytes=token_bytes, free_link_W=free_link_W
             )

@@ -52,7 +52,7 @@ def test_the_table_shows_what_the_json_file_holds(trace: Path, tmp_path: Path) -
     assert result.exit_code == 0, result.output
     found = read(out)
     assert [r.policy for r in found.results] == [
-        *("static", "eplb-vllm", "eplb-sglang", "moeless-paper", "moeless", "foresight", "limit")
+        *("static", "eplb-vllm", "eplb-sglang", "moeless-paper", "moeless", "foresight", "whole-experts", "limit")
     ]
     lines = {line.strip() for line in re.sub(" +", " ", result.output).splitlines()}
     for table in comparison_tables(found.results):

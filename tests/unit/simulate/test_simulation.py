@@ -135,8 +135,8 @@ def test_with_balanced_load_the_bound_computes_as_long_as_the_plan(
         cluster=replace(scenario.cluster, local_bytes_per_s=1e30),
     )
     planned, bound = (
-        simulate(scenario, Policy(name="x", planner=fixed_planner(spread_plan(3, 8, 4)), is_bound=is_bound))
-        for is_bound in (False, True)
+        simulate(scenario, Policy(name="x", planner=fixed_planner(spread_plan(3, 8, 4)), bound=bound))
+        for bound in (None, "sand")
     )
     assert bound.moe_s == pytest.approx(planned.moe_s)
 
@@ -146,8 +146,8 @@ def test_no_plan_is_faster_than_the_bound(
 ) -> None:
     scenario = make_scenario()
     planned, bound = (
-        simulate(scenario, Policy(name="x", planner=fixed_planner(spread_plan(3, 8, 4)), is_bound=is_bound))
-        for is_bound in (False, True)
+        simulate(scenario, Policy(name="x", planner=fixed_planner(spread_plan(3, 8, 4)), bound=bound))
+        for bound in (None, "sand")
     )
     assert bound.layer_s.mean < planned.layer_s.mean
 
