@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from moeless import __version__
+from moeless.cli_plan import plan_command
 from moeless.cli_policy import policy_app
 from moeless.cli_predict import predict_app
 from moeless.cli_simulate import simulate_command
@@ -30,6 +31,7 @@ app.add_typer(policy_app, name="policy")
 app.add_typer(predict_app, name="predict")
 app.add_typer(trace_app, name="trace")
 app.command("simulate")(simulate_command)
+app.command("plan")(plan_command)
 _stdout = Console()
 _stderr = Console(stderr=True)
 

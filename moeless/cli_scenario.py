@@ -7,6 +7,7 @@ them behind a command's own.
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -53,13 +54,11 @@ _RENAMED = {
     "routing.top_k": "--generate: top-k",
     "routing.num_sequences": "--sequences",
     "routing.tokens_per_sequence": "--tokens-per-sequence",
-    "slo.ttft_s": "--ttft-slo",
-    "slo.tpot_s": "--tpot-slo",
 }
 _FIELDS = (
     *("workers", "workers_per_node", "memory_per_worker", "local_gb_s", "remote_gb_s", "load_gb_s", "profile"),
     *("device", "hidden_size", "expert_mb", "engines", "policies", "predictors", "eplb_redundant", "prefetch_layers"),
-    *("systems", "attainment", "max_workers", "worker_hour_cost"),
+    *("systems", "attainment", "max_workers", "worker_hour_cost", "json"),
 )
 _OPTIONS = _RENAMED | {name: f"--{name.replace('_', '-')}" for name in _FIELDS}
 
@@ -275,6 +274,8 @@ def checked_slo(ttft_s: float, tpot_s: float) -> tuple[float, float]:
     for option, value in (("--ttft-slo", ttft_s), ("--tpot-slo", tpot_s)):
         if not value > 0:
             raise ConfigError(f"{option} must be above 0, got {value}")
+        if math.isinf(value):
+            raise ConfigError(f"{option} must be finite, got {value}")
     return ttft_s, tpot_s
 
 

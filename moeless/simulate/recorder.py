@@ -31,6 +31,7 @@ class Recorder:
         self.last_token_s_R = np.full(arrivals.num_requests, np.nan)
         self.layers = LatencyHistogram()
         self.num_tokens = self.num_steps = self.num_plans = 0
+        self._square_tokens = 0
         self.stall_s = self.billed_instance_s = 0.0
         self._imbalance_sum = 0.0
         self._rows: list[tuple[float, ...]] = []
@@ -47,6 +48,7 @@ class Recorder:
         """A step was put together."""
         self.num_steps += 1
         self.num_tokens += num_tokens
+        self._square_tokens += num_tokens**2
         busiest_L, sum_L = load.pairs_LW.max(axis=1), load.pairs_LW.sum(axis=1)
         has_tokens = sum_L > 0
         if has_tokens.any():
@@ -110,6 +112,7 @@ class Recorder:
             num_requests=arrivals.num_requests,
             num_tokens=self.num_tokens,
             num_steps=self.num_steps,
+            step_tokens=self._square_tokens / self.num_tokens if self.num_tokens else 0.0,
             duration_s=end_s,
             tokens_per_s=self.num_tokens * per_second,
             ttft_s=latency_of(ttft_R),

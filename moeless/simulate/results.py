@@ -50,6 +50,8 @@ class PolicyResult(msgspec.Struct, frozen=True, kw_only=True):
     num_tokens: int
     """Computed: of prompts and outputs, less the last one of each, which no step reads."""
     num_steps: int
+    step_tokens: float
+    """Of the step that the average token is in: steps with prompts are few, and most of the work."""
     duration_s: float
     """From time 0 to the last token."""
     tokens_per_s: float

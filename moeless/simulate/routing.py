@@ -42,6 +42,13 @@ class SequenceRouting:
         """S."""
         return len(self.lengths_S)
 
+    def per_token_LE(self) -> FloatArray:
+        """Mean tokens of each function for a token of the trace, shape (L, E): a layer's sum to k."""
+        counts_C = np.zeros(self.num_cells)
+        for sequence, length in enumerate(self.lengths_S.tolist()):
+            counts_C += self._up_to(sequence, length)
+        return counts_C.reshape(self.num_layers, self.num_experts) / self.trace.num_tokens
+
     def of_tokens(self, sequences_n: IntArray, positions_n: IntArray) -> NDArray[np.int64]:
         """Counts of single tokens, each at a position of its request."""
         rows_n = self.starts_S1[sequences_n] + positions_n % self.lengths_S[sequences_n]
