@@ -56,6 +56,17 @@ def clusters(draw: st.DrawFn, *, least_memory: int, most_memory: int, most_worke
     return cluster_of(memory, speeds=speeds, nodes=nodes)
 
 
+def plan_of(num_workers: int, *layers: list[dict[int, float]], version: int = 1) -> Plan:
+    """Of each layer the shares of each expert by worker."""
+    has_LEW = np.zeros((len(layers), len(layers[0]), num_workers), dtype=np.bool_)
+    shares_LEW = np.zeros(has_LEW.shape)
+    for layer, experts in enumerate(layers):
+        for expert, shares in enumerate(experts):
+            for worker, share in shares.items():
+                has_LEW[layer, expert, worker], shares_LEW[layer, expert, worker] = True, share
+    return Plan.from_dense(has_LEW, shares_LEW, version=version)
+
+
 def fits(counts_LE: IntArray, capacity_W: IntArray) -> bool:
     """Whether all instances find workers, no two of a function the same: the theorem of Gale and Ryser."""
     sorted_W = np.sort(capacity_W)
@@ -88,6 +99,12 @@ def workers_of(plan: Plan) -> dict[tuple[int, int], list[int]]:
     ):
         workers.setdefault((layer, expert), []).append(worker)
     return workers
+
+
+def counts_of(plan: Plan) -> list[list[int]]:
+    """Replica count of each function, layer by layer."""
+    result: list[list[int]] = plan.counts_LE().tolist()
+    return result
 
 
 def assert_whole(plan: Plan, cluster: Cluster, model: ModelShape) -> None:

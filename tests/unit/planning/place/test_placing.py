@@ -20,6 +20,7 @@ from tests.support.planning import (
     fits,
     least_busiest,
     model_of,
+    plan_of,
     workers_of,
 )
 
@@ -38,17 +39,6 @@ def placed(
 ) -> Plan:
     counts_LE = np.array(counts)
     return place(counts_LE, np.array(load), cluster, model_of(*counts_LE.shape), previous=previous, config=config)
-
-
-def plan_of(num_workers: int, *layers: list[dict[int, float]], version: int = 1) -> Plan:
-    """Of each layer the shares of each expert by worker."""
-    has_LEW = np.zeros((len(layers), len(layers[0]), num_workers), dtype=np.bool_)
-    shares_LEW = np.zeros(has_LEW.shape)
-    for layer, experts in enumerate(layers):
-        for expert, shares in enumerate(experts):
-            for worker, share in shares.items():
-                has_LEW[layer, expert, worker], shares_LEW[layer, expert, worker] = True, share
-    return Plan.from_dense(has_LEW, shares_LEW, version=version)
 
 
 def with_slow_links(cluster: Cluster) -> Cluster:
