@@ -260,7 +260,7 @@ class MoelessPlanner:
         elif isinstance(placer, AffinityPlacer):
             config = replace(config, max_moves=max_moves, good_enough=placer.max_imbalance)
         if self._system.seconds is not None:
-            config = replace(config, token_s=1.0)  # work_LE is in seconds
+            config = replace(config, token_s=1.0, spreads_singles=True)  # work_LE is in seconds
         work_LE = self._system.work_LE(observation.mean_LE, counts_LE)
         return place(counts_LE, work_LE, self._system.cluster, self._system.model, previous=before, config=config)
 

@@ -9,7 +9,7 @@ Shapes: L MoE layers, E experts, C = L x E cells, W workers, N instances.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,14 @@ class TransferConfig:
             raise ConfigError(f"transfers.transfer_share must be from 0 to below 1, got {self.transfer_share}")
         if self.worker_idle_s is not None and not self.worker_idle_s >= 0:
             raise ConfigError(f"transfers.worker_idle_s must be at least 0, got {self.worker_idle_s}")
+
+
+class ColdStart(NamedTuple):
+    """An instance that a step waits for."""
+
+    worker: int
+    is_pending: bool
+    """A plan to come has it, and the worker's memory holds a place for it."""
 
 
 class Residency:
@@ -75,6 +83,8 @@ class Residency:
         self._hosted_meanwhile: set[int] = set()
         self._capacity_W = cluster.capacity_W(self._model)
         self._loading_until_W = np.zeros(num_workers)
+        self._asked_until_W = np.zeros(num_workers)
+        """The same of what steps wait for, which goes before what a plan starts."""
         self._empty_since_W = np.where(self._resident_W > 0, np.inf, 0.0)
         self._stopped_since_W = np.full(num_workers, np.inf)
         self._now_s = 0.0
@@ -137,7 +147,7 @@ class Residency:
         loads_W = np.bincount(plan.worker_N[started_N], minlength=self._cluster.num_workers)
         load_s = self._profile.load_time(self._model.expert_bytes, bytes_per_s or self.load_bytes_per_s)
         needed_W = loads_W > 0
-        begin_W = self._begin_W(needed_W, now_s)
+        begin_W = self._begin_W(needed_W, now_s, self._loading_until_W)
         self._loading_until_W = np.where(needed_W, begin_W + loads_W * load_s, self._loading_until_W)
         self._resident_W = self._resident_W + loads_W
         self.num_loads += len(started_N)
@@ -153,20 +163,27 @@ class Residency:
         self.hosting = self._hosting(plan)
         self._set_resident(np.bincount(plan.worker_N, minlength=self._cluster.num_workers), now_s)
 
-    def host_cold(self, cells: IntArray, last_used_s_C: FloatArray, now_s: float) -> IntArray:
+    def host_cold(self, cells: IntArray, last_used_s_C: FloatArray, now_s: float) -> list[ColdStart]:
         """Choose a worker for each function (given as a cell) that has no instance, and put it into the plan.
 
-        The worker with the most free memory, a running one if there is any; where none is free, the function goes
-        whose instance there was unused for longest.
-        Returns: the workers, shape of `cells`.
+        One that loads it already, for a plan to come; else the worker with the most free memory, a running one if there
+        is any; where none is free, the function goes whose instance there was unused for longest.
+        Returns: in the order of `cells`.
         """
         self.advance(now_s)
         plan = self.hosting.plan
         published_W = np.bincount(plan.worker_N, minlength=self._cluster.num_workers)
         free_W = self._capacity_W - self._resident_W
+        pending_cells = self.pending_keys // self._cluster.num_workers
         dropped: list[int] = []
+        is_pending = np.zeros(len(cells), dtype=np.bool_)
         workers = np.empty(len(cells), dtype=np.int64)
-        for index in range(len(cells)):
+        for index, cell in enumerate(cells.tolist()):
+            pending = int(np.searchsorted(pending_cells, cell))
+            if pending < len(pending_cells) and pending_cells[pending] == cell:
+                workers[index] = self.pending_keys[pending] % self._cluster.num_workers
+                is_pending[index] = True
+                continue
             is_up_W = np.isinf(self._stopped_since_W)
             open_W = is_up_W & (free_W > 0) if (is_up_W & (free_W > 0)).any() else free_W > 0
             if open_W.any():
@@ -176,24 +193,30 @@ class Residency:
                 worker = int(np.argmax(published_W))
                 dropped.append(self._least_used(worker, last_used_s_C, cells, dropped))
             workers[index] = worker
-        self._insert(cells, workers, dropped, now_s)
-        return workers
+        keys = cells * self._cluster.num_workers + workers
+        self.pending_keys = np.setdiff1d(self.pending_keys, keys[is_pending], assume_unique=True)
+        self._insert(cells, workers, ~is_pending, dropped, now_s)
+        self.num_loads += int(np.count_nonzero(~is_pending))
+        return [ColdStart(*of) for of in zip(workers.tolist(), is_pending.tolist(), strict=True)]
 
-    def load_cold(self, worker: int, begin_s: float) -> float:
-        """Load one instance there, behind what is being loaded; returns when it is there."""
+    def load_cold(self, start: ColdStart, begin_s: float) -> float:
+        """Load an instance before all that no step waits for; returns when it is there."""
+        worker = start.worker
         needed_W = np.zeros(self._cluster.num_workers, dtype=np.bool_)
         needed_W[worker] = True
-        begin_W = self._begin_W(needed_W, begin_s)
+        begin = float(self._begin_W(needed_W, begin_s, self._asked_until_W)[worker])
         load_s = self._profile.load_time(self._model.expert_bytes, self.load_bytes_per_s)
-        self._loading_until_W[worker] = begin_W[worker] + load_s
-        self.num_loads += 1
+        self._asked_until_W[worker] = end = begin + load_s
+        # What a plan loads there is done so much later; an instance of the plan only has its turn earlier.
+        behind_s = 0.0 if start.is_pending else load_s
+        self._loading_until_W[worker] = max(end, self._loading_until_W[worker] + behind_s)
         self.num_cold_starts += 1
-        return float(self._loading_until_W[worker])
+        return end
 
-    def _insert(self, cells: IntArray, workers: IntArray, dropped: list[int], now_s: float) -> None:
+    def _insert(self, cells: IntArray, workers: IntArray, is_new: BoolArray, dropped: list[int], now_s: float) -> None:
         plan, num_experts = self.hosting.plan, self._model.num_experts
         if self.target is not None:
-            self._hosted_meanwhile.update(cells.tolist())
+            self._hosted_meanwhile.update(cells[is_new].tolist())
         stays_N = np.ones(plan.num_instances, dtype=np.bool_)
         stays_N[dropped] = False
         share_N = plan.share_N.copy()
@@ -212,7 +235,7 @@ class Residency:
         )
         grown = _with_instances(kept, cells, workers)
         self.num_evicted += len(dropped)
-        change_W = np.bincount(workers, minlength=plan.num_workers)
+        change_W = np.bincount(workers[is_new], minlength=plan.num_workers)
         change_W -= np.bincount(plan.worker_N[dropped], minlength=plan.num_workers)
         self.hosting = self._hosting(grown, like=self.hosting)
         self._set_resident(self._resident_W + change_W, now_s)
@@ -249,9 +272,9 @@ class Residency:
             )
         return int(there[usable][np.argmin(last_used_s_C[cells[usable]])])
 
-    def _begin_W(self, needed_W: BoolArray, now_s: float) -> FloatArray:
+    def _begin_W(self, needed_W: BoolArray, now_s: float, busy_until_W: FloatArray) -> FloatArray:
         """When each of the workers can begin to load; starts those that are stopped."""
-        begin_W = np.maximum(self._loading_until_W, now_s)
+        begin_W = np.maximum(busy_until_W, now_s)
         starting = np.flatnonzero(needed_W & np.isfinite(self._stopped_since_W))
         if len(starting):
             least, most = self._profile.worker_start_s

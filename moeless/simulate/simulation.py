@@ -27,7 +27,7 @@ from moeless.simulate.forecasts import Forecaster, SpanCounts
 from moeless.simulate.history import LoadHistory
 from moeless.simulate.hosting import sampled_choices
 from moeless.simulate.recorder import Recorder
-from moeless.simulate.residency import Residency
+from moeless.simulate.residency import ColdStart, Residency
 from moeless.simulate.results import PolicyResult
 from moeless.simulate.routing import assign_sequences
 from moeless.simulate.scenario import Policy, Scenario
@@ -199,12 +199,12 @@ class _Simulation:
         engine, now_s = self._engines[number], self._now_s
         counts_C = self._counts(step)
         self._history.add(counts_C, now_s)
-        cold: dict[int, list[int]] = {}
+        cold: dict[int, list[ColdStart]] = {}
         missing = np.flatnonzero((counts_C > 0) & ~self._residency.hosting.has_C)
         if len(missing):
-            workers = self._residency.host_cold(missing, self._history.last_used_s_C, now_s)
-            for layer, worker in zip((missing // self._routing.num_experts).tolist(), workers.tolist(), strict=True):
-                cold.setdefault(layer, []).append(worker)
+            starts = self._residency.host_cold(missing, self._history.last_used_s_C, now_s)
+            for layer, start in zip((missing // self._routing.num_experts).tolist(), starts, strict=True):
+                cold.setdefault(layer, []).append(start)
         times = self._costs.times(step, counts_C, engine=number, number=self._recorder.num_steps, now_s=now_s)
         times.cold = cold
         engine.times, engine.began_s = times, now_s
@@ -255,13 +255,13 @@ class _Simulation:
         engine.layer_began_s.append(ends_s + times.backbone_s)
         self._push(engine.layer_began_s[-1] + float(times.dispatch_L[engine.layer]), _Event.LAYER, number)
 
-    def _load_cold(self, workers: list[int], layer: int, began_s: list[float]) -> float:
+    def _load_cold(self, starts: list[ColdStart], layer: int, began_s: list[float]) -> float:
         """Load functions of a layer; those that were predicted began earlier. Returns when all are there."""
         ahead = self._policy.prefetch_layers
         recall = self._policy.prefetch_recall if ahead else 0.0
-        begins = [began_s[max(0, layer - ahead) if self._rng.random() < recall else layer] for _ in workers]
+        begins = [began_s[max(0, layer - ahead) if self._rng.random() < recall else layer] for _ in starts]
         ready_s = max(
-            self._residency.load_cold(worker, begin_s) for begin_s, worker in sorted(zip(begins, workers, strict=True))
+            self._residency.load_cold(start, begin_s) for begin_s, start in sorted(zip(begins, starts, strict=True))
         )
         return self._now_s if self._policy.is_prefetch_in_time else ready_s
 

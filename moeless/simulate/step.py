@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from moeless.planning.cost import all_to_all_seconds, hub_seconds
 from moeless.simulate.batching import Step
 from moeless.simulate.hosting import WorkerLoad, balanced_load
-from moeless.simulate.residency import Residency
+from moeless.simulate.residency import ColdStart, Residency
 from moeless.simulate.scenario import Policy, Scenario
 
 FloatArray = NDArray[np.floating[Any]]
@@ -31,8 +31,8 @@ class StepTimes:
     load: WorkerLoad
     dispatch_L: FloatArray
     combine_L: FloatArray
-    cold: dict[int, list[int]] = field(default_factory=dict)
-    """By layer, the workers that have to load a function of it first, once for each function."""
+    cold: dict[int, list[ColdStart]] = field(default_factory=dict)
+    """By layer, the functions that have to be loaded first."""
 
 
 class StepCosts:

@@ -3,6 +3,9 @@
 With kept instances in place this is the placer of the MoEless paper (arXiv 2603.06350): warm instances stay where they
 are, the others are placed heaviest first on the least loaded worker. Workers may differ in speed and memory.
 
+Functions with a single instance are, if asked, spread in equal numbers besides: in a step of few tokens each call takes
+the time of reading an expert's weights, and what counts is how many a worker must make that nobody else can.
+
 Ties go to the lower expert and the lower worker. Memory is shared by the layers: a layer takes more than its part of a
 worker's memory only where it must, so that the first layers do not use up the fast workers.
 
@@ -47,13 +50,22 @@ def check_counts(counts_LE: IntArray, cluster: Cluster, model: ModelShape) -> No
 
 
 def heaviest_first(
-    has_LEW: BoolArray, add_LE: IntArray, load_LE: FloatArray, cluster: Cluster, model: ModelShape
+    has_LEW: BoolArray,
+    add_LE: IntArray,
+    load_LE: FloatArray,
+    cluster: Cluster,
+    model: ModelShape,
+    *,
+    spreads_singles: bool = False,
 ) -> None:
     """Place `add_LE` more instances of each function into `has_LEW`, which is changed.
 
     An instance weighs its function's load over its number of instances. Only if nothing else is left are instances
     moved that are in place already, to free memory on a worker that may have it.
 
+    Args:
+        spreads_singles: no worker gets more than its part of the layer's functions with a single instance, if another
+            has memory.
     Raises: InfeasiblePlacementError if not all of them fit.
     """
     if not add_LE.any():
@@ -68,11 +80,15 @@ def heaviest_first(
         has_EW, weight_E = has_LEW[layer], weight_LE[layer]
         quota_W = np.ceil(capacity_W * part_L[layer] - 1e-9).astype(np.int64) - has_EW.sum(axis=0)
         load_W = weight_E @ has_EW
+        is_single_E = (counts_LE[layer] == 1) & spreads_singles
+        singles_W = most_singles(is_single_E, cluster.num_workers) - has_EW[is_single_E].sum(axis=0)
         experts = np.repeat(np.arange(model.num_experts), add_LE[layer])
         experts = experts[np.argsort(-weight_E[experts], kind="stable")]
         placed = 0
         while True:
-            placed += _pack(experts[placed:], weight_E, has_EW, load_W, free_W, quota_W, speed_W)
+            placed += _pack(
+                experts[placed:], weight_E, has_EW, load_W, free_W, quota_W, singles_W, is_single_E, speed_W
+            )
             if placed == len(experts):
                 break
             expert = int(experts[placed])
@@ -83,6 +99,11 @@ def heaviest_first(
             placed += 1
 
 
+def most_singles(is_single_E: BoolArray, num_workers: int) -> int:
+    """Functions with a single instance that a worker hosts at most, if they are spread in equal numbers."""
+    return -(-int(np.count_nonzero(is_single_E)) // num_workers)
+
+
 @compiled
 def _pack(
     experts: IntArray,
@@ -91,28 +112,32 @@ def _pack(
     load_W: FloatArray,
     free_W: IntArray,
     quota_W: IntArray,
+    singles_W: IntArray,
+    is_single_E: BoolArray,
     speed_W: FloatArray,
 ) -> int:
     """Place instances of the experts in their order; returns how many: fewer than all if one finds no room.
 
-    A worker whose part of the memory is used up is taken only where no other is left.
+    A worker whose part of the memory is used up is taken only where no other is left, and for a single instance one
+    that has its part of those (`singles_W` are the rest) only after the others.
     """
     num_workers = len(load_W)
     for place, expert in enumerate(experts):
-        best, best_worker, best_is_over = np.inf, -1, True
+        best, best_worker, best_rank = np.inf, -1, 3
         for worker in range(num_workers):
             if free_W[worker] <= 0 or has_EW[expert, worker]:
                 continue
-            is_over = quota_W[worker] <= 0
+            rank = 2 * (quota_W[worker] <= 0) + (is_single_E[expert] and singles_W[worker] <= 0)
             busy = (load_W[worker] + weight_E[expert]) / speed_W[worker]
-            if (best_is_over and not is_over) or (is_over == best_is_over and busy < best):
-                best, best_worker, best_is_over = busy, worker, is_over
+            if rank < best_rank or (rank == best_rank and busy < best):
+                best, best_worker, best_rank = busy, worker, rank
         if best_worker < 0:
             return place
         has_EW[expert, best_worker] = True
         load_W[best_worker] += weight_E[expert]
         free_W[best_worker] -= 1
         quota_W[best_worker] -= 1
+        singles_W[best_worker] -= is_single_E[expert]
     return len(experts)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from moeless.core.cluster import Cluster, ModelShape
 from moeless.core.plan import BoolArray, FloatArray, IntArray
+from moeless.planning.place.greedy import most_singles
 from moeless.planning.place.shares import descend
 from moeless_predictors.compiled import compiled
 
@@ -57,6 +58,8 @@ class MoveLimits:
     """Stop once busiest over perfectly balanced is at most this."""
     value_s: float
     """Seconds gained over the plan's time in force, for each token less on the busiest worker of speed 1."""
+    spreads_singles: bool = False
+    """No worker gets more than its part of the functions with a single instance, or than it had."""
 
 
 @dataclass(slots=True)
@@ -102,6 +105,7 @@ def improve_layer(
         limits.max_moves,
         limits.good_enough,
         limits.value_s,
+        most_singles(count_F == 1, len(speed_W)) if limits.spreads_singles else len(starts_F),
         transfers.node_W,
         (transfers.load_s, transfers.local_s, transfers.remote_s),
     )
@@ -121,6 +125,7 @@ def _improve(
     max_moves: int,
     good_enough: float,
     value_s: float,
+    most_single: int,
     node_W: IntArray,
     transfer_s: tuple[float, float, float],
 ) -> tuple[IntArray, FloatArray, int]:
@@ -130,7 +135,10 @@ def _improve(
     tokens_n = load_F[function_n] * share_n
     has_FW = np.zeros((len(load_F), num_workers), dtype=np.bool_)
     load_W = np.zeros(num_workers)
+    singles_W = np.zeros(num_workers, dtype=np.int64)
+    is_single_F = bounds_F1[1:] - bounds_F1[:-1] == 1
     for n in range(num_instances):
+        singles_W[worker_n[n]] += is_single_F[function_n[n]]
         has_FW[function_n[n], worker_n[n]] = True
         load_W[worker_n[n]] += tokens_n[n]
     starts_G = bounds_F1[replicated_G]
@@ -141,7 +149,16 @@ def _improve(
     best_net, spent_s, num_moves, worse = 0.0, 0.0, 0, 0
     while busiest > good_enough * ideal and worse < _PATIENCE and num_moves < max_moves:
         first, first_target, second, second_target = _best_step(
-            function_n, worker_n, tokens_n, load_W, has_FW, bounds_F1, free_W, speed_W, max_moves - num_moves
+            function_n,
+            worker_n,
+            tokens_n,
+            load_W,
+            has_FW,
+            bounds_F1,
+            free_W,
+            speed_W,
+            most_single - singles_W,
+            max_moves - num_moves,
         )
         if first < 0:
             break
@@ -154,6 +171,8 @@ def _improve(
             has_W[origin], has_W[target] = False, True
             free_W[origin] += 1
             free_W[target] -= 1
+            singles_W[origin] -= is_single_F[function_n[n]]
+            singles_W[target] += is_single_F[function_n[n]]
             load_W[origin] -= tokens_n[n]
             load_W[target] += tokens_n[n]
             worker_n[n] = target
@@ -197,10 +216,14 @@ def _best_step(
     bounds_F1: IntArray,
     free_W: IntArray,
     speed_W: FloatArray,
+    room_W: IntArray,
     max_moves: int,
 ) -> tuple[int, int, int, int]:
     """The step that lowers load² / speed most for each instance it moves: one or two instances and where they go; -1
     for none. Of equally good ones, the first of: one off the busiest worker, a sibling, a swap.
+
+    Args:
+        room_W: functions with a single instance that each worker may still take.
     """
     num_workers = len(speed_W)
     busiest = int(np.argmax(load_W / speed_W))
@@ -211,8 +234,9 @@ def _best_step(
         if worker_n[n] != busiest or tokens_n[n] <= 0:
             continue
         has_W = has_FW[function_n[n]]
+        is_single = bounds_F1[function_n[n] + 1] - bounds_F1[function_n[n]] == 1
         for target in range(num_workers):
-            if free_W[target] > 0 and not has_W[target]:
+            if free_W[target] > 0 and not has_W[target] and (room_W[target] > 0 or not is_single):
                 gain = _gain(high, speed, load_W[target], speed_W[target], tokens_n[n])
                 if gain > best:
                     best, step = gain, (n, target, -1, -1)
@@ -234,9 +258,13 @@ def _best_step(
         if worker_n[n] != busiest or tokens_n[n] <= 0:
             continue
         has_W = has_FW[function_n[n]]
+        is_single = bounds_F1[function_n[n] + 1] - bounds_F1[function_n[n]] == 1
         for other in range(len(worker_n)):
             target = worker_n[other]
             less = tokens_n[n] - tokens_n[other]
+            other_is_single = bounds_F1[function_n[other] + 1] - bounds_F1[function_n[other]] == 1
+            if is_single != other_is_single and room_W[target if is_single else busiest] <= 0:
+                continue
             if less > 0 and not has_W[target] and not has_FW[function_n[other], busiest]:
                 gain = _gain(high, speed, load_W[target], speed_W[target], less) / 2
                 if gain > best:

@@ -35,6 +35,9 @@ class PlacementConfig:
     takes 4e-6 on an A6000, one of DeepSeek-V3's 7e-8 on an H800."""
     horizon_steps: float = 100.0
     """Engine steps that the plan will be in force: a tick of a second, at 10 ms a step."""
+    spreads_singles: bool = False
+    """Functions with a single instance are spread over the workers in equal numbers: for steps of few tokens, in which
+    each call takes as long as another."""
 
     def __post_init__(self) -> None:
         if self.max_moves < 0:
@@ -74,7 +77,7 @@ def place(
     if load_LE.shape != counts_LE.shape or not (np.isfinite(load_LE).all() and load_LE.min() >= 0):
         raise ConfigError(f"load_LE must be finite, >= 0 and of the shape {counts_LE.shape}, got {load_LE.shape}")
     speed_W = cluster.speed_W
-    plan = _with_counts(counts_LE, load_LE, cluster, model, previous)
+    plan = _with_counts(counts_LE, load_LE, cluster, model, previous, spreads_singles=config.spreads_singles)
     share_N = min_max_shares(plan.layer_N, plan.expert_N, plan.worker_N, load_LE, speed_W, start_N=plan.share_N)
     share_N = _settled_shares(plan, share_N, load_LE, speed_W, tolerance=config.share_tolerance)
     moved = _rebalanced(replace(plan, share_N=share_N), load_LE, cluster, model, config)
@@ -85,7 +88,13 @@ def place(
 
 
 def _with_counts(
-    counts_LE: IntArray, load_LE: FloatArray, cluster: Cluster, model: ModelShape, previous: Plan | None
+    counts_LE: IntArray,
+    load_LE: FloatArray,
+    cluster: Cluster,
+    model: ModelShape,
+    previous: Plan | None,
+    *,
+    spreads_singles: bool,
 ) -> Plan:
     """The previous plan with instances added and dropped; functions that changed have equal shares."""
     shape = (model.num_layers, model.num_experts, cluster.num_workers)
@@ -103,7 +112,7 @@ def _with_counts(
     has_LEW = np.zeros(shape, dtype=np.bool_)
     if kept is not None:
         has_LEW[kept.layer_N, kept.expert_N, kept.worker_N] = True
-    heaviest_first(has_LEW, counts_LE - kept_LE, load_LE, cluster, model)
+    heaviest_first(has_LEW, counts_LE - kept_LE, load_LE, cluster, model, spreads_singles=spreads_singles)
     key_N = np.flatnonzero(has_LEW)
     function_N = key_N // shape[2]
     share_N = 1.0 / counts_LE.ravel()[function_N]
@@ -175,9 +184,14 @@ def _rebalanced(plan: Plan, load_LE: FloatArray, cluster: Cluster, model: ModelS
     busy_L, balanced_L = busiest_L(load_LW, speed_W), ideal_L(load_LW, speed_W)
     excess_L = busy_L - config.good_enough * balanced_L
     transfers = TransferTimes.of(cluster, model)
-    value_s = config.token_s * config.horizon_steps
+    limits = MoveLimits(
+        max_moves=config.max_moves,
+        good_enough=config.good_enough,
+        value_s=config.token_s * config.horizon_steps,
+        spreads_singles=config.spreads_singles,
+    )
     # No more can be gained in a layer than its distance from balance.
-    is_open_L = (excess_L > 0) & ((busy_L - balanced_L) * value_s > transfers.least_s)
+    is_open_L = (excess_L > 0) & ((busy_L - balanced_L) * limits.value_s > transfers.least_s)
     if not is_open_L.any():
         return plan
     free_W = cluster.capacity_W(model) - np.bincount(plan.worker_N, minlength=cluster.num_workers)
@@ -189,7 +203,7 @@ def _rebalanced(plan: Plan, load_LE: FloatArray, cluster: Cluster, model: ModelS
         span = slice(bounds_L1[layer], bounds_L1[layer + 1])
         found = improve_layer(
             plan.expert_N[span], worker_N[span], share_N[span], load_LE[layer], free_W, speed_W,
-            limits=MoveLimits(max_moves=left, good_enough=config.good_enough, value_s=value_s), transfers=transfers,
+            limits=replace(limits, max_moves=left), transfers=transfers,
         )  # fmt: skip
         if found.num_moves:
             free_W += np.bincount(worker_N[span], minlength=len(free_W))
