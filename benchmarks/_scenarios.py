@@ -16,7 +16,7 @@ from moeless.simulate.standard import standard_policies
 from moeless.simulate.workload import cut, made_up_arrivals
 from moeless_predictors.traces import ArrivalTrace, ImportOptions, RoutingTrace, concat, import_trace
 
-LEVELS = {"low": 0.2, "middle": 0.5, "high": 0.8}
+LEVELS = {"low": 0.2, "middle": 0.5, "high": 0.8, "all at once": 1e6}
 """Shares of the requests a second that static expert parallelism serves when they are all there at once."""
 _SATURATING = 400
 """Requests that tell that."""

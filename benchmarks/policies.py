@@ -1,20 +1,26 @@
 """Static expert parallelism, EPLB, the MoEless paper's system and moeless on the same requests: latency and cost.
 
-`python -m benchmarks --all policies` simulates prefill-heavy and decode-heavy requests at three loads (shares of what
-static expert parallelism can serve) on the routing of models: recorded ones where their files are given, made up ones
-of the same shapes otherwise; then arrivals thinned to 5 %; then the MoEless paper's setting. docs/simulator.md says
-what is assumed. Every figure is a ratio or a share of two simulations of the same requests:
+`python -m benchmarks --all policies` simulates prefill-heavy and decode-heavy requests at four loads (shares of what
+static expert parallelism can serve, and all at once) on the routing of models: recorded ones where their files are
+given, made up ones of the same shapes otherwise; then arrivals thinned to 5 %; then the MoEless paper's setting.
+docs/simulator.md says what is assumed. Every figure is a ratio or a share of two simulations of the same requests:
 
-- gap closed: of what static expert parallelism, or the better of two EPLBs, has above perfect balance (work like sand,
-  which calls of experts are not), how much less there is. Of the mean MoE layer's time, and of the mean request's from
-  its arrival to its last token: a faster system makes more steps of fewer tokens, so that its layers compare badly;
+- gap closed: of the time that a mean request takes under static expert parallelism, or under the better of two EPLBs,
+  above that under a bound, how much less it is. Two bounds: perfect balance, of work that is divided like sand; and
+  what whole experts allow, whose calls read all their weights. With --json also of the mean MoE layer's time, though a
+  faster system makes more steps of fewer tokens, so that its layers compare badly;
 - billed and resident memory x time, both by the same rule for all policies.
+
+Besides moeless's default policy: `moeless, twice` keeps two instances of every function, so that each step can choose;
+`moeless, lean` is for traffic with gaps: instances go half a second after their last token, but for the first layers',
+behind whose work the other layers' cold starts hide.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -42,15 +48,32 @@ from moeless.simulate.standard import StandardConfig, standard_policies
 from moeless.simulate.workload import thinned
 from moeless_predictors.traces import ArrivalTrace, import_trace
 
-COMPARED = ("static", "eplb-vllm", "eplb-sglang", "moeless-paper", "moeless", "foresight", "limit")
+COMPARED = ("static", "eplb-vllm", "eplb-sglang", "moeless-paper", "moeless", "foresight", "whole-experts", "limit")
 MOST_TTFT, MOST_TPOT = 1.5, 1.2
 """Of everything resident, at the 99th percentile: a saving counts only within both."""
 THINNED = 0.05
-LEAN = {"defaults": {"keepAliveSeconds": 2.0, "scaleDownStabilizationSeconds": 2.0}}
-"""A policy for traffic with long gaps."""
+TWICE: dict[str, object] = {"defaults": {"minReplicas": 2}}
+LEAN: dict[str, object] = {
+    "defaults": {
+        "keepAliveSeconds": 0.5,
+        "scaleDownStabilizationSeconds": 0.5,
+        "scaler": {"name": "minMax", "maxExtraShare": 0.0},
+    },
+    "rules": [{"layers": "0-3", "scaleToZero": False}],
+}
 PAPER_MODELS = ("a6000-mixtral-8x7b", "a6000-phi-3.5-moe", "a6000-llama-4-scout")
 PUBLISHED = {"latency": (-0.43, -0.22), "cost": (-0.93, -0.95)}
 """Against static expert parallelism and EPLB (arXiv 2603.06350)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gap:
+    """Shares that are closed, of what static expert parallelism or the better EPLB have above a bound."""
+
+    static_to_limit: float
+    static_to_whole: float
+    eplb_to_limit: float
+    eplb_to_whole: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +85,8 @@ class Row:
     level: str
     policy: str
     layer_us: float
-    layer_gap_to_static: float
-    layer_gap_to_eplb: float
-    """Closed, of the better EPLB's layer time above the limit's."""
-    request_gap_to_static: float
-    request_gap_to_eplb: float
+    layer_gap: Gap
+    request_gap: Gap
     to_foresight: float
     """Mean request time over foresight's, less 1."""
     billed: float
@@ -116,19 +136,16 @@ def compare(setting: Setting, levels: dict[str, float], num_requests: int, *, qu
         saturated = saturation_per_s(setting, shape, quick=quick)
         for level, share in levels.items():
             arrivals = arrivals_of(shape, rate_per_s=share * saturated, num_requests=num_requests)
-            rows += _rows(setting, shape.name, level, _results(setting.scenario(arrivals), COMPARED))
-        rows += _thin(setting, shape, LEVELS["middle"] * saturated, num_requests)
+            rows += _rows(setting, shape.name, level, _results(setting.scenario(arrivals), COMPARED, twice=TWICE))
+        rows += _thin(setting, shape, LEVELS["low"] * saturated, num_requests)
     show(f"{setting.name}", rows)
     return rows
 
 
 def _thin(setting: Setting, shape: Shape, rate_per_s: float, num_requests: int) -> list[Row]:
     arrivals = thinned(arrivals_of(shape, rate_per_s=rate_per_s, num_requests=4 * num_requests), THINNED, seed=1)
-    scenario = setting.scenario(arrivals)
-    results = _results(scenario, ("static", "eplb-sglang", "moeless-paper", "moeless", "foresight", "limit"))
-    (lean,) = standard_policies(scenario, names=["moeless"], config=StandardConfig(document=parse_policy(LEAN)))
-    results["moeless, lean"] = simulate(scenario, replace(lean, name="moeless, lean"))
-    return _rows(setting, shape.name, f"thinned to {THINNED:.0%}", results)
+    names = tuple(name for name in COMPARED if name != "eplb-vllm")  # which would not have planned once
+    return _rows(setting, shape.name, f"{THINNED:.0%} of low", _results(setting.scenario(arrivals), names, lean=LEAN))
 
 
 def compare_in_paper(setting: Setting, arrivals: ArrivalTrace | None, num_requests: int) -> list[Row]:
@@ -138,7 +155,7 @@ def compare_in_paper(setting: Setting, arrivals: ArrivalTrace | None, num_reques
             Shape(name="conversation", prompt_tokens=1150, output_tokens=210), rate_per_s=5.4, num_requests=num_requests
         )
     scenario = setting.scenario(by_the_second(arrivals, num_requests=num_requests))
-    results = _results(scenario, COMPARED)
+    results = _results(scenario, COMPARED, twice=TWICE)
     rows = _rows(setting, "conversation", "1 s batches", results)
     show(setting.name, rows)
     show_published(setting, results, num_layers=scenario.profile.model.num_layers)
@@ -155,12 +172,19 @@ def arrivals_file(path: Path | None) -> ArrivalTrace | None:
     return trace
 
 
-def _results(scenario: Scenario, names: tuple[str, ...]) -> dict[str, PolicyResult]:
-    return {policy.name: simulate(scenario, policy) for policy in standard_policies(scenario, names=list(names))}
+def _results(scenario: Scenario, names: tuple[str, ...], **documents: dict[str, object]) -> dict[str, PolicyResult]:
+    """Of the policies named, and of moeless by other policy documents."""
+    results = {policy.name: simulate(scenario, policy) for policy in standard_policies(scenario, names=list(names))}
+    for suffix, document in documents.items():
+        config = StandardConfig(document=parse_policy(document))
+        (policy,) = standard_policies(scenario, names=["moeless"], config=config)
+        name = f"moeless, {suffix}"
+        results[name] = simulate(scenario, replace(policy, name=name))
+    return results
 
 
 def _rows(setting: Setting, shape: str, level: str, results: dict[str, PolicyResult]) -> list[Row]:
-    static, limit, foresight = results["static"], results["limit"], results["foresight"]
+    static, foresight = results["static"], results["foresight"]
     eplb = min((r for name, r in results.items() if name.startswith("eplb")), key=lambda r: r.request_s.mean)
     rows = []
     for name, result in results.items():
@@ -173,10 +197,8 @@ def _rows(setting: Setting, shape: str, level: str, results: dict[str, PolicyRes
                 level=level,
                 policy=name,
                 layer_us=result.layer_s.mean * 1e6,
-                layer_gap_to_static=_closed(static.layer_s, result.layer_s, limit.layer_s),
-                layer_gap_to_eplb=_closed(eplb.layer_s, result.layer_s, limit.layer_s),
-                request_gap_to_static=_closed(static.request_s, result.request_s, limit.request_s),
-                request_gap_to_eplb=_closed(eplb.request_s, result.request_s, limit.request_s),
+                layer_gap=_gap(results, eplb, result, lambda of: of.layer_s),
+                request_gap=_gap(results, eplb, result, lambda of: of.request_s),
                 to_foresight=result.request_s.mean / foresight.request_s.mean - 1,
                 billed=result.billed_byte_s / static.billed_byte_s,
                 resident=result.resident_byte_s / static.resident_byte_s,
@@ -189,16 +211,27 @@ def _rows(setting: Setting, shape: str, level: str, results: dict[str, PolicyRes
     return rows
 
 
-def _closed(before: Latency, after: Latency, bound: Latency) -> float:
-    return (before.mean - after.mean) / (before.mean - bound.mean)
+def _gap(
+    results: dict[str, PolicyResult], eplb: PolicyResult, after: PolicyResult, of: Callable[[PolicyResult], Latency]
+) -> Gap:
+    def closed(before: PolicyResult, bound: str) -> float:
+        return (of(before).mean - of(after).mean) / (of(before).mean - of(results[bound]).mean)
+
+    static = results["static"]
+    return Gap(
+        static_to_limit=closed(static, "limit"),
+        static_to_whole=closed(static, "whole-experts"),
+        eplb_to_limit=closed(eplb, "limit"),
+        eplb_to_whole=closed(eplb, "whole-experts"),
+    )
 
 
 def show(title: str, rows: list[Row]) -> None:
     """A row for each policy."""
     table = Table(
-        *("requests", "load", "policy", "layer µs", "layer gap", "to EPLB", "request gap", "to EPLB", "to foresight"),
+        *("requests", "load", "policy", "layer µs", "static→limit", "→whole", "EPLB→limit", "→whole", "to foresight"),
         *("billed", "resident", "TTFT p99", "TPOT p99", "cold"),
-        title=title,
+        title=f"{title}: shares of the gaps in request time that are closed, and ratios to static",
     )
     last = ""
     for row in rows:
@@ -210,10 +243,10 @@ def show(title: str, rows: list[Row]) -> None:
             row.level if begins else "",
             row.policy,
             f"{row.layer_us:.0f}",
-            f"{row.layer_gap_to_static:+.0%}",
-            f"{row.layer_gap_to_eplb:+.0%}",
-            f"{row.request_gap_to_static:+.0%}",
-            f"{row.request_gap_to_eplb:+.0%}",
+            f"{row.request_gap.static_to_limit:+.0%}",
+            f"{row.request_gap.static_to_whole:+.0%}",
+            f"{row.request_gap.eplb_to_limit:+.0%}",
+            f"{row.request_gap.eplb_to_whole:+.0%}",
             f"{row.to_foresight:+.0%}",
             f"{row.billed:.2f}",
             f"{row.resident:.2f}{slow}",
@@ -230,7 +263,7 @@ def show_published(setting: Setting, results: dict[str, PolicyResult], *, num_la
     table = Table(*columns, title=f"{setting.name}: reductions beside the paper's")
     static = results["static"]
     eplb = min((results["eplb-vllm"], results["eplb-sglang"]), key=lambda result: result.layer_s.mean)
-    for policy in ("moeless-paper", "moeless"):
+    for policy in ("moeless-paper", "moeless", "moeless, twice", "whole-experts", "limit"):
         result = results[policy]
         table.add_row(
             "MoE layer latency",
