@@ -155,7 +155,7 @@ def balanced_load(
     work_L = expert_time(counts_C).reshape(num_layers, -1).sum(axis=1) / cluster.speed_W.sum()
     if are_calls_whole:
         num_calls_L = (counts_C.reshape(num_layers, -1) > 0).sum(axis=1)
-        rounds = np.arange(1, int(num_calls_L.max()) + 1)
+        rounds = np.arange(1, max(1, int(num_calls_L.max())) + 1)
         ends = np.sort((rounds[:, np.newaxis] * float(expert_time(1.0)) / cluster.speed_W).ravel())
         work_L = np.maximum(work_L, np.where(num_calls_L > 0, ends[num_calls_L - 1], 0.0))
     pairs_L = counts_C.reshape(num_layers, -1).sum(axis=1) / num_workers
