@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,12 @@ from tests.support.planning import assert_whole, cluster_of, clusters
 Walk = tuple[PlannedSystem, list[FloatArray], list[FloatArray], np.random.Generator]
 
 
+def with_floor(tokens: FloatArray) -> FloatArray:
+    """Time of calls, of which small ones take no less."""
+    seconds: FloatArray = np.maximum(tokens, 1.0) * (tokens > 0)
+    return seconds
+
+
 @st.composite
 def walks(draw: st.DrawFn, *, is_tight: bool = False) -> Walk:
     """A system, with plenty of memory or too little, and loads and upper loads for some ticks."""
@@ -27,7 +34,13 @@ def walks(draw: st.DrawFn, *, is_tight: bool = False) -> Walk:
         cluster = cluster_of([draw(st.integers(1, whole))] * draw(st.integers(1, 4)))
     else:
         cluster = draw(clusters(least_memory=whole, most_memory=2 * whole))
-    planned = system(num_layers, num_experts, cluster, load_s=draw(st.sampled_from([0.0, 3.0])))
+    planned = system(
+        num_layers,
+        num_experts,
+        cluster,
+        load_s=draw(st.sampled_from([0.0, 3.0])),
+        seconds=draw(st.sampled_from([None, with_floor])),
+    )
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     shape = (num_layers, num_experts)
     steady = rng.lognormal(0.0, 1.5, shape)
@@ -186,7 +199,8 @@ def _is_same(one: Plan, other: Plan, layer: int) -> bool:
 @given(walks(), settings_of_policies, st.integers(0, 2**32 - 1))
 def test_the_order_of_layers_and_experts_does_not_matter(walk: Walk, chosen: dict[str, Any], seed: int) -> None:
     planned, (load_LE, *_), (upper_LE, *_), _ = walk
-    # Where nothing moves and no load is as high as another, there are no ties.
+    # Where nothing moves and no load or time is as high as another, there are no ties.
+    planned = replace(planned, seconds=None)
     chosen = {**chosen, "placer": {"name": "localityFirst"}}
     rng = np.random.default_rng(seed)
     layers, experts = rng.permutation(planned.model.num_layers), rng.permutation(planned.model.num_experts)
