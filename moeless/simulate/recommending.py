@@ -211,6 +211,8 @@ def chosen(all_sized: Sequence[Sized]) -> tuple[Sized, str] | None:
         paid = "workers" if workers == first.workers else "workers up on average"
         return first, f"it needs {workers:.3g} {paid}, the next ({others[0].system.name}) {next_workers:.3g}"
     equal = ", ".join(found.system.name for found in others if _rank(found)[0] == workers)
+    if next_memory <= memory * (1 + 1e-9):
+        return first, f"it and {equal} need {workers:.3g} workers, and no other holds fewer experts on average"
     return first, (
         f"it and {equal} need {workers:.3g} workers, and it holds {memory / 1e9:,.1f} GB of experts on average, the "
         f"next ({others[0].system.name}) {next_memory / 1e9:,.1f}"

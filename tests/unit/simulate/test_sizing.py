@@ -259,6 +259,10 @@ def test_the_cheapest_has_the_fewest_workers_and_then_the_least_memory(make_size
         three,
         "it and c need 3 workers, and it holds 1.0 GB of experts on average, the next (c) 2.0",
     )
+    assert chosen([three, make_sized("e", 3)]) == (
+        three,
+        "it and e need 3 workers, and no other holds fewer experts on average",
+    )
     assert chosen([four, three]) == (three, "it needs 3 workers, the next (b) 4")
     assert chosen([four, none]) == (four, "it is the only one that keeps the SLO")
     assert chosen([none]) is None
