@@ -20,8 +20,8 @@ from sklearn.utils.validation import check_is_fitted
 from moeless_predictors.base import FloatArray, IntArray, LoadPredictor
 from moeless_predictors.compiled import compiled
 
-_NUM_WEIGHTS = 80_000
-_LEAST_UNITS, _MOST_UNITS = 80, 512
+_NUM_WEIGHTS = 110_000
+_LEAST_UNITS, _MOST_UNITS = 96, 512
 
 
 class HistoryPredictor(LoadPredictor):
@@ -31,7 +31,7 @@ class HistoryPredictor(LoadPredictor):
     1992), which scikit-learn's Adam does not have, and halves the noise of the last steps.
 
     Args:
-        hidden_units: U; None takes as many as make some 80,000 weights, at least 80: the cost of a prediction is in
+        hidden_units: U; None takes as many as make some 110,000 weights, at least 96: the cost of a prediction is in
             proportion to the weights, and 32 tokens are to take no more than 0.1 ms.
         epochs: passes over the tokens; more where they are few, see min_steps.
         min_steps: steps of Adam that are taken at least, up to five times the epochs.
