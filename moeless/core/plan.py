@@ -106,6 +106,14 @@ class Plan:
         )
         return counts.reshape(self.num_layers, self.num_experts)
 
+    def hosted_LW(self) -> IntArray:
+        """Instances of each layer on each worker, shape (L, W)."""
+        hosted = np.bincount(
+            self.layer_N.astype(np.int64) * self.num_workers + self.worker_N,
+            minlength=self.num_layers * self.num_workers,
+        )
+        return hosted.reshape(self.num_layers, self.num_workers)
+
     def dense(self) -> tuple[BoolArray, FloatArray]:
         """Where instances are, and their shares, both of shape (L, E, W)."""
         has_LEW = np.zeros((self.num_layers, self.num_experts, self.num_workers), dtype=np.bool_)

@@ -285,12 +285,29 @@ class MoelessPlanner:
         return balanced_L
 
     def _where_it_pays(self, before: Plan, after: Plan, observation: Observation, *, is_forced_L: BoolArray) -> Plan:
-        """Each layer as it was, unless it is forced or its slowest worker's time falls by the threshold."""
+        """Each layer as it was, unless it is forced or its slowest worker's time falls by the threshold.
+
+        A layer of `after` may stand where another layer of it made room. Where not all that pay fit beside those that
+        stay, they come in the order of what they gain; if even the forced ones do not fit, all come.
+        """
         if after is before:
             return before
         old_L = self._system.layer_times_L(before, observation.mean_LE)
         new_L = self._system.layer_times_L(after, observation.mean_LE)
-        return merged_layers(before, after, is_forced_L | (new_L < old_L * (1 - self._policy.benefit_threshold)))
+        comes_L = is_forced_L | (new_L < old_L * (1 - self._policy.benefit_threshold))
+        capacity_W = self._system.cluster.capacity_W(self._system.model)
+        added_LW = after.hosted_LW() - before.hosted_LW()
+        hosted_W = np.bincount(before.worker_N, minlength=len(capacity_W)) + added_LW[is_forced_L].sum(axis=0)
+        if (hosted_W + added_LW[comes_L & ~is_forced_L].sum(axis=0) > capacity_W).any():
+            if (hosted_W > capacity_W).any():
+                return after
+            pays = np.flatnonzero(comes_L & ~is_forced_L)
+            comes_L = is_forced_L.copy()
+            for layer in pays[np.argsort(new_L[pays] - old_L[pays], kind="stable")].tolist():
+                if (hosted_W + added_LW[layer] <= capacity_W).all():
+                    hosted_W += added_LW[layer]
+                    comes_L[layer] = True
+        return merged_layers(before, after, comes_L)
 
 
 def merged_layers(before: Plan, after: Plan, is_after_L: BoolArray) -> Plan:

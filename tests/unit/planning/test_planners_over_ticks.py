@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -247,3 +248,16 @@ def test_the_papers_warm_instances_never_move(walk: Walk, chosen: dict[str, Any]
             assert len(plan.started_since(hosted)) == missing
         if before is not None and plan is not before:
             assert plan.version == before.version + 1
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_layers_that_change_alone_do_not_overfill_a_worker_that_others_were_to_leave(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    for _ in range(5):
+        num_layers, num_experts, num_workers = (int(n) for n in rng.integers((2, 4, 2), (5, 9, 5)))
+        room = int(np.ceil(rng.uniform(1.0, 1.6) * num_layers * num_experts / num_workers))
+        planned = system(num_layers, num_experts, cluster_of([room] * num_workers))
+        planner = moeless(planned, placer={"name": "minimalMoves", "goodEnough": 1.0}, maxMovesPerTick=99)
+        loads = [rng.lognormal(0.0, 1.2, (num_layers, num_experts)) for _ in range(5)]
+        for _, _, plan in walked(planner, planned, loads, loads, rng):
+            assert_whole(plan, planned.cluster, planned.model)
