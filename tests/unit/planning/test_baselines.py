@@ -346,11 +346,11 @@ def test_what_reaches_into_eplbs_window_counts_whole() -> None:
 
 
 def test_eplb_counts_loads_by_their_steps() -> None:
-    planner = eplb()
-    plan = planner.plan(observed(hot(0), 60), None)
-    planner.plan(observed(hot(1), 130), plan)
-    planner.plan(observed(hot(1), 150), plan)
-    assert replicated(planner.plan(observed(hot(2) * 1.1, 160), plan)) == [1]
+    planner = eplb(window_steps=100)
+    plan = planner.plan(observed(hot(0), 10), None)
+    planner.plan(observed(hot(1), 90), plan)
+    planner.plan(observed(hot(2), 100), plan)
+    assert replicated(planner.plan(observed(hot(2), 110), plan)) == [1]
 
 
 def test_eplb_counts_the_same_steps_once() -> None:

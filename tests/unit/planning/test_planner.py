@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from moeless.core.errors import ConfigError
+from moeless.core.policy import parse_policy, resolve
 from moeless.planning.planner import MoelessPlanner, PlannedSystem, hosted_instances, merged_layers
 from tests.support.planners import moeless, observed, policy, system, ticks
 from tests.support.planning import busiest_of, cluster_of, counts_of, model_of, plan_of, workers_of
@@ -282,6 +283,15 @@ def test_a_tick_starts_no_more_replicas_than_allowed_and_the_next_ticks_the_othe
     assert all(len(after.started_since(before)) <= 1 for before, after in pairwise(plans))
 
 
+def test_replicas_and_moves_of_a_tick_are_counted_together() -> None:
+    # The first layer wants a replica, in the second three of four instances are in the wrong place.
+    before = plan_of(4, [{0: 1.0}, {1: 1.0}, {2: 1.0}, {3: 1.0}], [{0: 1.0}] * 4)
+    planner = moeless(system(2, 4, cluster_of([9] * 4)), maxMovesPerTick=2, scaler={"name": "cv"})
+    plan = planner.plan(observed([[20.0, 10.0, 10.0, 10.0], [5.0, 5.0, 5.0, 5.0]]), before)
+    assert counts_of(plan) == [[2, 1, 1, 1], [1, 1, 1, 1]]
+    assert plan.layer_N[plan.started_since(before)].tolist() == [0, 1]
+
+
 def test_by_default_a_tick_moves_what_the_links_load_in_a_quarter_of_it() -> None:
     # Two workers that load an instance in a second: two instances in a second of a tick of four.
     slow = replace(cluster_of([20, 20]), local_bytes_per_s=1.0, remote_bytes_per_s=1.0, load_bytes_per_s=1.0)
@@ -295,6 +305,15 @@ def test_what_functions_must_have_is_not_counted_as_moves() -> None:
     planner = moeless(system(1, 4, cluster_of([9, 9])), maxMovesPerTick=0)
     plan = planner.plan(observed([[5.0, 4.0, 3.0, 2.0]]), plan_of(2, [{0: 1.0}, {}, {}, {}]))
     assert counts_of(plan) == [[1, 1, 1, 1]]
+
+
+def test_a_layer_makes_room_for_what_another_must_have() -> None:
+    # The second layer's function must have a second instance, for which there is only w0, where the first layer's is.
+    planned = system(2, 1, cluster_of([1, 2]))
+    rule = {"layers": "1", "minReplicas": 2}
+    planner = MoelessPlanner(resolve(parse_policy({"rules": [rule]}), planned.model), planned)
+    plan = planner.plan(observed([[1.0], [1.0]]), plan_of(2, [{0: 1.0}], [{1: 1.0}]))
+    assert workers_of(plan) == {(0, 0): [1], (1, 0): [0, 1]}
 
 
 def test_a_policy_of_another_model_is_refused() -> None:

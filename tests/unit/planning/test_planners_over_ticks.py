@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -74,8 +74,8 @@ settings_of_policies = st.fixed_dictionaries(
 def walked(
     planner: Planner,
     planned: PlannedSystem,
-    loads: list[FloatArray],
-    uppers: list[FloatArray],
+    loads: Sequence[FloatArray],
+    uppers: Sequence[FloatArray],
     rng: np.random.Generator,
 ) -> Iterator[tuple[Observation, Plan | None, Plan]]:
     """Each tick's observation, the plan before and the plan after; some of what a plan started is still loading."""
@@ -119,14 +119,16 @@ def test_every_needed_function_has_its_least_and_none_more_than_its_most(walk: W
         assert (counts_LE[is_needed_LE | (counts_LE > 0)] >= min(chosen["minReplicas"], most)).all()
 
 
-@settings(max_examples=60, deadline=None)
-@given(walks(), settings_of_policies, st.integers(0, 8), st.integers(0, 16))
-def test_no_layer_has_more_than_its_budget_nor_all_more_than_theirs(
-    walk: Walk, chosen: dict[str, Any], layer_budget: int, budget: int
+@settings(max_examples=80, deadline=None)
+@given(st.booleans().flatmap(lambda is_tight: walks(is_tight=is_tight)), settings_of_policies, st.data())
+def test_no_worker_has_more_than_its_memory_nor_a_layer_or_the_model_than_its_budget(
+    walk: Walk, chosen: dict[str, Any], data: st.DataObject
 ) -> None:
     planned, *_ = walk
+    layer_budget, budget = data.draw(st.sampled_from([(99, 99), (3, 99), (99, 6), (0, 6), (4, 0), (5, 7)]))
     chosen = {**chosen, "scaleToZero": True, "layerMemoryBudget": layer_budget, "memoryBudget": budget}
     for _, _, plan in walked(moeless(planned, **chosen), *walk):
+        assert_whole(plan, planned.cluster, planned.model)
         assert (plan.counts_LE().sum(axis=1) <= layer_budget).all()
         assert plan.num_instances <= budget
 

@@ -84,6 +84,17 @@ def test_one_move_is_not_enough_to_change_places() -> None:
     assert layer.improved([0, 0], limits=replace(EAGER, max_moves=1)).num_moves == 0
 
 
+def test_two_move_only_where_that_gains_more_for_each_than_one_that_moves() -> None:
+    # Changing 8 for 5 would balance better than moving the 2, but takes twice the transfers.
+    layer = Layer([(0, 0), (1, 0), (2, 0), (3, 1)], [8.0, 2.0, 1.0, 5.0])
+    assert moved(layer, [0, 1], limits=replace(EAGER, max_moves=2)) == [(0, 0), (1, 1), (2, 0), (3, 1)]
+
+
+def test_what_one_leaves_another_may_take() -> None:
+    layer = Layer([(0, 0), (1, 0), (2, 1), (3, 1)], [9.0, 4.0, 7.0, 3.0])
+    assert moved(layer, [0, 0, 1]) == [(0, 2), (1, 0), (2, 1), (3, 0)]
+
+
 def test_a_replica_elsewhere_goes_where_it_can_take_more_of_the_busiest_workers_tokens() -> None:
     layer = Layer([(0, 0, 11 / 12), (0, 1, 1 / 12), (1, 1)], [12.0, 10.0])
     found = layer.improved([0, 0, 1])
@@ -167,6 +178,8 @@ def test_transfers_take_the_bytes_over_the_rate_of_the_fastest_way() -> None:
     assert (times.load_s, times.local_s, times.remote_s, times.least_s) == (10.0, 2.0, 5.0, 2.0)
     from_host = TransferTimes.of(replace(cluster, load_bytes_per_s=25.0), model_of(1, 1, expert_bytes=100))
     assert (from_host.load_s, from_host.local_s, from_host.remote_s, from_host.least_s) == (4.0, 2.0, 4.0, 2.0)
+    fast_host = TransferTimes.of(replace(cluster, load_bytes_per_s=100.0), model_of(1, 1, expert_bytes=100))
+    assert (fast_host.local_s, fast_host.remote_s, fast_host.least_s) == (1.0, 1.0, 1.0)
     remote = TransferTimes.of(replace(cluster, remote_bytes_per_s=100.0), model_of(1, 1, expert_bytes=100))
     assert remote.least_s == 1.0
 

@@ -130,6 +130,13 @@ def test_shares_stay_where_new_ones_hardly_relieve_the_busiest_worker() -> None:
     assert plan.share_N.tolist() == pytest.approx([0.48, 0.52, 1.0, 1.0])
 
 
+def test_functions_that_keep_their_instances_keep_their_shares_where_others_change() -> None:
+    before = plan_of(2, [{0: 0.45, 1: 0.55}, {0: 1.0}, {1: 1.0}], [{0: 1.0}, {0: 1.0}, {}])
+    counts, load = [[2, 1, 1], [1, 1, 1]], [[10.0, 5.4, 5.0], [1.0, 1.0, 1.0]]
+    plan = placed(counts, load, cluster_of([9, 9]), previous=before, config=replace(STILL, share_tolerance=0.05))
+    assert plan.share_N[plan.layer_N == 0].tolist() == [0.45, 0.55, 1.0, 1.0]
+
+
 def test_a_move_is_made_only_where_it_gains_more_than_the_transfer_takes() -> None:
     before = plan_of(2, [{0: 1.0}, {0: 1.0}, {1: 1.0}])
     counts, load, cluster = [[1, 1, 1]], [[6.0, 4.0, 2.0]], with_slow_links(cluster_of([3, 3]))
@@ -155,6 +162,15 @@ def test_moves_go_to_the_layers_that_need_them_most() -> None:
         previous=before, config=replace(EAGER, max_moves=2),
     )  # fmt: skip
     assert plan.layer_N[plan.started_since(before)].tolist() == [1, 2]
+
+
+def test_moves_of_all_layers_are_counted_together() -> None:
+    # Either layer is balanced by two moves.
+    before = plan_of(2, [{0: 1.0}] * 4, [{0: 1.0}] * 4)
+    plan = placed(
+        [[1] * 4] * 2, [[5.0] * 4, [9.0] * 4], cluster_of([8, 8]), previous=before, config=replace(EAGER, max_moves=3)
+    )
+    assert plan.layer_N[plan.started_since(before)].tolist() == [0, 1, 1]
 
 
 def test_moves_of_one_layer_leave_memory_for_no_more_than_there_is() -> None:

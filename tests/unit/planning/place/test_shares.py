@@ -73,8 +73,9 @@ def test_a_function_is_split_so_that_its_workers_are_equally_busy() -> None:
 
 
 def test_a_worker_that_is_busier_than_the_others_will_be_gets_nothing() -> None:
-    plan = hosts(3, [[0], [0, 1, 2]])
-    assert min_max(plan, np.array([[9.0, 10.0]]), np.ones(3)).tolist() == pytest.approx([1.0, 0.0, 0.5, 0.5])
+    plan = hosts(3, [[0], [2], [0, 1, 2]])
+    shares = min_max(plan, np.array([[9.0, 2.0, 6.0]]), np.ones(3))
+    assert shares.tolist() == pytest.approx([1.0, 1.0, 0.0, 4 / 6, 2 / 6])
 
 
 def test_a_fast_worker_gets_as_much_more() -> None:
