@@ -32,6 +32,7 @@ from moeless.planning.scale import (
     Limits,
     Stabiliser,
     fit_budgets,
+    fit_workers,
     least_replicas,
     replicas_by_benefit,
     replicas_by_cv,
@@ -228,7 +229,8 @@ class MoelessPlanner:
             wanted_LE=wanted_LE,
             budget=self._budget,
         )
-        return least_LE, counts_LE
+        counts_LE = fit_workers(counts_LE, load_LE, self._system.cluster.capacity_W(self._system.model))
+        return np.minimum(least_LE, counts_LE), counts_LE
 
     def _wanted(self, load_LE: FloatArray, limits: Limits) -> IntArray:
         num_workers = self._system.cluster.num_workers
@@ -390,6 +392,7 @@ class PaperPlanner:
         counts_LE = fit_budgets(
             np.maximum(held_LE, first_LE), limits, load_LE=load_LE, wanted_LE=wanted_LE, budget=system.capacity
         )
+        counts_LE = fit_workers(counts_LE, load_LE, system.cluster.capacity_W(system.model))
         plan = place(
             counts_LE,
             load_LE,

@@ -3,7 +3,7 @@ but where the arguments say so.
 """
 
 from moeless.planning.scale.benefit import replicas_by_benefit
-from moeless.planning.scale.budget import fit_budgets, least_replicas
+from moeless.planning.scale.budget import fit_budgets, fit_workers, least_replicas
 from moeless.planning.scale.greedy import Limits, replicas_by_cv, replicas_min_max
 from moeless.planning.scale.stabilise import Stabiliser
 
@@ -11,6 +11,7 @@ __all__ = [
     "Limits",
     "Stabiliser",
     "fit_budgets",
+    "fit_workers",
     "least_replicas",
     "replicas_by_benefit",
     "replicas_by_cv",

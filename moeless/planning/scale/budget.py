@@ -83,6 +83,29 @@ def fit_budgets(
     return fitted_LE
 
 
+def fit_workers(counts_LE: IntArray, load_LE: FloatArray, capacity_W: IntArray) -> IntArray:
+    """Take replicas away until the instances can be placed on workers of different memory.
+
+    A worker hosts a function once, so that what exceeds n instances of each function must fit all but the n workers
+    with the most memory, for every n (the theorem of Gale and Ryser). First go those whose loss raises the load per
+    replica to the least. Workers of equal memory take whatever is no more than their memory together.
+
+    Args:
+        counts_LE: at most as many of each function as there are workers, together no more than their memory.
+        capacity_W: instances that fit each worker.
+    """
+    if (capacity_W == capacity_W[0]).all():
+        return counts_LE
+    fitted_LE, num_workers = counts_LE.copy(), len(capacity_W)
+    room_W = np.concatenate(([0], np.cumsum(np.sort(capacity_W))))
+    for num in range(num_workers - 1, 0, -1):
+        surplus = int(np.maximum(fitted_LE - num, 0).sum() - room_W[num_workers - num])
+        for _ in range(surplus):
+            left_LE = np.where(fitted_LE > num, load_LE / np.maximum(fitted_LE - 1, 1), np.inf)
+            fitted_LE.ravel()[np.argmin(left_LE)] -= 1
+    return fitted_LE
+
+
 def _is_over(counts_LE: IntArray, budget_L: IntArray, budget: int) -> BoolArray:
     return np.append(counts_LE.sum(axis=1) > budget_L, counts_LE.sum() > budget)
 

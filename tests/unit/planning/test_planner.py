@@ -10,7 +10,7 @@ from moeless.core.errors import ConfigError
 from moeless.core.policy import parse_policy, resolve
 from moeless.planning.planner import MoelessPlanner, PlannedSystem, hosted_instances, merged_layers
 from tests.support.planners import moeless, observed, policy, system, ticks
-from tests.support.planning import busiest_of, cluster_of, counts_of, model_of, plan_of, workers_of
+from tests.support.planning import assert_whole, busiest_of, cluster_of, counts_of, model_of, plan_of, workers_of
 
 # What is planned for
 
@@ -321,3 +321,11 @@ def test_a_policy_of_another_model_is_refused() -> None:
         ConfigError, match="policy must be resolved for the model of 1 layers x 2 experts, got one for \\(1, 3\\)"
     ):
         MoelessPlanner(policy(model_of(1, 3)), system(1, 2, cluster_of([9])))
+
+
+def test_workers_of_different_memory_are_planned_for_as_far_as_a_function_can_be_on_each_once() -> None:
+    planned = system(1, 4, cluster_of([1, 9]))
+    plan = moeless(planned).plan(observed([[9, 8, 1, 1]]), None)
+    assert plan.counts_LE().tolist() == [[2, 1, 1, 1]]
+    least_twice = moeless(planned, minReplicas=2).plan(observed([[9, 8, 1, 1]]), None)
+    assert_whole(least_twice, planned.cluster, planned.model)

@@ -3,13 +3,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from moeless.core.cluster import ModelShape
 from moeless.core.policy import UNLIMITED, ResolvedPolicy, parse_policy, resolve
 from moeless.planning.observation import Observation
-from moeless.planning.scale import Limits, fit_budgets, least_replicas
+from moeless.planning.scale import Limits, fit_budgets, fit_workers, least_replicas
+from tests.support.planning import fits
 
 
 def policy(num_layers: int, num_experts: int, **defaults: Any) -> ResolvedPolicy:
@@ -116,3 +117,26 @@ def test_least_counts_are_within_every_budget(seed: int) -> None:
     assert ((counts_LE == 0) | (load_LE > 0) | (observation.last_used_s_LE >= 70)).all()
     if 2 * np.count_nonzero(load_LE) <= budget and (2 * np.count_nonzero(load_LE, axis=1) <= layer_budget).all():
         assert (counts_LE[load_LE > 0] >= 1).all()
+
+
+def test_a_worker_with_much_memory_hosts_a_function_once_all_the_same() -> None:
+    load_LE = np.array([[9.0, 8.0, 1.0, 1.0]])
+    assert fit_workers(np.array([[2, 2, 1, 1]]), load_LE, np.array([1, 9])).tolist() == [[2, 1, 1, 1]]
+    assert fit_workers(np.array([[2, 2, 1, 1]]), load_LE, np.array([5, 5])).tolist() == [[2, 2, 1, 1]]
+
+
+@given(
+    counts=st.lists(st.integers(0, 4), min_size=1, max_size=8),
+    capacity=st.lists(st.integers(0, 9), min_size=4, max_size=4),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_what_is_left_can_be_placed_and_nothing_goes_that_could(
+    counts: list[int], capacity: list[int], seed: int
+) -> None:
+    counts_LE, capacity_W = np.array([counts]), np.array(capacity)
+    assume(counts_LE.sum() <= capacity_W.sum())
+    fitted_LE = fit_workers(counts_LE, np.random.default_rng(seed).random(counts_LE.shape), capacity_W)
+    assert (fitted_LE <= counts_LE).all()
+    assert fits(fitted_LE, capacity_W)
+    assert ((fitted_LE == 0) == (counts_LE == 0)).all()
+    assert not fits(counts_LE, capacity_W) or (fitted_LE == counts_LE).all()
