@@ -106,12 +106,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--arrivals", type=Path, help="conversation arrivals, for the paper's setting")
     parser.add_argument("--requests", type=int, default=400, help="of each scenario")
     parser.add_argument("--only", nargs="*", choices=("gpt-oss", "deepseek", "large", "paper"), default=None)
+    parser.add_argument("--levels", nargs="*", choices=list(LEVELS), default=None, help="loads; default: all")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true", help="few requests, one load, the two smaller models")
     arguments = parser.parse_args(argv)
     num_requests = 60 if arguments.quick else arguments.requests
     wanted = arguments.only or (("gpt-oss", "paper") if arguments.quick else ("gpt-oss", "deepseek", "large", "paper"))
-    levels = {"middle": LEVELS["middle"]} if arguments.quick else LEVELS
+    chosen = arguments.levels or (["middle"] if arguments.quick else list(LEVELS))
+    levels = {level: LEVELS[level] for level in chosen}
     rows: list[Row] = []
     makers = {
         "gpt-oss": lambda: recorded("gpt-oss-20b", "a6000-gpt-oss-20b", arguments.gpt_oss),
