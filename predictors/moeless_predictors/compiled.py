@@ -2,7 +2,7 @@
 
 Some things have to be done between two layers of a step, or for every layer of a model within a tick, and go over
 short arrays one element after the other: looking a token up in its sequence's past, filling workers, searching for
-moves. As numpy calls they take ten to fifty times as long, most of it in the calls. moeless.planning uses this, too.
+moves. As numpy calls most of their time is that of the calls. moeless.planning uses this, too.
 
 Compiled code is kept beside the source or, where that cannot be written to, in the user's cache folder (numba's
 NUMBA_CACHE_DIR); where neither can be, it is compiled at every start.

@@ -32,7 +32,7 @@ class HistoryPredictor(LoadPredictor):
 
     Args:
         hidden_units: U; None takes as many as make some 110,000 weights, at least 96: the cost of a prediction is in
-            proportion to the weights, and 32 tokens are to take no more than 0.1 ms.
+            proportion to the weights, which come from memory each time.
         epochs: passes over the tokens; more where they are few, see min_steps.
         min_steps: steps of Adam that are taken at least, up to five times the epochs.
         learning_rate: Adam's.

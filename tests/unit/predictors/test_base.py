@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from moeless_predictors.base import FloatArray, as_routing, capped_to_sum, one_hot, top_k_of
+from moeless_predictors.base import FloatArray, as_routing, capped_to_sum, num_found, one_hot, top_k_of
 from moeless_predictors.popularity import PopularityPredictor
 
 scores = hnp.arrays(
@@ -52,6 +52,17 @@ def test_the_top_k_are_distinct_and_no_other_scores_higher(scores_nE: FloatArray
         assert len(set(top.tolist())) == top_k
         others = np.delete(scores_E, top)
         assert others.size == 0 or scores_E[top].min() >= others.max()
+
+
+@given(scores_nE=scores, data=st.data())
+def test_found_experts_are_those_among_the_top_k(scores_nE: FloatArray, data: st.DataObject) -> None:
+    num_tokens, num_experts = scores_nE.shape
+    top_k = data.draw(st.integers(1, num_experts))
+    orders = st.permutations(range(num_experts))
+    experts_nk = np.array([data.draw(orders)[:top_k] for _ in range(num_tokens)])
+    predicted = top_k_of(scores_nE, top_k).tolist()
+    found = [set(top) & set(true) for top, true in zip(predicted, experts_nk.tolist(), strict=True)]
+    assert num_found(scores_nE, experts_nk) == sum(map(len, found))
 
 
 def test_of_equal_scores_the_lower_index_comes_first() -> None:
