@@ -215,6 +215,9 @@ class _ServeAnswer:
         frame: bytes = self._response.result(timeout_s=timeout_s)
         return frame
 
+    def cancel(self) -> None:
+        self._response.cancel()
+
 
 @contextmanager
 def _open_serve() -> Iterator[list[Any]]:

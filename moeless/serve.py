@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.config import AutoscalingConfig, HTTPOptions, ProxyLocation
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
@@ -32,6 +34,8 @@ _FUNCTION_CLASS = "moeless.deployments.worker:FunctionDeployment"
 _MANY_CALLS = 100_000
 """Calls that an engine or gateway may have under way: admission is the engine's own queue, not Serve's."""
 _LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
+_PROXY_READY_S = 20
+"""Serve's HTTP proxy is killed after three times this long. Its own 5 s are too few for two cores that are busy."""
 _CPU_SHARE = 0.001
 """CPUs that a deployment books with Ray. Threads are shared out by ServeSettings; booking whole CPUs would keep a
 small machine from running the parts side by side."""
@@ -180,7 +184,7 @@ def running(
             on_phase("starting engine, workers and gateway")
             is_deployed = True
             serve.run(build_application(manifest, settings), name=settings.app_name, route_prefix=settings.route_prefix)
-        except (RuntimeError, TimeoutError) as error:
+        except (RuntimeError, TimeoutError, RayError) as error:
             raise MoelessError(f"the application did not start: {error}") from error
         yield serve.get_deployment_handle(ENGINE, app_name=settings.app_name)
     finally:
@@ -203,6 +207,8 @@ def _check_port(settings: ServeSettings) -> None:
 
 
 def _start_ray(address: str | None) -> None:
+    if address is None:  # Ray's processes take it from this one's
+        os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", str(_PROXY_READY_S))
     ray.init(
         address=address or "local",
         include_dashboard=False if address is None else None,

@@ -5,18 +5,26 @@ before it sends any, so it can even out the workers with the replicas that the p
 a call of an expert takes the same time whatever they are, for its weights are read once: then a function is not split,
 only the less busy of its workers is taken. Above it, its tokens are shared.
 
-Called by dispatch for each layer and by the simulator, with the same numbers. Plain numbers, for a layer has few
-functions with replicas and numpy's calls would take longer.
+Called by dispatch for each layer and by the simulator for all layers of a step, with the same numbers. The loops are
+compiled: they lie between two layers of a step.
 
-Shapes: E experts, W workers, R replicas of a function.
+Shapes: L layers, E experts, W workers, F functions that have replicas, N instances of these.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
-from moeless.core.errors import ConfigError
+import numpy as np
+from numpy.typing import NDArray
+
+from moeless.core.call_cost import CallCost
+from moeless_predictors.compiled import compiled
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
 
 _ENOUGH = 1.02
 """Of the mean worker's time: nothing is moved to get the busiest one below."""
@@ -26,39 +34,39 @@ _MOST_ROUNDS = 24
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CallCost:
-    """What a call of an expert costs a worker, in the time of computing one more token:
-    `call_tokens` + max(tokens, `floor_tokens`) + tokens × `link_tokens`."""
+class Replicas:
+    """The functions that have more than one instance, in the order of their layers."""
 
-    call_tokens: float = 0.0
-    """Of the call itself."""
-    floor_tokens: float = 0.0
-    """As many tokens as take as long as reading the expert's weights."""
-    link_tokens: float = 0.0
-    """Of sending a token to the worker and its answer back, over the worker's link."""
+    function_L: IntArray
+    """Number of each layer's first function, and at last that of all functions; shape (L + 1)."""
+    instance_F: IntArray
+    """Number of each function's first instance, and at last that of all instances; shape (F + 1)."""
+    worker_N: IntArray
+    """Of each instance; different ones for a function."""
+    share_N: FloatArray
+    """Of its function's tokens, by the plan; they sum to 1 for a function."""
 
-    def __post_init__(self) -> None:
-        for name in ("call_tokens", "floor_tokens", "link_tokens"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ConfigError(f"call_cost.{name} must be at least 0 and finite, got {getattr(self, name)}")
-
-    def __call__(self, tokens: float) -> float:
-        """0 without tokens."""
-        if not tokens:
-            return 0.0
-        return self.call_tokens + max(tokens, self.floor_tokens) + tokens * self.link_tokens
+    @classmethod
+    def of_one_layer(cls, workers_F: Sequence[Sequence[int]], shares_F: Sequence[Sequence[float]]) -> Replicas:
+        """Of a layer's functions: the workers of each, and as many shares."""
+        sizes = [len(workers) for workers in workers_F]
+        return cls(
+            function_L=np.array([0, len(sizes)]),
+            instance_F=np.concatenate(([0], np.cumsum(sizes, dtype=np.int64))),
+            worker_N=np.array([worker for workers in workers_F for worker in workers], dtype=np.int64),
+            share_N=np.array([share for shares in shares_F for share in shares], dtype=np.float64),
+        )
 
 
 def balanced_split(
-    tokens_F: Sequence[int],
-    workers_F: Sequence[Sequence[int]],
-    shares_F: Sequence[Sequence[float]],
-    busy_W: list[float],
+    tokens_F: IntArray,
+    replicas: Replicas,
+    busy_LW: FloatArray,
     cost: CallCost,
     *,
-    speed_W: Sequence[float] | None = None,
-) -> list[list[int]]:
-    """Share out one layer's tokens of the functions F that have replicas, so that the busiest worker is done early.
+    speed_W: FloatArray | None = None,
+) -> IntArray:
+    """Share out the tokens of functions that have replicas, so that each layer's busiest worker is done early.
 
     A function of many tokens starts with the plan's shares, which fit the load that was forecast; one of few goes whole
     to the least busy of its workers, the largest first. Then, some rounds long and as long as it helps, one of the
@@ -67,170 +75,283 @@ def balanced_split(
 
     Args:
         tokens_F: of each function.
-        workers_F: numbers of the workers of each function's instances, different ones.
-        shares_F: of each function's tokens, by the plan, in the same order; they sum to 1.
-        busy_W: what the other functions cost each worker; what is shared out is added to it.
+        busy_LW: what the other functions cost each worker; what is shared out is added to it.
         speed_W: of the workers; default: all 1.
-    Returns: for each function the tokens of each of its workers, in the order of `workers_F`; they sum to its tokens.
+    Returns: the tokens of each instance, shape (N); they sum to those of its function.
     """
-    speeds = [1.0] * len(busy_W) if speed_W is None else speed_W
-    call, floor, link = cost.call_tokens, cost.floor_tokens, cost.link_tokens
-    most_whole = max(1, 2 * floor)
-    split = [[0] * len(workers) for workers in workers_F]
-    whole: list[tuple[float, int, int]] = []
-    for function, tokens in enumerate(tokens_F):
+    split_N = np.zeros(len(replicas.worker_N), dtype=np.int64)
+    speeds = np.ones(busy_LW.shape[1]) if speed_W is None else speed_W
+    _split_layers(
+        tokens_F,
+        replicas.function_L,
+        replicas.instance_F,
+        replicas.worker_N,
+        replicas.share_N,
+        busy_LW,
+        speeds,
+        (cost.call_tokens, cost.floor_tokens, cost.link_tokens),
+        split_N,
+    )
+    return split_N
+
+
+@cache
+def warm_up() -> None:
+    """Compile the loops, or load them, once in a process: seconds that no step should wait for."""
+    replicas = Replicas.of_one_layer([[0, 1]], [[0.5, 0.5]])
+    balanced_split(np.array([4]), replicas, np.array([[9.0, 0.0]]), CallCost())
+
+
+@compiled
+def _split_layers(
+    tokens_F: IntArray,
+    function_L: IntArray,
+    instance_F: IntArray,
+    worker_N: IntArray,
+    share_N: FloatArray,
+    busy_LW: FloatArray,
+    speed_W: FloatArray,
+    cost: tuple[float, float, float],
+    split_N: IntArray,
+) -> None:
+    sum_speed = speed_W.sum()
+    for layer in range(len(function_L) - 1):
+        first, last = function_L[layer], function_L[layer + 1]
+        if first == last:
+            continue
+        busy_W = busy_LW[layer]
+        _begin(tokens_F, first, last, instance_F, worker_N, share_N, busy_W, speed_W, cost, split_N)
+        total = 0.0
+        for worker in range(len(busy_W)):
+            total += busy_W[worker] * speed_W[worker]
+        enough = _ENOUGH * total / sum_speed
+        _move_on(first, last, instance_F, worker_N, busy_W, speed_W, cost, split_N, enough)
+
+
+@compiled
+def _seconds(tokens: int, cost: tuple[float, float, float]) -> float:
+    """As CallCost."""
+    if tokens == 0:
+        return 0.0
+    return cost[0] + max(float(tokens), cost[1]) + tokens * cost[2]
+
+
+@compiled
+def _begin(
+    tokens_F: IntArray,
+    first: int,
+    last: int,
+    instance_F: IntArray,
+    worker_N: IntArray,
+    share_N: FloatArray,
+    busy_W: FloatArray,
+    speed_W: FloatArray,
+    cost: tuple[float, float, float],
+    split_N: IntArray,
+) -> None:
+    """Large functions by their shares, then the others whole: the largest first, of equals the one of fewer workers."""
+    most_whole = max(1.0, 2 * cost[1])
+    whole = np.empty(last - first, dtype=np.int64)
+    num_whole = 0
+    for function in range(first, last):
+        tokens = tokens_F[function]
         if tokens > most_whole:
-            split[function] = parts = _by_shares(tokens, shares_F[function])
-            for worker, part in zip(workers_F[function], parts, strict=True):
-                busy_W[worker] += cost(part) / speeds[worker]
-        elif tokens:
-            added = call + (tokens if tokens > floor else floor) + tokens * link
-            whole.append((-added, len(workers_F[function]), function))
-    whole.sort()
-    for less, num_workers, function in whole:
-        workers = workers_F[function]
-        if num_workers == 2 and speed_W is None:
-            first, second = workers
-            least = 0 if busy_W[first] <= busy_W[second] else 1
-        else:
-            ends = [busy_W[worker] - less / speeds[worker] for worker in workers]
-            least = ends.index(min(ends))
-        split[function][least] = tokens_F[function]
-        worker = workers[least]
-        busy_W[worker] -= less / speeds[worker]
-    if speed_W is None:
-        mean = sum(busy_W) / len(busy_W)
-    else:
-        mean = sum([busy * speed for busy, speed in zip(busy_W, speeds, strict=True)]) / sum(speeds)
-    if max(busy_W) > _ENOUGH * mean:
-        _move_on(split, workers_F, busy_W, cost, speeds, enough=_ENOUGH * mean)
-    return split
+            begin, end = instance_F[function], instance_F[function + 1]
+            largest, left = begin, tokens
+            for instance in range(begin, end):
+                split_N[instance] = int(tokens * share_N[instance])
+                left -= split_N[instance]
+                if share_N[instance] > share_N[largest]:
+                    largest = instance
+            split_N[largest] += left
+            for instance in range(begin, end):
+                worker = worker_N[instance]
+                busy_W[worker] += _seconds(split_N[instance], cost) / speed_W[worker]
+        elif tokens > 0:
+            whole[num_whole] = function
+            num_whole += 1
+    for index in range(1, num_whole):  # few: sorted by insertion
+        function = whole[index]
+        place = index
+        while place > 0 and _is_before(function, whole[place - 1], tokens_F, instance_F, cost):
+            whole[place] = whole[place - 1]
+            place -= 1
+        whole[place] = function
+    for function in whole[:num_whole]:
+        added = _seconds(tokens_F[function], cost)
+        best, best_end = -1, np.inf
+        for instance in range(instance_F[function], instance_F[function + 1]):
+            end = busy_W[worker_N[instance]] + added / speed_W[worker_N[instance]]
+            if end < best_end:
+                best, best_end = instance, end
+        split_N[best] = tokens_F[function]
+        busy_W[worker_N[best]] = best_end
 
 
-def _by_shares(tokens: int, shares: Sequence[float]) -> list[int]:
-    """Whole tokens, those that are left over to the largest share."""
-    parts = [int(tokens * share) for share in shares]
-    parts[max(range(len(parts)), key=shares.__getitem__)] += tokens - sum(parts)
-    return parts
+@compiled
+def _is_before(
+    function: int, other: int, tokens_F: IntArray, instance_F: IntArray, cost: tuple[float, float, float]
+) -> bool:
+    mine, its = _seconds(tokens_F[function], cost), _seconds(tokens_F[other], cost)
+    if mine != its:
+        return mine > its
+    return instance_F[function + 1] - instance_F[function] < instance_F[other + 1] - instance_F[other]
 
 
+@compiled
 def _move_on(
-    split: list[list[int]],
-    workers_F: Sequence[Sequence[int]],
-    busy_W: list[float],
-    cost: CallCost,
-    speeds: Sequence[float],
-    *,
+    first: int,
+    last: int,
+    instance_F: IntArray,
+    worker_N: IntArray,
+    busy_W: FloatArray,
+    speed_W: FloatArray,
+    cost: tuple[float, float, float],
+    split_N: IntArray,
     enough: float,
 ) -> None:
     """Take calls or parts of them off the busiest worker while whoever takes over is less busy for it."""
-    least_call = cost(1)
+    least_call = _seconds(1, cost)
     for _ in range(_MOST_ROUNDS):
-        high = max(busy_W)
+        busiest = int(np.argmax(busy_W))
+        high = busy_W[busiest]
         if high <= enough:
             return
-        busiest = busy_W.index(high)
-        best_end, best = high * (1 - _LEAST_GAIN), (-1, -1, -1, 0)
-        for function, workers in enumerate(workers_F):
-            if busiest not in workers:
+        best_end, best_origin, best_target, best_moved = high * (1 - _LEAST_GAIN), -1, -1, 0
+        for function in range(first, last):
+            begin, end = instance_F[function], instance_F[function + 1]
+            origin = -1
+            for instance in range(begin, end):
+                if worker_N[instance] == busiest and split_N[instance] > 0:
+                    origin = instance
+            if origin < 0:
                 continue
-            origin = workers.index(busiest)
-            tokens = split[function][origin]
-            if not tokens:
-                continue
-            for target, worker in enumerate(workers):
-                held = split[function][target]
-                if busy_W[worker] + (0.0 if held else least_call / speeds[worker]) >= best_end:
+            tokens = split_N[origin]
+            for target in range(begin, end):
+                worker, held = worker_N[target], split_N[target]
+                before = 0.0 if held else least_call / speed_W[worker]
+                if target == origin or busy_W[worker] + before >= best_end:
                     continue
-                for moved in _amounts(tokens, held, high - busy_W[worker], cost, speeds[busiest], speeds[worker]):
-                    left = high - (cost(tokens) - cost(tokens - moved)) / speeds[busiest]
-                    end = max(left, busy_W[worker] + (cost(held + moved) - cost(held)) / speeds[worker])
-                    if end < best_end:
-                        best_end, best = end, (function, origin, target, moved)
-        function, origin, target, moved = best
-        if function < 0:
-            if not _pass_along(split, workers_F, busy_W, cost, speeds, busiest):
+                part = _part(tokens, held, high - busy_W[worker], cost, speed_W[busiest], speed_W[worker])
+                for moved in (tokens, part):
+                    left = high - (_seconds(tokens, cost) - _seconds(tokens - moved, cost)) / speed_W[busiest]
+                    added = _seconds(held + moved, cost) - _seconds(held, cost)
+                    later = max(left, busy_W[worker] + added / speed_W[worker])
+                    if later < best_end:
+                        best_end, best_origin, best_target, best_moved = later, origin, target, moved
+        if best_origin < 0:
+            if not _pass_along(first, last, instance_F, worker_N, busy_W, speed_W, cost, split_N, busiest):
                 return
             continue
-        tokens, held = split[function][origin], split[function][target]
-        worker = workers_F[function][target]
-        busy_W[busiest] -= (cost(tokens) - cost(tokens - moved)) / speeds[busiest]
-        busy_W[worker] += (cost(held + moved) - cost(held)) / speeds[worker]
-        split[function][origin], split[function][target] = tokens - moved, held + moved
+        tokens, held, worker = split_N[best_origin], split_N[best_target], worker_N[best_target]
+        busy_W[busiest] -= (_seconds(tokens, cost) - _seconds(tokens - best_moved, cost)) / speed_W[busiest]
+        busy_W[worker] += (_seconds(held + best_moved, cost) - _seconds(held, cost)) / speed_W[worker]
+        split_N[best_origin] -= best_moved
+        split_N[best_target] += best_moved
 
 
+@compiled
+def _part(
+    tokens: int, held: int, gap: float, cost: tuple[float, float, float], from_speed: float, to_speed: float
+) -> int:
+    """How many of a call's tokens to move so that both workers are then done at the same time; all of them where a part
+    takes as long to read as the whole."""
+    call, floor, link = cost
+    if tokens <= floor:
+        return tokens
+    token = 1 + link
+    new = 0.0 if held else call / to_speed
+    part = int((gap - new) / (token / from_speed + token / to_speed))
+    if part < 1 or part >= tokens or held + part < floor:
+        return tokens
+    return part
+
+
+@compiled
 def _pass_along(
-    split: list[list[int]],
-    workers_F: Sequence[Sequence[int]],
-    busy_W: list[float],
-    cost: CallCost,
-    speeds: Sequence[float],
+    first: int,
+    last: int,
+    instance_F: IntArray,
+    worker_N: IntArray,
+    busy_W: FloatArray,
+    speed_W: FloatArray,
+    cost: tuple[float, float, float],
+    split_N: IntArray,
     busiest: int,
 ) -> bool:
     """Move a call off the busiest worker to one that passes on another, and so on to one with room (an augmenting path,
     found breadth first). Returns whether there is one that leaves all workers less busy than the busiest was."""
     enough = busy_W[busiest] * (1 - _LEAST_GAIN)
-    came_from: dict[int, tuple[int, int, int, int]] = {busiest: (-1, -1, -1, -1)}
-    queue = [busiest]
-    for worker in queue:
-        for function, workers in enumerate(workers_F):
-            if worker not in workers:
-                continue
-            origin = workers.index(worker)
-            tokens = split[function][origin]
-            if not tokens or sum(map(bool, split[function])) > 1:
+    num_workers = len(busy_W)
+    came_from_W = np.full(num_workers, -1)  # the worker before it on the path
+    origin_W, target_W = np.empty(num_workers, dtype=np.int64), np.empty(num_workers, dtype=np.int64)
+    queue, num_queued = np.empty(num_workers, dtype=np.int64), 1
+    queue[0] = busiest
+    came_from_W[busiest] = busiest
+    done = 0
+    while done < num_queued:
+        worker = queue[done]
+        done += 1
+        for function in range(first, last):
+            begin, end = instance_F[function], instance_F[function + 1]
+            origin, num_parts = -1, 0
+            for instance in range(begin, end):
+                if split_N[instance] > 0:
+                    num_parts += 1
+                    if worker_N[instance] == worker:
+                        origin = instance
+            if origin < 0 or num_parts > 1:
                 continue  # those that are split have been levelled already
-            for target, receiver in enumerate(workers):
-                if receiver in came_from:
+            for target in range(begin, end):
+                receiver = worker_N[target]
+                if came_from_W[receiver] >= 0:
                     continue
-                came_from[receiver] = (worker, function, origin, target)
-                if busy_W[receiver] + cost(tokens) / speeds[receiver] < enough:
-                    if _apply_path(split, busy_W, cost, speeds, came_from, receiver, enough):
+                came_from_W[receiver], origin_W[receiver], target_W[receiver] = worker, origin, target
+                if busy_W[receiver] + _seconds(split_N[origin], cost) / speed_W[receiver] < enough:
+                    if _apply_path(
+                        busy_W, speed_W, cost, split_N, came_from_W, origin_W, target_W, busiest, receiver, enough
+                    ):
                         return True
-                    del came_from[receiver]
+                    came_from_W[receiver] = -1
                 else:
-                    queue.append(receiver)
+                    queue[num_queued] = receiver
+                    num_queued += 1
     return False
 
 
+@compiled
 def _apply_path(
-    split: list[list[int]],
-    busy_W: list[float],
-    cost: CallCost,
-    speeds: Sequence[float],
-    came_from: dict[int, tuple[int, int, int, int]],
-    last: int,
+    busy_W: FloatArray,
+    speed_W: FloatArray,
+    cost: tuple[float, float, float],
+    split_N: IntArray,
+    came_from_W: IntArray,
+    origin_W: IntArray,
+    target_W: IntArray,
+    busiest: int,
+    final: int,
     enough: float,
 ) -> bool:
-    """Make the moves that lead to `last`, unless one of the workers between is then as busy as the busiest."""
-    path = []
-    receiver = last
-    while came_from[receiver][0] >= 0:
-        worker, function, origin, target = came_from[receiver]
-        path.append((worker, receiver, function, origin, target))
+    """Make the moves that lead to `final`, unless one of the workers between is then as busy as the busiest."""
+    after_W = busy_W.copy()
+    receiver = final
+    while receiver != busiest:
+        worker = came_from_W[receiver]
+        added = _seconds(split_N[origin_W[receiver]], cost)
+        after_W[worker] -= added / speed_W[worker]
+        after_W[receiver] += added / speed_W[receiver]
         receiver = worker
-    after = {worker: busy_W[worker] for worker, *_ in path} | {last: busy_W[last]}
-    for worker, receiver, function, origin, _ in path:
-        added = cost(split[function][origin])
-        after[worker] -= added / speeds[worker]
-        after[receiver] += added / speeds[receiver]
-    if max(after.values()) >= enough:
-        return False
-    for worker, busy in after.items():
-        busy_W[worker] = busy
-    for _, _, function, origin, target in path:
-        split[function][target], split[function][origin] = split[function][origin], 0
+    receiver = final
+    while True:
+        if after_W[receiver] >= enough:
+            return False
+        if receiver == busiest:
+            break
+        receiver = came_from_W[receiver]
+    busy_W[:] = after_W
+    receiver = final
+    while receiver != busiest:
+        origin, target = origin_W[receiver], target_W[receiver]
+        split_N[target], split_N[origin] = split_N[origin], 0
+        receiver = came_from_W[receiver]
     return True
-
-
-def _amounts(tokens: int, held: int, gap: float, cost: CallCost, from_speed: float, to_speed: float) -> tuple[int, ...]:
-    """How many of a call's tokens to move: all, or so many that both workers are then done at the same time."""
-    floor = cost.floor_tokens
-    if tokens <= floor:
-        return (tokens,)
-    token = 1 + cost.link_tokens
-    new = cost.call_tokens / to_speed if not held else 0.0
-    part = int((gap - new) / (token / from_speed + token / to_speed))
-    if part < 1 or part >= tokens or held + part < floor:
-        return (tokens,)
-    return tokens, part

@@ -53,6 +53,10 @@ class WorkerTimeoutError(TransportError):
     """A worker did not answer within its deadline."""
 
 
+class WorkerStartingError(TransportError):
+    """A worker has not answered yet because it starts, or hangs; it was asked already and is not asked again."""
+
+
 class HandshakeError(TransportError):
     """The peer did not show the run's token, or speaks another version of the protocol."""
 

@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from moeless.core.balancing import CallCost
+from moeless.core.call_cost import CallCost
 from moeless.core.errors import ConfigError
 from moeless.core.expert import FunctionId
 from moeless.core.routing_table import InstanceShare, RoutingTable

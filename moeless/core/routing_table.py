@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from moeless.core.balancing import CallCost
+from moeless.core.call_cost import CallCost
 from moeless.core.errors import ConfigError
 from moeless.core.expert import FunctionId
 

@@ -53,8 +53,8 @@ logger = logging.getLogger(__name__)
 _ENDPOINT_TIMEOUT_S = 10.0
 _GATEWAY_SILENCE_S = 30.0
 """A gateway that has not asked for the engine's pulse (each second) for this long is gone; its requests end."""
-_FUNCTION_CALL_TIMEOUT_S = 60.0
-"""`isolation: function` waits for a function that starts from zero: about 3 s on a warm node."""
+_FUNCTION_CALL_TIMEOUT_S = 2.0
+"""`isolation: function` takes the engine's own copy after this long, until the function answers again."""
 
 _KV_MEMORY_SHARE = 0.8
 """Of the GPU memory that is free once the backbone is loaded, times the engine's share of the GPU."""
@@ -97,7 +97,9 @@ class EngineDeployment:
         if by_call:
             self._dispatcher.set_channels(
                 {
-                    name: CallChannel(partial(_call_function, handle), max_rows=MAX_ROWS)
+                    name: CallChannel(
+                        partial(_call_function, handle), max_rows=MAX_ROWS, idle_s=settings.function_idle_s
+                    )
                     for name, handle in workers.items()
                 }
             )
@@ -142,9 +144,12 @@ class EngineDeployment:
 
     def _connectors(self, dtype: torch.dtype) -> dict[str, Callable[[], Channel]]:
         def open_line(handle: DeploymentHandle[Any]) -> Channel:
-            endpoint = msgspec.json.decode(
-                _ServeCall(handle.endpoint.remote()).result(_ENDPOINT_TIMEOUT_S), type=WorkerEndpoint
-            )
+            asked = _ServeCall(handle.endpoint.remote())
+            try:
+                endpoint = msgspec.json.decode(asked.result(_ENDPOINT_TIMEOUT_S), type=WorkerEndpoint)
+            except WorkerTimeoutError:
+                asked.cancel()
+                raise
             return connect(
                 endpoint,
                 token=self._settings.token,
@@ -282,10 +287,12 @@ class _ServeCall:
         try:
             return bytes(self._response.result(timeout_s=timeout_s))
         except TimeoutError as error:
-            self._response.cancel()
             raise WorkerTimeoutError(f"no answer within {timeout_s:g} s") from error
         except (RayError, RayServeException) as error:
             raise TransportError(f"call failed: {type(error).__name__}: {error}") from error
+
+    def cancel(self) -> None:
+        self._response.cancel()
 
 
 def _engine_capacity_bytes(packed: PackedModel, settings: ServeSettings, dtype: torch.dtype) -> int | None:

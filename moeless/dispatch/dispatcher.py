@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from moeless.core.errors import FunctionUnavailableError, TransportError
+from moeless.core.errors import FunctionUnavailableError, TransportError, WorkerStartingError
 from moeless.core.expert import FunctionId
 from moeless.core.routing_table import LOCAL_WORKER, RoutingTable
 from moeless.dispatch.channel import Channel
@@ -255,7 +255,7 @@ class Dispatcher:
                 )
             )
         except TransportError as error:
-            logger.warning("call failed worker=%s layer=%d reason=%s", worker, routing.layer, error)
+            _log_failure(error, worker, routing.layer)
             return None
         return channel
 
@@ -272,7 +272,7 @@ class Dispatcher:
         try:
             partial_RH = channel.collect(self._config.timeout_s(len(group.tokens_R)))
         except TransportError as error:
-            logger.warning("call failed worker=%s layer=%d reason=%s", worker, routing.layer, error)
+            _log_failure(error, worker, routing.layer)
             routing.dead.add(group.worker)
             failed.append(group)
             return
@@ -312,6 +312,12 @@ class Dispatcher:
             raise FunctionUnavailableError(f"no instance could compute {names}: {error}") from error
         self.metrics.count_local(LOCAL_WORKER, len(group.experts_n))
         return partial_RH
+
+
+def _log_failure(error: TransportError, worker: str, layer: int) -> None:
+    """A worker that starts fails every call until it has: that is no news."""
+    level = logging.DEBUG if isinstance(error, WorkerStartingError) else logging.WARNING
+    logger.log(level, "call failed worker=%s layer=%d reason=%s", worker, layer, error)
 
 
 def _float_array(tensor: torch.Tensor) -> FloatArray:

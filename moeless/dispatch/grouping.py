@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from moeless.core.balancing import CallCost, balanced_split
+from moeless.core.balancing import Replicas, balanced_split, warm_up
+from moeless.core.call_cost import CallCost
 from moeless.core.expert import FunctionId
 from moeless.core.routing_table import LOCAL_WORKER, RoutingTable
 
@@ -32,6 +33,8 @@ class CompiledLayer:
     """Only experts with replicas: their workers and the cumulative shares."""
     step_cost: CallCost | None = None
     """As of the table."""
+    replicas_F: Replicas | None = None
+    """Of the experts in `shares_of`, in its order; only with a step cost."""
 
     def replicas(self, expert: int) -> IntArray:
         """Numbers of the workers that hold an instance of `expert`."""
@@ -81,7 +84,20 @@ def compile_layer(
                 np.cumsum(shares / shares.sum()),
             )
     worker_of_E = np.array([number[kept[expert][0][0]] for expert in range(num_experts)], dtype=np.int64)
-    return CompiledLayer(workers=workers, worker_of_E=worker_of_E, shares_of=shares_of, step_cost=table.step_cost)
+    replicas = None
+    if table.step_cost is not None and shares_of:
+        warm_up()
+        replicas = Replicas.of_one_layer(
+            [replicas.tolist() for replicas, _ in shares_of.values()],
+            [np.diff(cumulative, prepend=0.0).tolist() for _, cumulative in shares_of.values()],
+        )
+    return CompiledLayer(
+        workers=workers,
+        worker_of_E=worker_of_E,
+        shares_of=shares_of,
+        step_cost=table.step_cost,
+        replicas_F=replicas,
+    )
 
 
 def group_by_worker(compiled: CompiledLayer, experts_Tk: IntArray, *, step: int) -> list[WorkerGroup]:
@@ -97,8 +113,8 @@ def group_by_worker(compiled: CompiledLayer, experts_Tk: IntArray, *, step: int)
     workers_n = compiled.worker_of_E[experts_n]
     if compiled.step_cost is None:
         _take_turns(compiled, experts_n, workers_n, step)
-    elif compiled.shares_of:
-        _even_out(compiled, experts_n, workers_n, compiled.step_cost)
+    elif compiled.replicas_F is not None:
+        _even_out(compiled, compiled.replicas_F, experts_n, workers_n, compiled.step_cost)
     order_n = np.argsort(workers_n * len(compiled.worker_of_E) + experts_n, kind="stable")
     sorted_workers = workers_n[order_n]
     starts = np.searchsorted(sorted_workers, np.arange(len(compiled.workers) + 1))
@@ -122,27 +138,25 @@ def _take_turns(compiled: CompiledLayer, experts_n: IntArray, workers_n: IntArra
             workers_n[positions] = replicas[chosen]
 
 
-def _even_out(compiled: CompiledLayer, experts_n: IntArray, workers_n: IntArray, cost: CallCost) -> None:
+def _even_out(
+    compiled: CompiledLayer, replicas: Replicas, experts_n: IntArray, workers_n: IntArray, cost: CallCost
+) -> None:
     """Give the pairs of experts with replicas to these so that the busiest worker is done early."""
     counts_E = np.bincount(experts_n, minlength=len(compiled.worker_of_E))
+    functions = np.fromiter(compiled.shares_of, dtype=np.int64)
     alone_E = counts_E.copy()
-    functions = [expert for expert in compiled.shares_of if counts_E[expert]]
     alone_E[functions] = 0
     cost_E = np.where(
         alone_E > 0,
         cost.call_tokens + np.maximum(alone_E, cost.floor_tokens) + alone_E * cost.link_tokens,
         0.0,
     )
-    busy_W = np.bincount(compiled.worker_of_E, weights=cost_E, minlength=len(compiled.workers))
-    split = balanced_split(
-        counts_E[functions].tolist(),
-        [compiled.shares_of[expert][0].tolist() for expert in functions],
-        [np.diff(compiled.shares_of[expert][1], prepend=0.0).tolist() for expert in functions],
-        busy_W.tolist(),
-        cost,
-    )
-    for expert, tokens in zip(functions, split, strict=True):
-        workers_n[experts_n == expert] = np.repeat(compiled.shares_of[expert][0], tokens)
+    busy_W = np.bincount(compiled.worker_of_E, weights=cost_E, minlength=len(compiled.workers)).astype(np.float64)
+    split_N = balanced_split(counts_E[functions], replicas, busy_W[np.newaxis], cost)
+    for number, expert in enumerate(functions.tolist()):
+        if counts_E[expert]:
+            held = slice(replicas.instance_F[number], replicas.instance_F[number + 1])
+            workers_n[experts_n == expert] = np.repeat(replicas.worker_N[held], split_N[held])
 
 
 def regroup_elsewhere(

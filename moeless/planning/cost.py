@@ -22,9 +22,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import gammaln, xlogy
 
-from moeless.core.balancing import CallCost
+from moeless.core.call_cost import CallCost
 from moeless.core.cluster import Cluster, ModelShape
 from moeless.core.errors import ConfigError
+from moeless_predictors.compiled import compiled
 
 FloatArray = NDArray[np.floating[Any]]
 
@@ -266,16 +267,46 @@ def hub_seconds(
     """
     is_near_W = cluster.node_W == engine_node
     bandwidth_W = np.where(is_near_W, cluster.local_bytes_per_s, cluster.remote_bytes_per_s)
-    worker_s_LW = tokens_LW * (token_bytes / (bandwidth_W if free_link_W is None else bandwidth_W * free_link_W))
-    near_L, far_L = tokens_LW @ is_near_W.astype(np.float64), tokens_LW @ (~is_near_W).astype(np.float64)
-    engine_s_L = np.maximum(near_L / cluster.local_bytes_per_s, far_L / cluster.remote_bytes_per_s)
-    touched_L = (tokens_LW > 0).sum(axis=1)
-    seconds_L: FloatArray = (touched_L > 0) * (
-        exchange.hub_s
-        + touched_L * exchange.message_s
-        + np.maximum(worker_s_LW.max(axis=1), engine_s_L * (token_bytes / engine_links))
+    seconds_L = np.empty(len(tokens_LW))
+    _add_messages(
+        np.ascontiguousarray(tokens_LW, dtype=np.float64),
+        token_bytes / (bandwidth_W if free_link_W is None else bandwidth_W * free_link_W),
+        is_near_W,
+        token_bytes / (engine_links * cluster.local_bytes_per_s),
+        token_bytes / (engine_links * cluster.remote_bytes_per_s),
+        exchange.hub_s,
+        exchange.message_s,
+        seconds_L,
     )
     return seconds_L
+
+
+@compiled
+def _add_messages(
+    tokens_LW: FloatArray,
+    token_s_W: FloatArray,
+    is_near_W: NDArray[np.bool_],
+    near_token_s: float,
+    far_token_s: float,
+    exchange_s: float,
+    message_s: float,
+    seconds_L: FloatArray,
+) -> None:
+    """As `hub_seconds`: a token takes `token_s_W` on its worker's link, and `near_token_s` or `far_token_s` on the
+    engine's links to its own node and to others."""
+    for layer in range(len(tokens_LW)):
+        slowest_s, near, far, touched = 0.0, 0.0, 0.0, 0
+        for worker in range(len(token_s_W)):
+            tokens = tokens_LW[layer, worker]
+            if tokens > 0:
+                touched += 1
+                slowest_s = max(slowest_s, tokens * token_s_W[worker])
+                if is_near_W[worker]:
+                    near += tokens
+                else:
+                    far += tokens
+        slowest_s = max(slowest_s, near * near_token_s, far * far_token_s)
+        seconds_L[layer] = exchange_s + touched * message_s + slowest_s if touched else 0.0
 
 
 def all_to_all_seconds(

@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moeless.core.balancing import CallCost, balanced_split
+from moeless.core.balancing import Replicas, balanced_split
+from moeless.core.call_cost import CallCost
 from moeless.core.cluster import Cluster
 from moeless.core.plan import Plan
 from moeless.planning.cost import ExpertTime
+from moeless_predictors.compiled import compiled
 
 FloatArray = NDArray[np.floating[Any]]
 IntArray = NDArray[np.integer[Any]]
@@ -68,6 +70,7 @@ class Hosting:
         # Functions with replicas share out by cumulative shares; those of one instance get all.
         replicas_C = np.bincount(self._cell_N, minlength=len(self.has_C))
         self._shared = np.flatnonzero(replicas_C[self._cell_N] > 1)
+        self._alone = np.flatnonzero(replicas_C[self._cell_N] == 1)
         upto = np.cumsum(plan.share_N[self._shared])
         cells = self._cell_N[self._shared]
         is_first = np.diff(cells, prepend=-1) != 0
@@ -78,8 +81,9 @@ class Hosting:
         is_last = np.diff(cells, append=-1) != 0
         self._upto[is_last] = 1.0
         self._step_cost = step_cost
-        self._speeds = None if self._is_even else cluster.speed_W.tolist()
-        self._functions_L = [] if step_cost is None else self._replicated()
+        self._speed_W = None if self._is_even else cluster.speed_W.astype(np.float64)
+        if step_cost is not None:
+            self._replicas, self._shared_cells = self._replicated()
         self._distinct_LW: FloatArray = _distinct_share(plan, sample_MLk) if like is None else like._distinct_LW
 
     def load(self, counts_C: IntArray, *, num_tokens: int, step: int) -> WorkerLoad:
@@ -99,38 +103,42 @@ class Hosting:
         pairs_LW: NDArray[Any] = np.bincount(self._place_N, weights=tokens_N, minlength=size).reshape(self._shape)
         return WorkerLoad(seconds_LW, pairs_LW, np.minimum(pairs_LW * self._distinct_LW, float(num_tokens)))
 
-    def _replicated(self) -> list[tuple[int, slice, list[list[int]], list[list[float]]]]:
-        """Of each layer that has functions with replicas: its number, their part of those of all layers, and their
-        workers and shares. In the order of `_shared`, whose cells are kept.
-        """
+    def _replicated(self) -> tuple[Replicas, IntArray]:
+        """The functions with replicas, whose instances are in the order of `_shared`, and their cells."""
         cells, begins = np.unique(self._cell_N[self._shared], return_index=True)
-        self._shared_cells = cells
-        workers_F, shares_F = (
-            [held.tolist() for held in np.split(of_N[self._shared], begins[1:])]
-            for of_N in (self.plan.worker_N, self.plan.share_N)
+        firsts = np.arange(self._shape[0] + 1) * self.plan.num_experts
+        replicas = Replicas(
+            function_L=np.searchsorted(cells, firsts),
+            instance_F=np.append(begins, len(self._shared)),
+            worker_N=self.plan.worker_N[self._shared].astype(np.int64),
+            share_N=self.plan.share_N[self._shared].astype(np.float64),
         )
-        layers_F = cells // self.plan.num_experts
-        found = []
-        for layer in np.unique(layers_F).tolist():
-            part = slice(*np.searchsorted(layers_F, [layer, layer + 1]).tolist())
-            found.append((layer, part, workers_F[part], shares_F[part]))
-        return found
+        return replicas, cells
 
     def _balance(self, tokens_N: FloatArray, counts_C: IntArray, cost: CallCost) -> None:
         """Set the tokens of instances that are one of several."""
-        tokens_N[self._shared] = 0
-        cost_N = np.where(tokens_N > 0, cost.call_tokens + np.maximum(tokens_N, cost.floor_tokens), 0.0)
-        cost_N += cost.link_tokens * tokens_N
-        if not self._is_even:
-            cost_N /= self._speed_N
-        size = self._shape[0] * self._shape[1]
-        busy_LW: NDArray[Any] = np.bincount(self._place_N, weights=cost_N, minlength=size).reshape(self._shape)
-        tokens_F, busy = counts_C[self._shared_cells].tolist(), busy_LW.tolist()
-        split: list[int] = []
-        for layer, part, workers_F, shares_F in self._functions_L:
-            for parts in balanced_split(tokens_F[part], workers_F, shares_F, busy[layer], cost, speed_W=self._speeds):
-                split += parts
-        tokens_N[self._shared] = split
+        busy_LW = np.zeros(self._shape)
+        costs = (cost.call_tokens, cost.floor_tokens, cost.link_tokens)
+        _add_costs(tokens_N, self._alone, self._place_N, self._speed_N, costs, busy_LW.reshape(-1))
+        tokens_F = counts_C[self._shared_cells].astype(np.int64)
+        tokens_N[self._shared] = balanced_split(tokens_F, self._replicas, busy_LW, cost, speed_W=self._speed_W)
+
+
+@compiled
+def _add_costs(
+    tokens_N: FloatArray,
+    alone_n: IntArray,
+    place_N: IntArray,
+    speed_N: FloatArray,
+    cost: tuple[float, float, float],
+    busy_P: FloatArray,
+) -> None:
+    """Add what the instances `alone_n` cost their places, by CallCost."""
+    call, floor, link = cost
+    for instance in alone_n:
+        tokens = tokens_N[instance]
+        if tokens > 0:
+            busy_P[place_N[instance]] += (call + max(tokens, floor) + tokens * link) / speed_N[instance]
 
 
 def balanced_load(

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from moeless.simulate.hosting import WorkerLoad
 from moeless.simulate.residency import Residency
 from moeless.simulate.results import Latency, LatencyHistogram, PolicyResult, Series, latency_of
+from moeless_predictors.compiled import compiled
 from moeless_predictors.traces import ArrivalTrace
 
 FloatArray = NDArray[np.floating[Any]]
@@ -24,9 +25,9 @@ _LEAST_INTERVAL_S = 1e-3
 class Recorder:
     """Of one run. Times of requests are kept, those of layers counted."""
 
-    def __init__(self, arrivals: ArrivalTrace, residency: Residency, *, num_workers: int, expert_bytes: int) -> None:
+    def __init__(self, arrivals: ArrivalTrace, residency: Residency, *, expert_bytes: int) -> None:
         self._arrivals, self._residency = arrivals, residency
-        self._num_workers, self._expert_bytes = num_workers, expert_bytes
+        self._expert_bytes = expert_bytes
         self.first_token_s_R = np.full(arrivals.num_requests, np.nan)
         self.last_token_s_R = np.full(arrivals.num_requests, np.nan)
         self.layers = LatencyHistogram()
@@ -49,10 +50,8 @@ class Recorder:
         self.num_steps += 1
         self.num_tokens += num_tokens
         self._square_tokens += num_tokens**2
-        busiest_L, sum_L = load.pairs_LW.max(axis=1), load.pairs_LW.sum(axis=1)
-        has_tokens = sum_L > 0
-        if has_tokens.any():
-            imbalance = float(np.mean(busiest_L[has_tokens] * (self._num_workers / sum_L[has_tokens])))
+        imbalance = _mean_imbalance(np.ascontiguousarray(load.pairs_LW, dtype=np.float64))
+        if imbalance > 0:
             self._imbalance_sum += imbalance
             self._imbalance += imbalance
             self._steps += 1
@@ -146,3 +145,18 @@ class Recorder:
                 waiting_requests=columns[7],
             ),
         )
+
+
+@compiled
+def _mean_imbalance(pairs_LW: FloatArray) -> float:
+    """The busiest worker's pairs over the mean worker's, averaged over the layers that have any; 0 if none has."""
+    total, num_layers = 0.0, 0
+    for layer in range(len(pairs_LW)):
+        most, of_layer = 0.0, 0.0
+        for pairs in pairs_LW[layer]:
+            most = max(most, pairs)
+            of_layer += pairs
+        if of_layer > 0:
+            total += most * pairs_LW.shape[1] / of_layer
+            num_layers += 1
+    return total / num_layers if num_layers else 0.0

@@ -115,12 +115,7 @@ class _Simulation:
             balances_steps=policy.balances_steps,
         )
         self._costs = StepCosts(scenario, policy, self._residency)
-        self._recorder = Recorder(
-            arrivals,
-            self._residency,
-            num_workers=num_workers,
-            expert_bytes=scenario.profile.model.expert_bytes,
-        )
+        self._recorder = Recorder(arrivals, self._residency, expert_bytes=scenario.profile.model.expert_bytes)
         self._engines = [
             _Engine(Batch(scenario.batching, self._prompt_R, self._output_R)) for _ in range(scenario.num_engines)
         ]

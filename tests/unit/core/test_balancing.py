@@ -3,11 +3,13 @@ from __future__ import annotations
 import itertools
 from math import inf
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeless.core.balancing import CallCost, balanced_split
+from moeless.core.balancing import Replicas, balanced_split
+from moeless.core.call_cost import CallCost
 from moeless.core.errors import ConfigError
 
 COSTS = st.builds(
@@ -28,6 +30,24 @@ def layers(draw: st.DrawFn) -> tuple[list[int], list[list[int]], list[float]]:
     most = draw(st.sampled_from([100, 800]))
     tokens_F = draw(st.lists(st.integers(0, most), min_size=len(workers_F), max_size=len(workers_F)))
     return tokens_F, workers_F, busy_W
+
+
+def split_layer(
+    tokens_F: list[int],
+    workers_F: list[list[int]],
+    shares_F: list[list[float]],
+    busy_W: list[float],
+    cost: CallCost,
+    speed_W: list[float] | None = None,
+) -> list[list[int]]:
+    """Of one layer, as lists by function; adds to `busy_W`."""
+    busy_LW = np.array([busy_W], dtype=np.float64)
+    replicas = Replicas.of_one_layer(workers_F, shares_F)
+    split_N = balanced_split(
+        np.array(tokens_F), replicas, busy_LW, cost, speed_W=None if speed_W is None else np.array(speed_W)
+    )
+    busy_W[:] = busy_LW[0].tolist()
+    return [parts.tolist() for parts in np.split(split_N, replicas.instance_F[1:-1])]
 
 
 def even(workers_F: list[list[int]]) -> list[list[float]]:
@@ -51,7 +71,7 @@ def test_every_token_is_computed_once_and_the_workers_times_are_told(
     tokens_F, workers_F, busy_W = layer
     speed_W = speeds[: len(busy_W)]
     after_W = list(busy_W)
-    split = balanced_split(tokens_F, workers_F, even(workers_F), after_W, cost, speed_W=speed_W)
+    split = split_layer(tokens_F, workers_F, even(workers_F), after_W, cost, speed_W=speed_W)
     assert [sum(parts) for parts in split] == tokens_F
     assert [len(parts) for parts in split] == [len(workers) for workers in workers_F]
     assert min(itertools.chain.from_iterable(split)) >= 0
@@ -65,7 +85,7 @@ def test_the_busiest_worker_is_close_to_the_best_that_whole_calls_allow(
 ) -> None:
     tokens_F, workers_F, busy_W = layer
     cost = CallCost(call_tokens=2.0, floor_tokens=floor)
-    split = balanced_split(tokens_F, workers_F, even(workers_F), list(busy_W), cost)
+    split = split_layer(tokens_F, workers_F, even(workers_F), list(busy_W), cost)
     ones = [1.0] * len(busy_W)
     best = inf
     for choice in itertools.product(*(range(len(workers)) for workers in workers_F)):
@@ -93,7 +113,7 @@ def test_a_split_is_no_worse_than_the_shares_where_calls_are_large(
         parts = [tokens // len(workers)] * len(workers)
         parts[0] += tokens - sum(parts)
         by_shares.append(parts)
-    split = balanced_split(tokens_F, workers_F, even(workers_F), list(busy_W), cost)
+    split = split_layer(tokens_F, workers_F, even(workers_F), list(busy_W), cost)
     assert max(busy(split, workers_F, busy_W, cost, ones)) <= max(busy(by_shares, workers_F, busy_W, cost, ones)) + 1e-6
 
 
@@ -102,39 +122,39 @@ def test_calls_are_passed_along_to_a_worker_with_room() -> None:
     cost = CallCost(floor_tokens=100)
     busy_W = [0.0, 0.0, 0.0, 0.0]
     workers_F = [[0, 1], [0, 1], [1, 2], [2, 3]]
-    split = balanced_split([90, 80, 70, 60], workers_F, even(workers_F), busy_W, cost)
+    split = split_layer([90, 80, 70, 60], workers_F, even(workers_F), busy_W, cost)
     assert busy_W == [100, 100, 100, 100]
     assert all(max(parts) == sum(parts) for parts in split)
 
 
 def test_a_call_below_the_floor_is_not_split() -> None:
     busy_W = [0.0, 0.0]
-    assert balanced_split([100], [[0, 1]], [[0.5, 0.5]], busy_W, CallCost(floor_tokens=150)) == [[100, 0]]
+    assert split_layer([100], [[0, 1]], [[0.5, 0.5]], busy_W, CallCost(floor_tokens=150)) == [[100, 0]]
     assert busy_W == [150, 0]
 
 
 def test_tokens_above_the_floor_find_their_level() -> None:
     busy_W = [300.0, 100.0, 0.0]
-    balanced_split([800], [[0, 1, 2]], [[0.2, 0.3, 0.5]], busy_W, CallCost())
+    split_layer([800], [[0, 1, 2]], [[0.2, 0.3, 0.5]], busy_W, CallCost())
     assert busy_W == pytest.approx([400, 400, 400], rel=0.021)
 
 
 def test_a_faster_worker_gets_more() -> None:
     busy_W = [0.0, 0.0]
-    balanced_split([900], [[0, 1]], [[0.5, 0.5]], busy_W, CallCost(), speed_W=[2.0, 1.0])
+    split_layer([900], [[0, 1]], [[0.5, 0.5]], busy_W, CallCost(), speed_W=[2.0, 1.0])
     assert busy_W == pytest.approx([300, 300], rel=0.021)
 
 
 def test_what_a_token_costs_its_link_counts() -> None:
     busy_W = [400.0, 0.0]
     # Four more for each token sent: the other functions' 400 weigh as much as 80 tokens.
-    balanced_split([200], [[0, 1]], [[0.5, 0.5]], busy_W, CallCost(link_tokens=4.0))
+    split_layer([200], [[0, 1]], [[0.5, 0.5]], busy_W, CallCost(link_tokens=4.0))
     assert busy_W == pytest.approx([700, 700], rel=0.021)
 
 
 def test_whole_functions_are_dealt_to_the_less_busy() -> None:
     busy_W = [100.0, 0.0, 0.0]
-    split = balanced_split([5, 5], [[0, 1], [0, 2]], [[1.0, 0.0], [1.0, 0.0]], busy_W, CallCost(floor_tokens=100))
+    split = split_layer([5, 5], [[0, 1], [0, 2]], [[1.0, 0.0], [1.0, 0.0]], busy_W, CallCost(floor_tokens=100))
     assert split == [[0, 5], [0, 5]]
     assert busy_W == [100, 100, 100]
 

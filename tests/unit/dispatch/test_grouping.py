@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moeless.core.balancing import CallCost
+from moeless.core.call_cost import CallCost
 from moeless.core.errors import ConfigError
 from moeless.core.expert import FunctionId
 from moeless.core.routing_table import LOCAL_WORKER, InstanceShare, RoutingTable
