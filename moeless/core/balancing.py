@@ -195,7 +195,8 @@ def _is_before(
     mine, its = _seconds(tokens_F[function], cost), _seconds(tokens_F[other], cost)
     if mine != its:
         return mine > its
-    return instance_F[function + 1] - instance_F[function] < instance_F[other + 1] - instance_F[other]
+    breadth, its_breadth = instance_F[function + 1] - instance_F[function], instance_F[other + 1] - instance_F[other]
+    return bool(breadth < its_breadth)
 
 
 @compiled

@@ -1,4 +1,4 @@
-"""The planners: moeless's own, and the MoEless paper's as published. Scaling and placement, one after the other.
+"""moeless's own planner: scaling and placement, one after the other.
 
 Called by the live loop, the simulator and benchmarks. A planner remembers what it recommended (planning.scale's
 stabiliser) and nothing else; it has no clock and no randomness.
@@ -192,24 +192,37 @@ class MoelessPlanner:
         times_L = self._system.layer_times_L(plan, observation.mean_LE)
         is_open_L = times_L * (1 - self._policy.benefit_threshold) > self._balanced_L(observation, needed_LE)
         if is_open_L.any():
-            target_LE = np.where(is_open_L[:, None], counts_LE, needed_LE)
-            num_starts = int((target_LE - needed_LE).sum())
-            if num_starts > self._max_moves:
-                target_LE = fit_budgets(
-                    target_LE,
-                    Limits(least_LE=needed_LE, most_LE=target_LE, budget_L=np.full(shape[0], UNLIMITED)),
-                    load_LE=observation.upper_LE,
-                    wanted_LE=target_LE,
-                    budget=int(needed_LE.sum()) + self._max_moves,
-                )
-            left = max(0, self._max_moves - num_starts)
-            better = self._placed(target_LE, observation, plan, max_moves=left)
-            plan = self._where_it_pays(plan, better, observation, is_forced_L=np.zeros(shape[0], dtype=np.bool_))
+            plan = self._improved(plan, np.where(is_open_L[:, None], counts_LE, needed_LE), needed_LE, observation)
         num_started = len(plan.started_since(hosted)) - int(np.maximum(needed_LE - hosted_LE, 0).sum())
         plan = self._by_affinity(plan, observation, max_moves=max(0, self._max_moves - num_started))
-        if previous is not None and _are_same(plan, previous):
+        if previous is not None and are_same(plan, previous):
             return previous
         return replace(plan, version=1 if previous is None else previous.version + 1)
+
+    def _improved(self, plan: Plan, target_LE: IntArray, needed_LE: IntArray, observation: Observation) -> Plan:
+        """The plan with further replicas, up to `target_LE`, and moves in the layers where that pays; together at most
+        the moves of a tick.
+
+        Where memory is full, room for a replica is made by moving others: then it is tried with fewer replicas.
+        """
+        allowed, is_forced_L = self._max_moves, np.zeros(len(target_LE), dtype=np.bool_)
+        while allowed > 0:
+            counts_LE, num_starts = target_LE, int((target_LE - needed_LE).sum())
+            if num_starts > allowed:
+                counts_LE = fit_budgets(
+                    target_LE,
+                    Limits(least_LE=needed_LE, most_LE=target_LE, budget_L=np.full(len(target_LE), UNLIMITED)),
+                    load_LE=observation.upper_LE,
+                    wanted_LE=target_LE,
+                    budget=int(needed_LE.sum()) + allowed,
+                )
+            better = self._placed(counts_LE, observation, plan, max_moves=max(0, allowed - num_starts))
+            better = self._where_it_pays(plan, better, observation, is_forced_L=is_forced_L)
+            excess = len(better.started_since(plan)) - self._max_moves
+            if excess <= 0:
+                return better
+            allowed -= excess
+        return plan
 
     def _counts(
         self, observation: Observation, current_LE: IntArray | None, hosted_LE: IntArray
@@ -331,82 +344,6 @@ def merged_layers(before: Plan, after: Plan, is_after_L: BoolArray) -> Plan:
     )
 
 
-class PaperPlanner:
-    """The system of the MoEless paper (arXiv 2603.06350) as far as its text tells.
-
-    Each time anew: one replica for every function with forecast tokens, more to the highest load per replica until
-    the loads vary by at most V or the layer's budget is spent; warm instances stay, the others go heaviest first to
-    the least busy worker with memory; a function's tokens are split evenly over its replicas. An instance that is no
-    longer wanted is kept alive, and serves, until it was not wanted for the keep-alive.
-    """
-
-    name = "moeless-paper"
-
-    def __init__(
-        self,
-        system: PlannedSystem,
-        *,
-        max_cv: float = 0.2,
-        keep_alive_s: float = 30.0,
-        layer_budget: int | None = None,
-    ) -> None:
-        """Args: layer_budget: instances of a layer; by default the workers' memory divided by the layers."""
-        if not max_cv >= 0:
-            raise ConfigError(f"max_cv must be at least 0, got {max_cv}")
-        if not keep_alive_s >= 0:
-            raise ConfigError(f"keep_alive_s must be at least 0, got {keep_alive_s}")
-        self._system = system
-        self._max_cv = max_cv
-        shape = (system.model.num_layers, system.model.num_experts)
-        self._layer_budget = system.capacity // system.model.num_layers if layer_budget is None else layer_budget
-        self._stabiliser = Stabiliser(
-            up_window_s_LE=np.zeros(shape),
-            down_window_s_LE=np.full(shape, keep_alive_s),
-            ready_s=0.0,
-            window_s=0.0,
-        )
-
-    def plan(self, observation: Observation, previous: Plan | None) -> Plan:
-        """See `Planner.plan`."""
-        system = self._system
-        load_LE = observation.mean_LE
-        shape = (*load_LE.shape, system.cluster.num_workers)
-        hosted = hosted_instances(previous, observation.pending_keys, shape)
-        current_LE = None if hosted is None else hosted.counts_LE()
-        budget_L = np.full(shape[0], self._layer_budget)
-        # Where the budget has no room for all, the functions with the least load go without.
-        used_LE = (load_LE > 0).astype(np.int64)
-        none_LE = np.zeros_like(used_LE)
-        first_LE = fit_budgets(
-            used_LE,
-            Limits(least_LE=none_LE, most_LE=used_LE, budget_L=budget_L),
-            load_LE=load_LE,
-            wanted_LE=used_LE,
-            budget=system.capacity,
-        )
-        limits = Limits(least_LE=first_LE, most_LE=np.full_like(first_LE, shape[2]), budget_L=budget_L)
-        wanted_LE = replicas_by_cv(
-            np.where(first_LE > 0, load_LE, 0.0), limits, max_cv_L=np.full(shape[0], self._max_cv)
-        )
-        held_LE = self._stabiliser.stabilise(wanted_LE, time_s=observation.time_s, current_LE=current_LE)
-        counts_LE = fit_budgets(
-            np.maximum(held_LE, first_LE), limits, load_LE=load_LE, wanted_LE=wanted_LE, budget=system.capacity
-        )
-        counts_LE = fit_workers(counts_LE, load_LE, system.cluster.capacity_W(system.model))
-        plan = place(
-            counts_LE,
-            load_LE,
-            system.cluster,
-            system.model,
-            previous=hosted,
-            config=PlacementConfig(max_moves=0),
-        )
-        function_N = plan.keys_N // plan.num_workers
-        plan = replace(plan, share_N=equal_shares(function_N))
-        if previous is not None and _are_same(plan, previous):
-            return previous
-        return replace(plan, version=1 if previous is None else previous.version + 1)
-
-
-def _are_same(one: Plan, other: Plan) -> bool:
+def are_same(one: Plan, other: Plan) -> bool:
+    """Whether two plans have the same instances and shares, whatever their versions."""
     return np.array_equal(one.keys_N, other.keys_N) and np.array_equal(one.share_N, other.share_N)

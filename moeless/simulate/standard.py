@@ -16,8 +16,9 @@ from moeless.core.policy import Policy as PolicyDocument
 from moeless.planning.affinity.statistics import AffinityStatistics, gather_statistics
 from moeless.planning.baselines import EplbPlanner, StaticPlanner
 from moeless.planning.cost import CostProfile
+from moeless.planning.paper import PaperPlanner
 from moeless.planning.place import InfeasiblePlacementError
-from moeless.planning.planner import MoelessPlanner, PaperPlanner, PlannedSystem
+from moeless.planning.planner import MoelessPlanner, PlannedSystem
 from moeless.simulate.forecasts import ForecastConfig, SpanCounts
 from moeless.simulate.routing import SequenceRouting
 from moeless.simulate.scenario import Policy, Scenario
@@ -89,7 +90,7 @@ def eplb_sglang(scenario: Scenario, config: StandardConfig) -> Policy:
 
 
 def moeless_paper(scenario: Scenario, config: StandardConfig) -> Policy:
-    """The MoEless paper's system (arXiv 2603.06350) as far as its text tells: `planning.planner.PaperPlanner`.
+    """The MoEless paper's system (arXiv 2603.06350) as far as its text tells: `planning.paper.PaperPlanner`.
 
     V = 0.2, tokens of a function split evenly, instances kept alive, a forecast of the tokens that will come with the
     recall assumed, functions without an instance loaded a layer ahead. In moeless's topology, the hub, since the

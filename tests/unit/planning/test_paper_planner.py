@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from moeless.core.errors import ConfigError
-from moeless.planning.planner import PaperPlanner, PlannedSystem
+from moeless.planning.paper import PaperPlanner
+from moeless.planning.planner import PlannedSystem
 from tests.support.planners import observed, system, ticks
 from tests.support.planning import cluster_of, counts_of, plan_of, workers_of
 

@@ -292,6 +292,16 @@ def test_replicas_and_moves_of_a_tick_are_counted_together() -> None:
     assert plan.layer_N[plan.started_since(before)].tolist() == [0, 1]
 
 
+@pytest.mark.parametrize(("moves", "replicas"), [(1, 1), (2, 2)])
+def test_making_room_for_a_replica_is_counted_as_the_move_that_it_is(moves: int, replicas: int) -> None:
+    # Expert 0 wants a second instance. There is memory beside its first only, so that another has to go there.
+    before = plan_of(2, [{0: 1.0}, {0: 1.0}, {1: 1.0}, {1: 1.0}])
+    planner = moeless(system(1, 4, cluster_of([3, 2])), maxMovesPerTick=moves, scaler={"name": "cv"})
+    plan = planner.plan(observed([[100.0, 1.0, 1.0, 1.0]]), before)
+    assert counts_of(plan)[0][0] == replicas
+    assert len(plan.started_since(before)) <= moves
+
+
 def test_by_default_a_tick_moves_what_the_links_load_in_a_quarter_of_it() -> None:
     # Two workers that load an instance in a second: two instances in a second of a tick of four.
     slow = replace(cluster_of([20, 20]), local_bytes_per_s=1.0, remote_bytes_per_s=1.0, load_bytes_per_s=1.0)
