@@ -41,7 +41,13 @@ def check(
                 resolve(policy, model, model_id=model_id)
             except ConfigError as error:
                 raise ConfigError(f"{file}: {error}") from error
-    _stdout.print(f"{file}: a valid policy, {len(policy.rules)} rules", highlight=False, markup=False, soft_wrap=True)
+    num_rules = len(policy.rules)
+    _stdout.print(
+        f"{file}: a valid policy, {num_rules} rule{'s' * (num_rules != 1)}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 @policy_app.command()

@@ -85,10 +85,14 @@ def eplb_hierarchical(
 ) -> Plan:
     """EPLB's hierarchical form: groups of contiguous experts are packed to nodes, as many to each.
 
-    Raises: ConfigError if the groups do not divide the experts, or the nodes the groups.
+    Raises: ConfigError if the groups do not divide the experts, or the nodes the groups, or if the nodes have different
+        numbers of workers.
     """
     node_W = cluster.node_W
     num_nodes = int(node_W.max()) + 1
+    workers_N = np.bincount(node_W).tolist()
+    if len(set(workers_N)) > 1:
+        raise ConfigError(f"cluster: hierarchical EPLB needs as many workers on each node, got {workers_N}")
     if num_groups < 1 or model.num_experts % num_groups or num_groups % num_nodes:
         raise ConfigError(
             f"num_groups must divide the {model.num_experts} experts and be a multiple of the {num_nodes} nodes, "

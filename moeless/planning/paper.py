@@ -41,6 +41,8 @@ class PaperPlanner:
             raise ConfigError(f"max_cv must be at least 0, got {max_cv}")
         if not keep_alive_s >= 0:
             raise ConfigError(f"keep_alive_s must be at least 0, got {keep_alive_s}")
+        if layer_budget is not None and layer_budget < 0:
+            raise ConfigError(f"layer_budget must be at least 0, got {layer_budget}")
         self._system = system
         self._max_cv = max_cv
         shape = (system.model.num_layers, system.model.num_experts)

@@ -27,7 +27,7 @@ def policy(tmp_path: Path) -> Path:
 def test_a_valid_policy_is_said_to_be_one(policy: Path) -> None:
     result = moeless_policy("check", policy)
     assert result.exit_code == 0
-    assert result.output == f"{policy}: a valid policy, 1 rules\n"
+    assert result.output == f"{policy}: a valid policy, 1 rule\n"
 
 
 def test_a_wrong_policy_is_refused_with_file_and_path(policy: Path) -> None:

@@ -123,6 +123,7 @@ def replicas_by_cv(load_LE: FloatArray, limits: Limits, *, max_cv_L: FloatArray)
     Returns: counts, shape (L, E).
     Source: MoEless (arXiv 2603.06350), expert scaling; there one V for all layers.
     """
+    load_LE = load_LE.astype(np.float64)
     counts_LE = limits.least_LE.copy()
     is_open_LE = load_LE > 0
     room_L = np.minimum(

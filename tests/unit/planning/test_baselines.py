@@ -241,6 +241,12 @@ def test_groups_that_do_not_fit_the_experts_and_nodes_are_refused(num_groups: in
         eplb_hierarchical(with_slots(1, 12, 12), np.ones((1, 12)), cluster, model_of(1, 12), num_groups=num_groups)
 
 
+def test_the_hierarchical_form_is_for_nodes_of_equal_size() -> None:
+    cluster = even_cluster(3, memory_bytes=9, workers_per_node=2)
+    with pytest.raises(ConfigError, match=r"hierarchical EPLB needs as many workers on each node, got \[2, 1\]"):
+        eplb_hierarchical(with_slots(1, 12, 12), np.ones((1, 12)), cluster, model_of(1, 12), num_groups=4)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(0, 9))
 def test_the_experts_of_a_group_are_on_one_node(seed: int, extra: int) -> None:

@@ -64,6 +64,7 @@ def test_the_papers_planner_does_not_start_again_what_is_being_loaded() -> None:
         ({"max_cv": -0.1}, "max_cv must be at least 0, got -0.1"),
         ({"max_cv": float("nan")}, "max_cv must be at least 0, got nan"),
         ({"keep_alive_s": -1.0}, "keep_alive_s must be at least 0, got -1.0"),
+        ({"layer_budget": -1}, "layer_budget must be at least 0, got -1"),
     ],
 )
 def test_the_papers_settings_that_cannot_be_are_refused(changed: dict[str, float], message: str) -> None:

@@ -184,3 +184,11 @@ def test_bounds_and_budgets_are_never_broken(seed: int, extra: int) -> None:
         assert (counts_LE <= bounds.most_LE).all()
         assert (counts_LE.sum(axis=1) <= bounds.budget_L).all()
         assert (counts_LE[load_LE > 0] >= 1).all()
+
+
+def test_whole_numbers_are_loads_like_others() -> None:
+    load_LE = np.array([[40, 10, 0]])
+    by_float = replicas_by_cv(load_LE.astype(np.float64), limits(load_LE), max_cv_L=np.array([0.1]))
+    assert (
+        replicas_by_cv(load_LE, limits(load_LE), max_cv_L=np.array([0.1])).tolist() == by_float.tolist() == [[4, 1, 0]]
+    )
