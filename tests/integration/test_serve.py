@@ -285,12 +285,13 @@ def _completes_on_functions_alone(served: Served) -> bool:
         return False
 
 
+@pytest.mark.timeout(500)
 def test_isolated_functions_scale_from_zero_and_back_and_survive_a_kill(
     isolated: Served, reference: tuple[MixtralForCausalLM, AutoTokenizer]
 ) -> None:
     wait_until(lambda: _replicas(isolated) == 0, timeout_s=60, what="every function begins at zero replicas")
     assert_is_greedy(reference, isolated)  # by the engine's own copies, while the functions start
-    wait_until(lambda: _completes_on_functions_alone(isolated), timeout_s=120, what="the functions have started")
+    wait_until(lambda: _completes_on_functions_alone(isolated), timeout_s=180, what="the functions have started")
 
     expected = isolated.complete("tiny", PROMPT, max_tokens=8)
     served_most = max(isolated.experts().values(), key=lambda row: int(str(row["tokens_served"])))
@@ -305,7 +306,7 @@ def test_isolated_functions_scale_from_zero_and_back_and_survive_a_kill(
         victim.kill()
     asking.join()
     assert answers == [expected] * 6
-    wait_until(lambda: _completes_on_functions_alone(isolated), timeout_s=120, what="the killed function is back")
+    wait_until(lambda: _completes_on_functions_alone(isolated), timeout_s=180, what="the killed function is back")
 
     wait_until(lambda: _replicas(isolated) == 0, timeout_s=120, what="every function is back at zero replicas")
     assert_is_greedy(reference, isolated, num_tokens=4)
