@@ -85,6 +85,8 @@ class Residency:
         self._loading_until_W = np.zeros(num_workers)
         self._asked_until_W = np.zeros(num_workers)
         """The same of what steps wait for, which goes before what a plan starts."""
+        self._target_until_W = np.zeros(num_workers)
+        """Until when each worker loads for the plan to come."""
         self._empty_since_W = np.where(self._resident_W > 0, np.inf, 0.0)
         self._stopped_since_W = np.full(num_workers, np.inf)
         self._now_s = 0.0
@@ -138,7 +140,7 @@ class Residency:
 
         Args:
             bytes_per_s: of a load; default: from host memory, as configured.
-        Returns: when the plan can be published.
+        Returns: when the plan can be published, if no step has to wait for a load meanwhile.
         """
         assert self.target is None
         self.advance(now_s)
@@ -148,11 +150,17 @@ class Residency:
         load_s = self._profile.load_time(self._model.expert_bytes, bytes_per_s or self.load_bytes_per_s)
         needed_W = loads_W > 0
         begin_W = self._begin_W(needed_W, now_s, self._loading_until_W)
-        self._loading_until_W = np.where(needed_W, begin_W + loads_W * load_s, self._loading_until_W)
+        self._target_until_W = np.where(needed_W, begin_W + loads_W * load_s, now_s)
+        self._loading_until_W = np.where(needed_W, self._target_until_W, self._loading_until_W)
         self._resident_W = self._resident_W + loads_W
         self.num_loads += len(started_N)
         self._note_memory()
-        return float(self._loading_until_W[needed_W].max(initial=now_s))
+        return self.target_ready_s
+
+    @property
+    def target_ready_s(self) -> float:
+        """When everything of the plan to come is loaded, as far as is known."""
+        return float(self._target_until_W.max())
 
     def publish(self, now_s: float) -> None:
         """Let the loaded plan serve and drop what it has not."""
@@ -210,6 +218,8 @@ class Residency:
         # What a plan loads there is done so much later; an instance of the plan only has its turn earlier.
         behind_s = 0.0 if start.is_pending else load_s
         self._loading_until_W[worker] = max(end, self._loading_until_W[worker] + behind_s)
+        if self._target_until_W[worker] > begin:
+            self._target_until_W[worker] += behind_s
         self.num_cold_starts += 1
         return end
 

@@ -146,7 +146,11 @@ class _Simulation:
             elif event == _Event.LAYER:
                 self._layer_arrives(engine)
             elif event == _Event.PUBLISH:
-                self._residency.publish(now_s)
+                ready_s = self._residency.target_ready_s
+                if ready_s > now_s:  # loads that steps waited for went before its own
+                    self._push(ready_s, _Event.PUBLISH)
+                else:
+                    self._residency.publish(now_s)
             else:
                 self._plan()
                 assert self._policy.interval_s is not None

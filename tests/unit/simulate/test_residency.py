@@ -79,6 +79,25 @@ def test_what_a_step_waits_for_is_loaded_before_what_a_plan_starts(
     assert residency.load_cold(pending, 0.0) == pytest.approx(2 * LOAD_S)
 
 
+def test_a_plan_is_ready_later_by_what_steps_had_to_load_before_it(
+    make_residency: Callable[..., Residency], spread_plan: MakePlan
+) -> None:
+    whole = spread_plan(3, 8, 4)
+    residency = make_residency(without(whole, 0, 6, 7))
+    target = without(whole, 0)  # two loads on worker 3; expert 0 is a step's own, and worker 0's memory the freest
+    assert residency.change_to(replace(target, version=2), 0.0) == residency.target_ready_s == pytest.approx(2 * LOAD_S)
+    (own,) = start(residency, 0)
+    residency.load_cold(own, 0.0)
+    assert own == ColdStart(0, False)
+    assert residency.target_ready_s == pytest.approx(2 * LOAD_S)  # on another worker
+    residency.load_cold(ColdStart(3, False), 0.5 * LOAD_S)
+    assert residency.target_ready_s == pytest.approx(3 * LOAD_S)
+    residency.load_cold(ColdStart(3, True), 0.5 * LOAD_S)  # one of its own, only earlier
+    assert residency.target_ready_s == pytest.approx(3 * LOAD_S)
+    residency.load_cold(ColdStart(3, False), 9 * LOAD_S)  # after it
+    assert residency.target_ready_s == pytest.approx(3 * LOAD_S)
+
+
 def test_what_a_step_waits_for_waits_its_turn_behind_another(
     make_residency: Callable[..., Residency], spread_plan: MakePlan
 ) -> None:
