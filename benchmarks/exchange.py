@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import multiprocessing as mp
 import os
 import secrets
@@ -239,7 +240,7 @@ def _open_serve() -> Iterator[list[Any]]:
     def open_line(number: int) -> CallChannel:
         deploy = serve.deployment(name=f"worker-{number}", ray_actor_options={"num_cpus": 0})
         handle = serve.run(deploy(Worker).bind(), name=f"worker-{number}", route_prefix=None)
-        return CallChannel(lambda frame: _ServeAnswer(handle.remote(frame)), max_rows=MAX_ROWS)
+        return CallChannel(lambda frame: _ServeAnswer(handle.remote(frame)), max_rows=MAX_ROWS, patience_s=math.inf)
 
     ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:

@@ -69,9 +69,9 @@ def balanced_split(
     """Share out the tokens of functions that have replicas, so that each layer's busiest worker is done early.
 
     A function of many tokens starts with the plan's shares, which fit the load that was forecast; one of few goes whole
-    to the least busy of its workers, the largest first. Then, some rounds long and as long as it helps, one of the
-    busiest worker's functions moves on to another worker that has it, whole or in part, or whole to one that passes on
-    another in its stead.
+    to the least busy of its workers, the largest first, as do all where that is better. Then, some rounds long and as
+    long as it helps, one of the busiest worker's functions moves on to another worker that has it, whole or in part, or
+    whole to one that passes on another in its stead.
 
     Args:
         tokens_F: of each function.
@@ -89,7 +89,7 @@ def balanced_split(
         replicas.share_N,
         busy_LW,
         speeds,
-        (cost.call_tokens, cost.floor_tokens, cost.link_tokens),
+        (float(cost.call_tokens), float(cost.floor_tokens), float(cost.link_tokens)),
         split_N,
     )
     return split_N
@@ -120,7 +120,16 @@ def _split_layers(
         if first == last:
             continue
         busy_W = busy_LW[layer]
-        _begin(tokens_F, first, last, instance_F, worker_N, share_N, busy_W, speed_W, cost, split_N)
+        before_W = busy_W.copy()
+        has_large = _begin(tokens_F, first, last, instance_F, worker_N, share_N, busy_W, speed_W, cost, split_N, True)
+        if has_large and cost[0] > 0:
+            # Each part is a call of its own: where these cost much, all are better whole.
+            by_shares_N, by_shares_W = split_N[instance_F[first] : instance_F[last]].copy(), busy_W.copy()
+            busy_W[:] = before_W
+            _begin(tokens_F, first, last, instance_F, worker_N, share_N, busy_W, speed_W, cost, split_N, False)
+            if by_shares_W.max() <= busy_W.max():
+                busy_W[:] = by_shares_W
+                split_N[instance_F[first] : instance_F[last]] = by_shares_N
         total = 0.0
         for worker in range(len(busy_W)):
             total += busy_W[worker] * speed_W[worker]
@@ -129,8 +138,8 @@ def _split_layers(
 
 
 @compiled
-def _seconds(tokens: int, cost: tuple[float, float, float]) -> float:
-    """As CallCost."""
+def _cost_of(tokens: int, cost: tuple[float, float, float]) -> float:
+    """Of a call, as CallCost."""
     if tokens == 0:
         return 0.0
     return cost[0] + max(float(tokens), cost[1]) + tokens * cost[2]
@@ -148,15 +157,20 @@ def _begin(
     speed_W: FloatArray,
     cost: tuple[float, float, float],
     split_N: IntArray,
-) -> None:
-    """Large functions by their shares, then the others whole: the largest first, of equals the one of fewer workers."""
+    splits_large: bool,
+) -> bool:
+    """Large functions by their shares, if they are to be split, then the others whole: the largest first, of equals the
+    one of fewer workers. Returns whether there are large ones."""
     most_whole = max(1.0, 2 * cost[1])
+    has_large = False
+    split_N[instance_F[first] : instance_F[last]] = 0
     whole = np.empty(last - first, dtype=np.int64)
     num_whole = 0
     for function in range(first, last):
         tokens = tokens_F[function]
-        if tokens > most_whole:
-            begin, end = instance_F[function], instance_F[function + 1]
+        begin, end = instance_F[function], instance_F[function + 1]
+        has_large |= tokens > most_whole
+        if splits_large and tokens > most_whole:
             largest, left = begin, tokens
             for instance in range(begin, end):
                 split_N[instance] = int(tokens * share_N[instance])
@@ -166,7 +180,7 @@ def _begin(
             split_N[largest] += left
             for instance in range(begin, end):
                 worker = worker_N[instance]
-                busy_W[worker] += _seconds(split_N[instance], cost) / speed_W[worker]
+                busy_W[worker] += _cost_of(split_N[instance], cost) / speed_W[worker]
         elif tokens > 0:
             whole[num_whole] = function
             num_whole += 1
@@ -178,7 +192,7 @@ def _begin(
             place -= 1
         whole[place] = function
     for function in whole[:num_whole]:
-        added = _seconds(tokens_F[function], cost)
+        added = _cost_of(tokens_F[function], cost)
         best, best_end = -1, np.inf
         for instance in range(instance_F[function], instance_F[function + 1]):
             end = busy_W[worker_N[instance]] + added / speed_W[worker_N[instance]]
@@ -186,13 +200,14 @@ def _begin(
                 best, best_end = instance, end
         split_N[best] = tokens_F[function]
         busy_W[worker_N[best]] = best_end
+    return has_large
 
 
 @compiled
 def _is_before(
     function: int, other: int, tokens_F: IntArray, instance_F: IntArray, cost: tuple[float, float, float]
 ) -> bool:
-    mine, its = _seconds(tokens_F[function], cost), _seconds(tokens_F[other], cost)
+    mine, its = _cost_of(tokens_F[function], cost), _cost_of(tokens_F[other], cost)
     if mine != its:
         return mine > its
     breadth, its_breadth = instance_F[function + 1] - instance_F[function], instance_F[other + 1] - instance_F[other]
@@ -212,7 +227,7 @@ def _move_on(
     enough: float,
 ) -> None:
     """Take calls or parts of them off the busiest worker while whoever takes over is less busy for it."""
-    least_call = _seconds(1, cost)
+    least_call = _cost_of(1, cost)
     for _ in range(_MOST_ROUNDS):
         busiest = int(np.argmax(busy_W))
         high = busy_W[busiest]
@@ -235,8 +250,8 @@ def _move_on(
                     continue
                 part = _part(tokens, held, high - busy_W[worker], cost, speed_W[busiest], speed_W[worker])
                 for moved in (tokens, part):
-                    left = high - (_seconds(tokens, cost) - _seconds(tokens - moved, cost)) / speed_W[busiest]
-                    added = _seconds(held + moved, cost) - _seconds(held, cost)
+                    left = high - (_cost_of(tokens, cost) - _cost_of(tokens - moved, cost)) / speed_W[busiest]
+                    added = _cost_of(held + moved, cost) - _cost_of(held, cost)
                     later = max(left, busy_W[worker] + added / speed_W[worker])
                     if later < best_end:
                         best_end, best_origin, best_target, best_moved = later, origin, target, moved
@@ -245,8 +260,8 @@ def _move_on(
                 return
             continue
         tokens, held, worker = split_N[best_origin], split_N[best_target], worker_N[best_target]
-        busy_W[busiest] -= (_seconds(tokens, cost) - _seconds(tokens - best_moved, cost)) / speed_W[busiest]
-        busy_W[worker] += (_seconds(held + best_moved, cost) - _seconds(held, cost)) / speed_W[worker]
+        busy_W[busiest] -= (_cost_of(tokens, cost) - _cost_of(tokens - best_moved, cost)) / speed_W[busiest]
+        busy_W[worker] += (_cost_of(held + best_moved, cost) - _cost_of(held, cost)) / speed_W[worker]
         split_N[best_origin] -= best_moved
         split_N[best_target] += best_moved
 
@@ -308,7 +323,7 @@ def _pass_along(
                 if came_from_W[receiver] >= 0:
                     continue
                 came_from_W[receiver], origin_W[receiver], target_W[receiver] = worker, origin, target
-                if busy_W[receiver] + _seconds(split_N[origin], cost) / speed_W[receiver] < enough:
+                if busy_W[receiver] + _cost_of(split_N[origin], cost) / speed_W[receiver] < enough:
                     if _apply_path(
                         busy_W, speed_W, cost, split_N, came_from_W, origin_W, target_W, busiest, receiver, enough
                     ):
@@ -338,7 +353,7 @@ def _apply_path(
     receiver = final
     while receiver != busiest:
         worker = came_from_W[receiver]
-        added = _seconds(split_N[origin_W[receiver]], cost)
+        added = _cost_of(split_N[origin_W[receiver]], cost)
         after_W[worker] -= added / speed_W[worker]
         after_W[receiver] += added / speed_W[receiver]
         receiver = worker

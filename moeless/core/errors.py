@@ -54,7 +54,7 @@ class WorkerTimeoutError(TransportError):
 
 
 class WorkerStartingError(TransportError):
-    """A worker has not answered yet because it starts, or hangs; it was asked already and is not asked again."""
+    """A worker that starts, or hangs, has not answered yet. Others compute until it has."""
 
 
 class HandshakeError(TransportError):

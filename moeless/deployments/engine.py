@@ -53,8 +53,6 @@ logger = logging.getLogger(__name__)
 _ENDPOINT_TIMEOUT_S = 10.0
 _GATEWAY_SILENCE_S = 30.0
 """A gateway that has not asked for the engine's pulse (each second) for this long is gone; its requests end."""
-_FUNCTION_CALL_TIMEOUT_S = 2.0
-"""`isolation: function` takes the engine's own copy after this long, until the function answers again."""
 
 _KV_MEMORY_SHARE = 0.8
 """Of the GPU memory that is free once the backbone is loaded, times the engine's share of the GPU."""
@@ -87,9 +85,10 @@ class EngineDeployment:
             packed, device=settings.device, dtype=dtype, capacity_bytes=_engine_capacity_bytes(packed, settings, dtype)
         )
         by_call = settings.isolation == "function"
-        timeout_s = _FUNCTION_CALL_TIMEOUT_S if by_call else settings.call_timeout_s
         self._dispatcher = Dispatcher(
-            FeedForward(pool), initial_table(packed.manifest, settings), DispatchConfig(call_timeout_s=timeout_s)
+            FeedForward(pool),
+            initial_table(packed.manifest, settings),
+            DispatchConfig(call_timeout_s=settings.call_timeout_s),
         )
         attach_dispatcher(model, self._dispatcher)
         if not workers:
@@ -97,9 +96,7 @@ class EngineDeployment:
         if by_call:
             self._dispatcher.set_channels(
                 {
-                    name: CallChannel(
-                        partial(_call_function, handle), max_rows=MAX_ROWS, idle_s=settings.function_idle_s
-                    )
+                    name: CallChannel(partial(_call_function, handle), max_rows=MAX_ROWS)
                     for name, handle in workers.items()
                 }
             )
@@ -292,7 +289,10 @@ class _ServeCall:
             raise TransportError(f"call failed: {type(error).__name__}: {error}") from error
 
     def cancel(self) -> None:
-        self._response.cancel()
+        try:
+            self._response.cancel()
+        except (RayError, RayServeException) as error:
+            logger.info("a call that was cancelled had failed reason=%s", error)
 
 
 def _engine_capacity_bytes(packed: PackedModel, settings: ServeSettings, dtype: torch.dtype) -> int | None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -24,9 +25,16 @@ from moeless.dispatch.wire import (
     write_call,
 )
 
-_ASLEEP_S = 0.05
-"""How long to wait for a side that may be at zero replicas: ten times a warm call through Serve. A start takes
-seconds."""
+logger = logging.getLogger(__name__)
+
+_PATIENCE_S = 0.05
+"""Ten times what a call of few rows takes through Serve; a start from zero takes seconds."""
+_ROWS_OF_A_CALL = 50
+"""So many rows take as long again."""
+_START_S = 1.5
+"""No replica starts from zero in less: an answer that came within was that of a slow one."""
+_CALMING = 0.95
+"""What patience is multiplied by for each answer in time, down to what it was at first."""
 
 
 class PendingAnswer(Protocol):
@@ -38,21 +46,24 @@ class PendingAnswer(Protocol):
         ...
 
     def cancel(self) -> None:
-        """Nobody wants the answer any more."""
+        """Nobody wants the answer any more. Does not raise."""
         ...
 
 
 class CallChannel:
     """A line whose every call is one remote call. Never broken: the other side replaces what dies.
 
-    A call that is not answered in time stays under way, because it is what wakes a side that scaled to zero; until it
-    ends, every other call is refused at once, so that one side that starts or hangs does not stall each layer.
+    Whether the other side runs is not known here: it may have scaled to zero, or hang. So a call is waited for about as
+    long as it takes where it runs, and no longer. One that is not answered then stays under way, because it is what
+    wakes the other side; until it ends, every other call is refused at once. Where the answer comes sooner than
+    anything can start, calls take longer there: the line is twice as patient then, and less so as calls are answered in
+    time.
 
     Args:
         start_call: sends a frame.
         max_rows: most rows of one call.
-        idle_s: a side that answered nothing for so many seconds may have scaled to zero, and the next call to it is
-            waited for no longer than a warm one takes. None: it is always there.
+        patience_s: how long a call of few rows is waited for at first; a row adds a fiftieth. Infinite: as long as
+            `collect` is told.
         give_up_s: a call that is under way for so long is cancelled, and the next one sent.
         clock: seconds.
     """
@@ -65,13 +76,13 @@ class CallChannel:
         start_call: Callable[[bytes], PendingAnswer],
         *,
         max_rows: int,
-        idle_s: float | None = None,
+        patience_s: float = _PATIENCE_S,
         give_up_s: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.max_rows = max_rows
         self._start_call = start_call
-        self._idle_s = idle_s
+        self._patience_s = patience_s
         self._give_up_s = give_up_s
         self._clock = clock
         self._sequence = 0
@@ -79,7 +90,7 @@ class CallChannel:
         self._pending: PendingAnswer | None = None
         self._late: PendingAnswer | None = None
         self._sent_s = 0.0
-        self._answered_s: float | None = None
+        self._scale = 1.0
 
     def submit(self, call: LayerCall) -> None:
         """Raises WorkerStartingError while an earlier call is under way."""
@@ -94,40 +105,48 @@ class CallChannel:
         self._pending = self._start_call(bytes(frame))
 
     def collect(self, timeout_s: float) -> torch.Tensor:
-        """Raises WorkerStartingError where the other side may have been asleep."""
+        """Wait from when the call was sent, so that waits for several lines pass at once.
+
+        Raises: WorkerStartingError where there is no answer in time; the line is as good as before.
+        """
         pending, self._pending = self._pending, None
         if pending is None:
             raise TransportError("collect without submit")
-        may_sleep = self._may_sleep()
+        limit_s = min(timeout_s, self._scale * self._patience_s * self._size)
         try:
-            frame = pending.result(min(timeout_s, _ASLEEP_S) if may_sleep else timeout_s)
+            frame = pending.result(max(0.0, self._sent_s + limit_s - self._clock()))
         except WorkerTimeoutError as error:
             self._late = pending
-            if may_sleep:
-                raise WorkerStartingError("it may be starting from zero") from error
-            raise
-        self._answered_s = self._clock()
+            raise WorkerStartingError(f"no answer within {limit_s:.2f} s; it may be starting") from error
+        self._scale = max(1.0, _CALMING * self._scale)
         return read_answer(Frame(memoryview(bytearray(frame))), self._sequence, self._shape)
 
     def close(self) -> None:
+        """Nothing that is under way is wanted any more."""
+        for call in (self._pending, self._late):
+            if call is not None:
+                call.cancel()
         self._pending = self._late = None
 
-    def _may_sleep(self) -> bool:
-        if self._idle_s is None:
-            return False
-        return self._answered_s is None or self._sent_s - self._answered_s >= self._idle_s
+    @property
+    def _size(self) -> float:
+        """Of the last call, in calls of few rows."""
+        return 1 + self._shape[0] / _ROWS_OF_A_CALL
 
     def _has_ended(self, late: PendingAnswer) -> bool:
         try:
             late.result(0.0)
         except WorkerTimeoutError:
-            if self._clock() - self._sent_s < self._give_up_s:
+            waited_s = self._clock() - self._sent_s
+            if waited_s < self._give_up_s:
                 return False
+            logger.warning("a call was never answered seconds=%.0f", waited_s)
             late.cancel()
         except TransportError:
             pass  # its replica died, say; the next call goes to another
         else:
-            self._answered_s = self._clock()
+            if self._clock() - self._sent_s < _START_S * self._size:
+                self._scale *= 2
         return True
 
 

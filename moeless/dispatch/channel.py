@@ -32,7 +32,8 @@ class Channel(Protocol):
         """Wait for the answer to the last submit: partial sums (R, H), valid until the next submit.
 
         Raises: WorkerTimeoutError after `timeout_s` seconds; TransportError if the worker hung up or failed. After
-        a WorkerTimeoutError or a hang-up the channel is broken and must be closed.
+        a WorkerTimeoutError or a hang-up the channel is broken and must be closed, after a WorkerStartingError it is
+        not.
         """
         ...
 

@@ -18,6 +18,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from moeless.core.balancing import warm_up
 from moeless.core.errors import FunctionUnavailableError, TransportError, WorkerStartingError
 from moeless.core.expert import FunctionId
 from moeless.core.routing_table import LOCAL_WORKER, RoutingTable
@@ -97,6 +98,8 @@ class Dispatcher:
         self._steps = [0] * len(self._num_experts)
         self._observer: LayerObserver | None = None
         self.metrics = DispatchMetrics(self._num_experts)
+        if table.step_cost is not None:
+            warm_up()
         self.table = table
         self._compiled = self._compile(table)
 
@@ -104,6 +107,8 @@ class Dispatcher:
 
     def set_table(self, table: RoutingTable) -> None:
         """Use `table` from the next layer on. Raises ValueError if it is not newer."""
+        if table.step_cost is not None:
+            warm_up()  # before the lock, for which the compute thread may wait
         with self._lock:
             if table.version <= self.table.version:
                 raise ValueError(f"table version must be above {self.table.version}, got {table.version}")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from moeless.core.balancing import Replicas, balanced_split, warm_up
+from moeless.core.balancing import Replicas, balanced_split
 from moeless.core.call_cost import CallCost
 from moeless.core.expert import FunctionId
 from moeless.core.routing_table import LOCAL_WORKER, RoutingTable
@@ -86,7 +86,6 @@ def compile_layer(
     worker_of_E = np.array([number[kept[expert][0][0]] for expert in range(num_experts)], dtype=np.int64)
     replicas = None
     if table.step_cost is not None and shares_of:
-        warm_up()
         replicas = Replicas.of_one_layer(
             [replicas.tolist() for replicas, _ in shares_of.values()],
             [np.diff(cumulative, prepend=0.0).tolist() for _, cumulative in shares_of.values()],

@@ -268,21 +268,21 @@ def hub_seconds(
     is_near_W = cluster.node_W == engine_node
     bandwidth_W = np.where(is_near_W, cluster.local_bytes_per_s, cluster.remote_bytes_per_s)
     seconds_L = np.empty(len(tokens_LW))
-    _add_messages(
+    _hub_seconds_L(
         np.ascontiguousarray(tokens_LW, dtype=np.float64),
         token_bytes / (bandwidth_W if free_link_W is None else bandwidth_W * free_link_W),
         is_near_W,
-        token_bytes / (engine_links * cluster.local_bytes_per_s),
-        token_bytes / (engine_links * cluster.remote_bytes_per_s),
-        exchange.hub_s,
-        exchange.message_s,
+        float(token_bytes / (engine_links * cluster.local_bytes_per_s)),
+        float(token_bytes / (engine_links * cluster.remote_bytes_per_s)),
+        float(exchange.hub_s),
+        float(exchange.message_s),
         seconds_L,
     )
     return seconds_L
 
 
 @compiled
-def _add_messages(
+def _hub_seconds_L(
     tokens_LW: FloatArray,
     token_s_W: FloatArray,
     is_near_W: NDArray[np.bool_],

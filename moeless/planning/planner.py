@@ -203,12 +203,14 @@ class MoelessPlanner:
         """The plan with further replicas, up to `target_LE`, and moves in the layers where that pays; together at most
         the moves of a tick.
 
-        Where memory is full, room for a replica is made by moving others: then it is tried with fewer replicas.
+        Where memory is full, room for a replica is made by moving others: where that is too much, it is tried with
+        fewer replicas, and at last with moves alone.
         """
+        wanted = int((target_LE - needed_LE).sum())
         allowed, is_forced_L = self._max_moves, np.zeros(len(target_LE), dtype=np.bool_)
-        while allowed > 0:
-            counts_LE, num_starts = target_LE, int((target_LE - needed_LE).sum())
-            if num_starts > allowed:
+        while True:
+            counts_LE = target_LE
+            if wanted > allowed:
                 counts_LE = fit_budgets(
                     target_LE,
                     Limits(least_LE=needed_LE, most_LE=target_LE, budget_L=np.full(len(target_LE), UNLIMITED)),
@@ -216,13 +218,13 @@ class MoelessPlanner:
                     wanted_LE=target_LE,
                     budget=int(needed_LE.sum()) + allowed,
                 )
-            better = self._placed(counts_LE, observation, plan, max_moves=max(0, allowed - num_starts))
+            left = max(0, allowed - wanted) if allowed else self._max_moves
+            better = self._placed(counts_LE, observation, plan, max_moves=left)
             better = self._where_it_pays(plan, better, observation, is_forced_L=is_forced_L)
             excess = len(better.started_since(plan)) - self._max_moves
             if excess <= 0:
                 return better
-            allowed -= excess
-        return plan
+            allowed = max(0, allowed - max(1, excess // 2))
 
     def _counts(
         self, observation: Observation, current_LE: IntArray | None, hosted_LE: IntArray

@@ -118,7 +118,7 @@ class Hosting:
     def _balance(self, tokens_N: FloatArray, counts_C: IntArray, cost: CallCost) -> None:
         """Set the tokens of instances that are one of several."""
         busy_LW = np.zeros(self._shape)
-        costs = (cost.call_tokens, cost.floor_tokens, cost.link_tokens)
+        costs = (float(cost.call_tokens), float(cost.floor_tokens), float(cost.link_tokens))
         _add_costs(tokens_N, self._alone, self._place_N, self._speed_N, costs, busy_LW.reshape(-1))
         tokens_F = counts_C[self._shared_cells].astype(np.int64)
         tokens_N[self._shared] = balanced_split(tokens_F, self._replicas, busy_LW, cost, speed_W=self._speed_W)

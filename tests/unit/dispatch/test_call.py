@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 
 import numpy as np
 import pytest
@@ -38,9 +38,11 @@ class Far:
         self.dies = False
         self.num_calls = 0
         self.num_cancelled = 0
+        self.sent_s = 0.0
 
     def __call__(self, frame: bytes) -> Answer:
         self.num_calls += 1
+        self.sent_s = self.clock.now_s
         return Answer(self, frame, ready_s=self.clock.now_s + self.takes_s)
 
 
@@ -72,96 +74,150 @@ def far(clock: Clock) -> Far:
 
 
 @pytest.fixture
-def ask(far: Far, clock: Clock) -> Callable[[], torch.Tensor]:
-    """One call of the line, waited for 2 s at most."""
-    line = CallChannel(far, max_rows=8, idle_s=20.0, give_up_s=60.0, clock=clock)
-    return lambda: ask_once(line)
+def line(far: Far, clock: Clock) -> CallChannel:
+    return CallChannel(far, max_rows=8, patience_s=0.05, give_up_s=60.0, clock=clock)
 
 
-def ask_once(line: CallChannel) -> torch.Tensor:
+def submit(line: CallChannel, num_rows: int = 1) -> None:
+    rows = np.arange(num_rows)
     line.submit(
         LayerCall(
             layer=0,
-            x_TH=torch.ones(1, HIDDEN),
-            tokens_R=np.zeros(1, dtype=np.int64),
-            rows_n=np.zeros(1, dtype=np.int64),
-            experts_n=np.zeros(1, dtype=np.int64),
-            weights_n=np.ones(1, dtype=np.float32),
+            x_TH=torch.ones(num_rows, HIDDEN),
+            tokens_R=rows,
+            rows_n=rows,
+            experts_n=np.zeros(num_rows, dtype=np.int64),
+            weights_n=np.ones(num_rows, dtype=np.float32),
         )
     )
+
+
+def ask(line: CallChannel, num_rows: int = 1) -> torch.Tensor:
+    """One call, waited for 2 s at most."""
+    submit(line, num_rows)
     return line.collect(2.0)
 
 
-def test_a_side_that_answers_is_asked_for_every_call(ask: Callable[[], torch.Tensor], far: Far) -> None:
+def assert_answered(line: CallChannel, num_rows: int = 1) -> None:
+    torch.testing.assert_close(ask(line, num_rows), torch.full((num_rows, HIDDEN), 2.0))
+
+
+def test_a_side_that_answers_is_asked_for_every_call(line: CallChannel, far: Far) -> None:
     for _ in range(3):
-        torch.testing.assert_close(ask(), torch.full((1, HIDDEN), 2.0))
+        assert_answered(line)
     assert far.num_calls == 3
 
 
-def test_a_side_at_zero_is_woken_by_one_call_and_not_waited_for(
-    ask: Callable[[], torch.Tensor], far: Far, clock: Clock
-) -> None:
+def test_a_side_at_zero_is_woken_by_one_call_and_not_waited_for(line: CallChannel, far: Far, clock: Clock) -> None:
     far.takes_s = 3.0
     started_s = clock.now_s
     for _ in range(5):
         with pytest.raises(WorkerStartingError):
-            ask()
+            ask(line)
     assert clock.now_s - started_s < 0.1
     assert (far.num_calls, far.num_cancelled) == (1, 0)
     clock.now_s += 3.0
     far.takes_s = 0.001
-    torch.testing.assert_close(ask(), torch.full((1, HIDDEN), 2.0))
+    assert_answered(line)
     assert far.num_calls == 2
 
 
-def test_a_side_that_answered_lately_is_waited_for(ask: Callable[[], torch.Tensor], far: Far, clock: Clock) -> None:
-    ask()
-    clock.now_s += 19.0
-    far.takes_s = 1.5
-    torch.testing.assert_close(ask(), torch.full((1, HIDDEN), 2.0))
-
-
-def test_a_side_idle_for_long_may_be_at_zero_again(ask: Callable[[], torch.Tensor], far: Far, clock: Clock) -> None:
-    ask()
-    clock.now_s += 21.0
-    far.takes_s = 3.0
-    with pytest.raises(WorkerStartingError):
-        ask()
-
-
-def test_a_side_that_hangs_costs_one_deadline_and_not_one_a_call(
-    ask: Callable[[], torch.Tensor], far: Far, clock: Clock
+def test_a_side_that_went_to_zero_over_and_over_is_never_waited_for_longer(
+    line: CallChannel, far: Far, clock: Clock
 ) -> None:
-    ask()
-    far.takes_s = 1e6
+    for _ in range(20):
+        far.takes_s = 3.0
+        started_s = clock.now_s
+        with pytest.raises(WorkerStartingError):
+            ask(line)
+        assert clock.now_s - started_s < 0.1
+        clock.now_s += 600.0  # the answer came, and is read long after
+        far.takes_s = 0.001
+        assert_answered(line)
+        clock.now_s += 600.0
+
+
+def test_lines_are_waited_for_at_once(far: Far, clock: Clock) -> None:
+    far.takes_s = 3.0
+    lines = [CallChannel(far, max_rows=8, patience_s=0.05, clock=clock) for _ in range(8)]
     started_s = clock.now_s
-    with pytest.raises(WorkerTimeoutError):
-        ask()
+    for line in lines:
+        submit(line)
+    for line in lines:
+        with pytest.raises(WorkerStartingError):
+            line.collect(2.0)
+    assert clock.now_s - started_s < 0.1
+
+
+def test_a_call_of_many_rows_may_take_longer(line: CallChannel, far: Far) -> None:
+    far.takes_s = 0.055
+    assert_answered(line, num_rows=8)
+    with pytest.raises(WorkerStartingError):
+        ask(line, num_rows=1)
+
+
+def test_a_side_that_is_slow_is_waited_for_in_time(line: CallChannel, far: Far, clock: Clock) -> None:
+    far.takes_s = 0.3
+    answered = 0
+    for _ in range(20):
+        try:
+            ask(line)
+            answered += 1
+        except WorkerStartingError:
+            clock.now_s += 0.3
+    assert answered > 12
+
+
+def test_no_call_is_waited_for_longer_than_collect_is_told(line: CallChannel, far: Far, clock: Clock) -> None:
+    far.takes_s = 1.2
+    for _ in range(5):  # until it is more patient than that
+        with pytest.raises(WorkerStartingError):
+            ask(line)
+        clock.now_s = far.sent_s + 1.3
+    assert_answered(line)
+    submit(line)
+    started_s = clock.now_s
+    with pytest.raises(WorkerStartingError):
+        line.collect(0.5)
+    assert clock.now_s - started_s == pytest.approx(0.5)
+
+
+def test_a_side_that_hangs_is_asked_again_after_a_while(line: CallChannel, far: Far, clock: Clock) -> None:
+    far.takes_s = 1e6
     for _ in range(10):
-        with pytest.raises(WorkerStartingError, match="no answer yet to a call sent"):
-            ask()
-    assert clock.now_s - started_s == pytest.approx(2.0)
+        with pytest.raises(WorkerStartingError):
+            ask(line)
+    with pytest.raises(WorkerStartingError, match="no answer yet to a call sent"):
+        ask(line)
     clock.now_s += 60.0
     far.takes_s = 0.001
-    torch.testing.assert_close(ask(), torch.full((1, HIDDEN), 2.0))
+    assert_answered(line)
+    assert (far.num_calls, far.num_cancelled) == (2, 1)
+
+
+def test_a_call_that_fails_late_frees_the_line(line: CallChannel, far: Far) -> None:
+    far.takes_s = 3.0
+    with pytest.raises(WorkerStartingError):
+        ask(line)
+    far.dies = True
+    with pytest.raises(TransportError, match="its replica died"):
+        ask(line)
+    far.dies, far.takes_s = False, 0.001
+    assert_answered(line)
+
+
+def test_nothing_is_wanted_of_a_line_that_is_closed(line: CallChannel, far: Far) -> None:
+    far.takes_s = 3.0
+    with pytest.raises(WorkerStartingError):
+        ask(line)
+    line.close()
+    line.close()
     assert far.num_cancelled == 1
 
 
-def test_a_call_that_fails_late_frees_the_line(ask: Callable[[], torch.Tensor], far: Far, clock: Clock) -> None:
-    far.takes_s = 3.0
-    with pytest.raises(WorkerStartingError):
-        ask()
-    far.dies = True
-    with pytest.raises(TransportError, match="its replica died"):
-        ask()
-    far.dies, far.takes_s = False, 0.001
-    torch.testing.assert_close(ask(), torch.full((1, HIDDEN), 2.0))
-
-
-def test_without_an_idle_time_the_other_side_is_always_there(far: Far, clock: Clock) -> None:
+def test_a_line_may_be_as_patient_as_it_is_told(far: Far, clock: Clock) -> None:
     far.takes_s = 1.5
-    line = CallChannel(far, max_rows=8, clock=clock)
-    torch.testing.assert_close(ask_once(line), torch.full((1, HIDDEN), 2.0))
+    assert_answered(CallChannel(far, max_rows=8, patience_s=math.inf, clock=clock))
 
 
 def test_collect_without_submit_is_refused(far: Far) -> None:

@@ -302,6 +302,23 @@ def test_making_room_for_a_replica_is_counted_as_the_move_that_it_is(moves: int,
     assert len(plan.started_since(before)) <= moves
 
 
+def test_where_two_replicas_need_room_and_one_is_allowed_one_is_made_each_tick() -> None:
+    cluster = cluster_of([6, 4])
+    before = plan_of(2, *[[{0: 1.0}, {0: 1.0}, {1: 1.0}, {1: 1.0}]] * 2)
+    planner = moeless(system(2, 4, cluster), maxMovesPerTick=2, scaler={"name": "cv"})
+    plan = planner.plan(observed([[100.0, 1.0, 1.0, 1.0], [90.0, 1.0, 1.0, 1.0]]), before)
+    assert [counts[0] for counts in counts_of(plan)] == [2, 1]
+    assert len(plan.started_since(before)) == 2
+
+
+def test_where_no_room_can_be_made_instances_still_move() -> None:
+    # The first layer's replica takes two moves. In the second all four are on w1.
+    before = plan_of(2, [{0: 1.0}, {0: 1.0}, {1: 1.0}, {1: 1.0}], [{1: 1.0}] * 4)
+    planner = moeless(system(2, 4, cluster_of([4, 6])), maxMovesPerTick=1, scaler={"name": "cv"})
+    plan = planner.plan(observed([[100.0, 1.0, 1.0, 1.0], [50.0, 50.0, 50.0, 50.0]]), before)
+    assert plan.layer_N[plan.started_since(before)].tolist() == [1]
+
+
 def test_by_default_a_tick_moves_what_the_links_load_in_a_quarter_of_it() -> None:
     # Two workers that load an instance in a second: two instances in a second of a tick of four.
     slow = replace(cluster_of([20, 20]), local_bytes_per_s=1.0, remote_bytes_per_s=1.0, load_bytes_per_s=1.0)
