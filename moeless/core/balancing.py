@@ -31,6 +31,8 @@ _ENOUGH = 1.02
 _LEAST_GAIN = 0.002
 """Of the busiest worker's time."""
 _MOST_ROUNDS = 24
+_WHOLE_GAIN = 1.1
+"""By the plan's shares all workers are level, not only the busiest one lower: that is left for no small gain."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,7 +129,7 @@ def _split_layers(
             by_shares_N, by_shares_W = split_N[instance_F[first] : instance_F[last]].copy(), busy_W.copy()
             busy_W[:] = before_W
             _begin(tokens_F, first, last, instance_F, worker_N, share_N, busy_W, speed_W, cost, split_N, False)
-            if by_shares_W.max() <= busy_W.max():
+            if by_shares_W.max() <= _WHOLE_GAIN * busy_W.max():
                 busy_W[:] = by_shares_W
                 split_N[instance_F[first] : instance_F[last]] = by_shares_N
         total = 0.0
