@@ -175,10 +175,10 @@ def _measure(case: Case, arguments: argparse.Namespace, imbalance: float) -> lis
         share_N = min_max_shares(
             plan.layer_N, plan.expert_N, plan.worker_N, load_LE, case.cluster.speed_W, start_N=plan.share_N
         )
-        return replace(plan, share_N=share_N)
+        return plan.with_shares(share_N)
 
-    add("round robin", lambda: round_robin(case.eplb.counts_LE(), load_LE, *system))
-    add("EPLB", lambda: eplb_global(case.eplb.counts_LE(), load_LE, *system))
+    add("round robin", lambda: round_robin(case.eplb.counts_LE, load_LE, *system))
+    add("EPLB", lambda: eplb_global(case.eplb.counts_LE, load_LE, *system))
     best = {}
     # A kick takes a fifth of the time where hops count: no sets of experts have to be looked at.
     kicks: dict[Objective, int] = {"workers": arguments.kicks, "hops": 5 * arguments.kicks}

@@ -8,6 +8,7 @@ Shapes: W workers.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,9 +58,12 @@ class WorkerSpec:
             raise ConfigError(f"worker {self.name}: speed must be above 0, got {self.speed}")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """Workers in a fixed order, by whose indices plans name them, and what moves bytes between them."""
+    """Workers in a fixed order, by whose indices plans name them, and what moves bytes between them.
+
+    Its arrays must not be written to.
+    """
 
     workers: tuple[WorkerSpec, ...]
     local_bytes_per_s: float = 56e9
@@ -84,11 +88,11 @@ class Cluster:
         """W."""
         return len(self.workers)
 
-    @property
+    @cached_property
     def speed_W(self) -> NDArray[np.float64]:
-        return np.array([worker.speed for worker in self.workers])
+        return np.array([worker.speed for worker in self.workers], dtype=np.float64)
 
-    @property
+    @cached_property
     def node_W(self) -> NDArray[np.int64]:
         """Index of each worker's node, in the order in which nodes are first named."""
         order: dict[str, int] = {}
@@ -96,7 +100,11 @@ class Cluster:
 
     def capacity_W(self, model: ModelShape) -> NDArray[np.int64]:
         """Instances that fit each worker's memory, over all layers."""
-        return np.array([worker.memory_bytes // model.expert_bytes for worker in self.workers])
+        return self._memory_W // model.expert_bytes
+
+    @cached_property
+    def _memory_W(self) -> NDArray[np.int64]:
+        return np.array([worker.memory_bytes for worker in self.workers], dtype=np.int64)
 
 
 def even_cluster(

@@ -7,8 +7,10 @@ Shapes: L MoE layers, E experts per layer, W workers, N instances.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
@@ -24,11 +26,12 @@ IntArray = NDArray[np.integer[Any]]
 BoolArray = NDArray[np.bool_]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Plan:
     """Instances in the order of (layer, expert, worker), at most one of a function on a worker.
 
-    Arrays must not be written to. Made by `from_dense` or `from_instances`, which check them.
+    Arrays must not be written to, nor those that are computed from them, once. Made by `from_dense` or
+    `from_instances`, which check them.
     """
 
     version: int
@@ -92,27 +95,49 @@ class Plan:
         """N."""
         return len(self.layer_N)
 
-    @property
+    @cached_property
+    def function_N(self) -> IntArray:
+        """layer × E + expert."""
+        function_N: IntArray = self.layer_N.astype(np.int64) * self.num_experts + self.expert_N
+        return function_N
+
+    @cached_property
     def keys_N(self) -> IntArray:
         """(layer × E + expert) × W + worker: the same in every plan of the same shape, ascending."""
-        keys_N: IntArray = (self.layer_N.astype(np.int64) * self.num_experts + self.expert_N) * self.num_workers
-        return keys_N + self.worker_N
+        keys_N: IntArray = self.function_N * self.num_workers + self.worker_N
+        return keys_N
 
+    @cached_property
+    def slot_N(self) -> IntArray:
+        """layer × W + worker."""
+        slot_N: IntArray = self.layer_N.astype(np.int64) * self.num_workers + self.worker_N
+        return slot_N
+
+    @cached_property
     def counts_LE(self) -> IntArray:
         """Replica count of each function, shape (L, E)."""
-        counts = np.bincount(
-            self.layer_N.astype(np.int64) * self.num_experts + self.expert_N,
-            minlength=self.num_layers * self.num_experts,
-        )
+        counts = np.bincount(self.function_N, minlength=self.num_layers * self.num_experts)
         return counts.reshape(self.num_layers, self.num_experts)
 
+    @cached_property
     def hosted_LW(self) -> IntArray:
         """Instances of each layer on each worker, shape (L, W)."""
-        hosted = np.bincount(
-            self.layer_N.astype(np.int64) * self.num_workers + self.worker_N,
-            minlength=self.num_layers * self.num_workers,
-        )
+        hosted = np.bincount(self.slot_N, minlength=self.num_layers * self.num_workers)
         return hosted.reshape(self.num_layers, self.num_workers)
+
+    def with_version(self, version: int) -> Self:
+        """The same under another version."""
+        return self._with(version=version)
+
+    def with_shares(self, share_N: FloatArray) -> Self:
+        """The same instances with other shares, which are not checked."""
+        return self._with(share_N=share_N)
+
+    def _with(self, **fields: object) -> Self:
+        """A copy, with what was computed of its instances."""
+        plan = copy.copy(self)
+        plan.__dict__.update(fields)
+        return plan
 
     def dense(self) -> tuple[BoolArray, FloatArray]:
         """Where instances are, and their shares, both of shape (L, E, W)."""
@@ -124,18 +149,24 @@ class Plan:
 
     def worker_load_LW(self, load_LE: FloatArray) -> FloatArray:
         """Tokens that each worker computes in each layer, shape (L, W), if the functions get `load_LE`."""
-        tokens_N = load_LE[self.layer_N, self.expert_N] * self.share_N
-        flat: NDArray[Any] = np.bincount(
-            self.layer_N.astype(np.int64) * self.num_workers + self.worker_N,
-            weights=tokens_N,
-            minlength=self.num_layers * self.num_workers,
-        )
-        load_LW: FloatArray = flat.reshape(self.num_layers, self.num_workers)
-        return load_LW
+        return self.worker_sum_LW(load_LE.ravel()[self.function_N] * self.share_N)
+
+    def worker_sum_LW(self, value_N: FloatArray) -> FloatArray:
+        """Sum over each layer's instances on each worker, shape (L, W)."""
+        flat: NDArray[Any] = np.bincount(self.slot_N, weights=value_N, minlength=self.num_layers * self.num_workers)
+        sum_LW: FloatArray = flat.reshape(self.num_layers, self.num_workers)
+        return sum_LW
+
+    def has(self, keys: IntArray) -> BoolArray:
+        """Which of some instances, named as in `keys_N`, are of this plan; of the shape of `keys`."""
+        if not self.num_instances:
+            return np.zeros(keys.shape, dtype=np.bool_)
+        is_here: BoolArray = self.keys_N.take(np.searchsorted(self.keys_N, keys), mode="clip") == keys
+        return is_here
 
     def started_since(self, before: Plan) -> IntArray:
         """Indices of this plan's instances that `before` does not have: what has to be loaded."""
-        return np.flatnonzero(~np.isin(self.keys_N, before.keys_N, assume_unique=True))
+        return np.flatnonzero(~before.has(self.keys_N))
 
     def to_routing_table(self, workers: Sequence[str], *, step_cost: CallCost | None = None) -> RoutingTable:
         """As the dispatcher uses it, with the workers' names.

@@ -13,7 +13,7 @@ Shapes: L layers, E experts, W workers, G groups of experts.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 
 import numpy as np
@@ -246,7 +246,7 @@ class EplbPlanner:
             plan = eplb_global(counts_LE, load_LE, self.cluster, self.model)
         else:
             plan = eplb_hierarchical(counts_LE, load_LE, self.cluster, self.model, num_groups=self.num_groups)
-        return plan if previous is None else replace(plan, version=previous.version + 1)
+        return plan if previous is None else plan.with_version(previous.version + 1)
 
     def _remember(self, observation: Observation) -> None:
         steps = observation.num_steps - self._seen_steps

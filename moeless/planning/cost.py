@@ -16,6 +16,7 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
@@ -33,7 +34,7 @@ _MOST_POISSON = 512.0
 """Mean tokens up to which a Poisson distribution is averaged over."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ExpertTime:
     """Seconds that one instance takes for a call of so many tokens: piecewise linear between knots.
 
@@ -97,11 +98,12 @@ class ExpertTime:
     def __call__(self, tokens: ArrayLike) -> FloatArray:
         """Seconds, of the shape of `tokens` (>= 0)."""
         given = np.asarray(tokens, dtype=np.float64)
-        seconds: FloatArray = np.interp(given, self.tokens_K, self.seconds_K)
-        last = self.tokens_K[-1]
-        if given.size and given.max() > last:
-            seconds = seconds + np.maximum(given - last, 0.0) * self.last_slope
-        return seconds * (given > 0)
+        return _seconds(given.ravel(), *self.knots).reshape(given.shape)
+
+    @cached_property
+    def knots(self) -> tuple[FloatArray, FloatArray]:
+        """Tokens and seconds as arrays."""
+        return np.array(self.tokens_K), np.array(self.seconds_K)
 
     @property
     def last_slope(self) -> float:
@@ -133,7 +135,7 @@ class ExpertTime:
         return MeanExpertTime(self, tuple(means.tolist()), tuple(seconds.tolist()))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class MeanExpertTime:
     """The mean of an ExpertTime over steps, of tokens that come independently of each other: as forecasts are means.
 
@@ -147,8 +149,45 @@ class MeanExpertTime:
     def __call__(self, mean_tokens: ArrayLike) -> FloatArray:
         """Seconds, of the shape of `mean_tokens` (>= 0)."""
         given = np.asarray(mean_tokens, dtype=np.float64)
-        averaged: FloatArray = np.interp(given, self.means_K, self.seconds_K)
-        return np.where(given > self.means_K[-1], self.expert_time(given), averaged)
+        seconds = _mean_seconds(given.ravel(), *self._knots, *self.expert_time.knots)
+        return seconds.reshape(given.shape)
+
+    @cached_property
+    def _knots(self) -> tuple[FloatArray, FloatArray]:
+        return np.array(self.means_K), np.array(self.seconds_K)
+
+
+@compiled
+def _between(tokens: float, knots_K: FloatArray, seconds_K: FloatArray) -> float:
+    """Piecewise linear between knots, flat before the first, with the last slope after it; nothing for no tokens."""
+    if not tokens > 0:
+        return 0.0
+    after = int(np.searchsorted(knots_K, tokens, side="right"))
+    k = min(max(after - 1, 0), len(knots_K) - 2)
+    slope = (seconds_K[k + 1] - seconds_K[k]) / (knots_K[k + 1] - knots_K[k])
+    seconds: float = seconds_K[k] + max(tokens - knots_K[k], 0.0) * slope
+    return seconds
+
+
+@compiled
+def _seconds(tokens: FloatArray, knots_K: FloatArray, seconds_K: FloatArray) -> FloatArray:
+    seconds = np.empty_like(tokens)
+    for i, given in enumerate(tokens):
+        seconds[i] = _between(given, knots_K, seconds_K)
+    return seconds
+
+
+@compiled
+def _mean_seconds(
+    tokens: FloatArray, means_M: FloatArray, seconds_M: FloatArray, knots_K: FloatArray, seconds_K: FloatArray
+) -> FloatArray:
+    seconds = np.empty_like(tokens)
+    for i, given in enumerate(tokens):
+        if given > means_M[-1]:
+            seconds[i] = _between(given, knots_K, seconds_K)
+        else:
+            seconds[i] = _between(given, means_M, seconds_M)
+    return seconds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

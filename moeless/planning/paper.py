@@ -5,8 +5,6 @@ Shapes: L MoE layers, E experts per layer, W workers.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 
 from moeless.core.errors import ConfigError
@@ -60,7 +58,7 @@ class PaperPlanner:
         load_LE = observation.mean_LE
         shape = (*load_LE.shape, system.cluster.num_workers)
         hosted = hosted_instances(previous, observation.pending_keys, shape)
-        current_LE = None if hosted is None else hosted.counts_LE()
+        current_LE = None if hosted is None else hosted.counts_LE
         budget_L = np.full(shape[0], self._layer_budget)
         # Where the budget has no room for all, the functions with the least load go without.
         used_LE = (load_LE > 0).astype(np.int64)
@@ -89,8 +87,7 @@ class PaperPlanner:
             previous=hosted,
             config=PlacementConfig(max_moves=0),
         )
-        function_N = plan.keys_N // plan.num_workers
-        plan = replace(plan, share_N=equal_shares(function_N))
+        plan = plan.with_shares(equal_shares(plan.function_N))
         if previous is not None and are_same(plan, previous):
             return previous
-        return replace(plan, version=1 if previous is None else previous.version + 1)
+        return plan.with_version(1 if previous is None else previous.version + 1)

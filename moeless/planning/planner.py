@@ -21,6 +21,7 @@ from moeless.core.policy import (
     AffinityPlacer,
     BenefitScaler,
     CvScaler,
+    LocalityFirstPlacer,
     MinimalMovesPlacer,
     ResolvedPolicy,
 )
@@ -79,11 +80,9 @@ class PlannedSystem:
 
     def layer_times_L(self, plan: Plan, load_LE: FloatArray) -> FloatArray:
         """Time of each layer's slowest worker, shape (L,)."""
-        tokens_N = load_LE[plan.layer_N, plan.expert_N] * plan.share_N
+        tokens_N = load_LE.ravel()[plan.function_N] * plan.share_N
         times_N = tokens_N if self.seconds is None else self.seconds(tokens_N)
-        slot_N = plan.layer_N.astype(np.int64) * plan.num_workers + plan.worker_N
-        times_S = np.bincount(slot_N, weights=times_N, minlength=plan.num_layers * plan.num_workers)
-        times_L: FloatArray = (times_S.reshape(plan.num_layers, -1) / self.cluster.speed_W).max(axis=1)
+        times_L: FloatArray = (plan.worker_sum_LW(times_N) / self.cluster.speed_W).max(axis=1)
         return times_L
 
     def work_LE(self, load_LE: FloatArray, counts_LE: IntArray) -> FloatArray:
@@ -159,6 +158,7 @@ class MoelessPlanner:
         self._max_moves = (
             system.loads_within(_LOADING_SHARE * policy.tick_s) if policy.max_moves is None else policy.max_moves
         )
+        self._placement = _placement_config(policy, system)
         self._most_LE = np.minimum(policy.max_LE, system.cluster.num_workers)
         self._stabiliser = Stabiliser(
             up_window_s_LE=policy.up_window_s_LE,
@@ -180,26 +180,33 @@ class MoelessPlanner:
     def _decide(self, observation: Observation, previous: Plan | None) -> Plan:
         shape = (*observation.mean_LE.shape, self._system.cluster.num_workers)
         hosted = hosted_instances(previous, observation.pending_keys, shape)
-        hosted_LE = np.zeros(shape[:2], dtype=np.int64) if hosted is None else hosted.counts_LE()
+        hosted_LE = np.zeros(shape[:2], dtype=np.int64) if hosted is None else hosted.counts_LE
         least_LE, counts_LE = self._counts(observation, None if hosted is None else hosted_LE, hosted_LE)
         if hosted is None:
-            plan = self._placed(counts_LE, observation, None, max_moves=self._max_moves)
+            work_LE = self._system.work_LE(observation.mean_LE, counts_LE)
+            plan = self._placed(counts_LE, work_LE, None, max_moves=self._max_moves)
             return self._by_affinity(plan, observation, max_moves=None)
         needed_LE = np.clip(hosted_LE, least_LE, counts_LE)
-        needed = self._placed(needed_LE, observation, hosted, max_moves=0)
-        plan = self._where_it_pays(hosted, needed, observation, is_forced_L=(needed_LE != hosted_LE).any(axis=1))
+        work_LE = self._system.work_LE(observation.mean_LE, needed_LE)
+        needed = self._placed(needed_LE, work_LE, hosted, max_moves=0)
+        times_L = self._system.layer_times_L(hosted, observation.mean_LE)
+        is_forced_L = (needed_LE != hosted_LE).any(axis=1)
+        plan, times_L = self._where_it_pays(hosted, times_L, needed, observation, is_forced_L=is_forced_L)
 
-        times_L = self._system.layer_times_L(plan, observation.mean_LE)
-        is_open_L = times_L * (1 - self._policy.benefit_threshold) > self._balanced_L(observation, needed_LE)
+        balanced_L = work_LE.sum(axis=1) / self._system.cluster.speed_W.sum()
+        is_open_L = times_L * (1 - self._policy.benefit_threshold) > balanced_L
         if is_open_L.any():
-            plan = self._improved(plan, np.where(is_open_L[:, None], counts_LE, needed_LE), needed_LE, observation)
+            target_LE = np.where(is_open_L[:, np.newaxis], counts_LE, needed_LE)
+            plan = self._improved(plan, times_L, target_LE, needed_LE, observation)
         num_started = len(plan.started_since(hosted)) - int(np.maximum(needed_LE - hosted_LE, 0).sum())
         plan = self._by_affinity(plan, observation, max_moves=max(0, self._max_moves - num_started))
         if previous is not None and are_same(plan, previous):
             return previous
-        return replace(plan, version=1 if previous is None else previous.version + 1)
+        return plan.with_version(1 if previous is None else previous.version + 1)
 
-    def _improved(self, plan: Plan, target_LE: IntArray, needed_LE: IntArray, observation: Observation) -> Plan:
+    def _improved(
+        self, plan: Plan, times_L: FloatArray, target_LE: IntArray, needed_LE: IntArray, observation: Observation
+    ) -> Plan:
         """The plan with further replicas, up to `target_LE`, and moves in the layers where that pays; together at most
         the moves of a tick.
 
@@ -219,8 +226,9 @@ class MoelessPlanner:
                     budget=int(needed_LE.sum()) + allowed,
                 )
             left = max(0, allowed - wanted) if allowed else self._max_moves
-            better = self._placed(counts_LE, observation, plan, max_moves=left)
-            better = self._where_it_pays(plan, better, observation, is_forced_L=is_forced_L)
+            work_LE = self._system.work_LE(observation.mean_LE, counts_LE)
+            better = self._placed(counts_LE, work_LE, plan, max_moves=left)
+            better, _ = self._where_it_pays(plan, times_L, better, observation, is_forced_L=is_forced_L)
             excess = len(better.started_since(plan)) - self._max_moves
             if excess <= 0:
                 return better
@@ -269,16 +277,9 @@ class MoelessPlanner:
         within = replace(limits, budget_L=np.minimum(limits.budget_L, np.maximum(most_L, least_L)))
         return replicas_min_max(load_LE, within, enough_L=enough_L)
 
-    def _placed(self, counts_LE: IntArray, observation: Observation, before: Plan | None, *, max_moves: int) -> Plan:
-        placer = self._policy.placer
-        config = PlacementConfig(max_moves=0, horizon_steps=self._system.horizon_steps)
-        if isinstance(placer, MinimalMovesPlacer):
-            config = replace(config, max_moves=max_moves, good_enough=placer.good_enough)
-        elif isinstance(placer, AffinityPlacer):
-            config = replace(config, max_moves=max_moves, good_enough=placer.max_imbalance)
-        if self._system.seconds is not None:
-            config = replace(config, token_s=1.0, spreads_singles=True)  # work_LE is in seconds
-        work_LE = self._system.work_LE(observation.mean_LE, counts_LE)
+    def _placed(self, counts_LE: IntArray, work_LE: FloatArray, before: Plan | None, *, max_moves: int) -> Plan:
+        may_move = not isinstance(self._policy.placer, LocalityFirstPlacer)
+        config = replace(self._placement, max_moves=max_moves if may_move else 0)
         return place(counts_LE, work_LE, self._system.cluster, self._system.model, previous=before, config=config)
 
     def _by_affinity(self, plan: Plan, observation: Observation, *, max_moves: int | None) -> Plan:
@@ -292,39 +293,48 @@ class MoelessPlanner:
             max_moves=max_moves,
             min_gain=placer.min_gain,
         )
-        work_LE = self._system.work_LE(observation.mean_LE, plan.counts_LE())
+        work_LE = self._system.work_LE(observation.mean_LE, plan.counts_LE)
         return place_by_affinity(plan, statistics, work_LE, self._system.cluster, self._system.model, config=config)
 
-    def _balanced_L(self, observation: Observation, counts_LE: IntArray) -> FloatArray:
-        """Time of each layer if its work were spread evenly over the workers."""
-        work_L = self._system.work_LE(observation.mean_LE, counts_LE).sum(axis=1)
-        balanced_L: FloatArray = work_L / self._system.cluster.speed_W.sum()
-        return balanced_L
-
-    def _where_it_pays(self, before: Plan, after: Plan, observation: Observation, *, is_forced_L: BoolArray) -> Plan:
-        """Each layer as it was, unless it is forced or its slowest worker's time falls by the threshold.
+    def _where_it_pays(
+        self, before: Plan, old_L: FloatArray, after: Plan, observation: Observation, *, is_forced_L: BoolArray
+    ) -> tuple[Plan, FloatArray]:
+        """Each layer as it was, unless it is forced or its slowest worker's time falls by the threshold; and the times.
 
         A layer of `after` may stand where another layer of it made room. Where not all that pay fit beside those that
         stay, they come in the order of what they gain; if even the forced ones do not fit, all come.
+
+        Args:
+            old_L: times of the layers of `before`.
         """
         if after is before:
-            return before
-        old_L = self._system.layer_times_L(before, observation.mean_LE)
+            return before, old_L
         new_L = self._system.layer_times_L(after, observation.mean_LE)
         comes_L = is_forced_L | (new_L < old_L * (1 - self._policy.benefit_threshold))
         capacity_W = self._system.cluster.capacity_W(self._system.model)
-        added_LW = after.hosted_LW() - before.hosted_LW()
+        added_LW = after.hosted_LW - before.hosted_LW
         hosted_W = np.bincount(before.worker_N, minlength=len(capacity_W)) + added_LW[is_forced_L].sum(axis=0)
         if (hosted_W + added_LW[comes_L & ~is_forced_L].sum(axis=0) > capacity_W).any():
             if (hosted_W > capacity_W).any():
-                return after
+                return after, new_L
             pays = np.flatnonzero(comes_L & ~is_forced_L)
             comes_L = is_forced_L.copy()
             for layer in pays[np.argsort(new_L[pays] - old_L[pays], kind="stable")].tolist():
                 if (hosted_W + added_LW[layer] <= capacity_W).all():
                     hosted_W += added_LW[layer]
                     comes_L[layer] = True
-        return merged_layers(before, after, comes_L)
+        return merged_layers(before, after, comes_L), np.where(comes_L, new_L, old_L)
+
+
+def _placement_config(policy: ResolvedPolicy, system: PlannedSystem) -> PlacementConfig:
+    config = PlacementConfig(horizon_steps=system.horizon_steps)
+    if isinstance(policy.placer, MinimalMovesPlacer):
+        config = replace(config, good_enough=policy.placer.good_enough)
+    elif isinstance(policy.placer, AffinityPlacer):
+        config = replace(config, good_enough=policy.placer.max_imbalance)
+    if system.seconds is not None:
+        config = replace(config, token_s=1.0, spreads_singles=True)  # work_LE is in seconds
+    return config
 
 
 def merged_layers(before: Plan, after: Plan, is_after_L: BoolArray) -> Plan:

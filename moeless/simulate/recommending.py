@@ -243,7 +243,7 @@ def recommended(case: SizingCase, found: Sized, why: str, statistics: AffinitySt
     imbalance_L = balance_L(plan, load_LE, cluster.speed_W)
     _, shares_LEW = plan.dense()
     touched_L = [touched(shares_EW, sets) for shares_EW, sets in zip(shares_LEW, statistics.sets, strict=True)]
-    counts_LE = plan.counts_LE()
+    counts_LE = plan.counts_LE
     load_W = plan.worker_load_LW(load_LE).sum(axis=0)
     functions_W = _functions_W(plan)
     return Recommendation(

@@ -103,7 +103,7 @@ def workers_of(plan: Plan) -> dict[tuple[int, int], list[int]]:
 
 def counts_of(plan: Plan) -> list[list[int]]:
     """Replica count of each function, layer by layer."""
-    result: list[list[int]] = plan.counts_LE().tolist()
+    result: list[list[int]] = plan.counts_LE.tolist()
     return result
 
 

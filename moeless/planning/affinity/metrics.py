@@ -63,7 +63,7 @@ def hops(before_EW: FloatArray, after_EW: FloatArray, transitions_EE: FloatArray
 def checked_shares(plan: Plan, statistics: AffinityStatistics) -> FloatArray:
     """The plan's shares, shape (L, E, W), once they are known to be for this routing."""
     check_same_model(plan, statistics)
-    missing = np.argwhere((plan.counts_LE() == 0) & (statistics.load_LE > 0))
+    missing = np.argwhere((plan.counts_LE == 0) & (statistics.load_LE > 0))
     if len(missing):
         layer, expert = missing[0]
         function = FunctionId(int(layer), int(expert))

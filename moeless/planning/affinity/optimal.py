@@ -82,7 +82,7 @@ def fewest_workers_plan(
     """
     config = config or ProgrammeConfig()
     checked_shares(start, statistics)
-    counts_LE = start.counts_LE()
+    counts_LE = start.counts_LE
     if (counts_LE != 1).any():
         layer, expert = np.argwhere(counts_LE != 1)[0]
         raise ConfigError(

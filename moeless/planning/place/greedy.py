@@ -70,18 +70,18 @@ def heaviest_first(
     """
     if not add_LE.any():
         return
-    hosted_LE = has_LEW.sum(axis=2)
+    hosted_LE, hosted_LW = _hosted(has_LEW)
     counts_LE = hosted_LE + add_LE
     weight_LE = load_LE / np.maximum(counts_LE, 1)
     speed_W, capacity_W = cluster.speed_W, cluster.capacity_W(model)
-    free_W = capacity_W - has_LEW.sum(axis=(0, 1))
+    free_W = capacity_W - hosted_LW.sum(axis=0)
     part_L = counts_LE.sum(axis=1) / counts_LE.sum()
     for layer in np.flatnonzero(add_LE.any(axis=1)).tolist():
         has_EW, weight_E = has_LEW[layer], weight_LE[layer]
-        quota_W = np.ceil(capacity_W * part_L[layer] - 1e-9).astype(np.int64) - has_EW.sum(axis=0)
-        load_W = weight_E @ has_EW
+        quota_W = np.ceil(capacity_W * part_L[layer] - 1e-9).astype(np.int64) - hosted_LW[layer]
         is_single_E = (counts_LE[layer] == 1) & spreads_singles
-        singles_W = most_singles(is_single_E, cluster.num_workers) - has_EW[is_single_E].sum(axis=0)
+        load_W, singles_W = _computed(has_EW, weight_E, is_single_E)
+        singles_W = most_singles(is_single_E, cluster.num_workers) - singles_W
         experts = np.repeat(np.arange(model.num_experts), add_LE[layer])
         experts = experts[np.argsort(-weight_E[experts], kind="stable")]
         placed = 0
@@ -94,9 +94,37 @@ def heaviest_first(
             expert = int(experts[placed])
             worker = _make_room(has_LEW, free_W, has_EW[expert], f"layer {layer}, expert {expert}")
             has_EW[expert, worker] = True
-            load_W = weight_E @ has_EW
+            load_W, _ = _computed(has_EW, weight_E, is_single_E)
             free_W[worker] -= 1
             placed += 1
+
+
+@compiled
+def _hosted(has_LEW: BoolArray) -> tuple[IntArray, IntArray]:
+    """Instances of each function, and of each layer on each worker."""
+    num_layers, num_experts, num_workers = has_LEW.shape
+    hosted_LE = np.zeros((num_layers, num_experts), dtype=np.int64)
+    hosted_LW = np.zeros((num_layers, num_workers), dtype=np.int64)
+    for layer in range(num_layers):
+        for expert in range(num_experts):
+            for worker in range(num_workers):
+                if has_LEW[layer, expert, worker]:
+                    hosted_LE[layer, expert] += 1
+                    hosted_LW[layer, worker] += 1
+    return hosted_LE, hosted_LW
+
+
+@compiled
+def _computed(has_EW: BoolArray, weight_E: FloatArray, is_single_E: BoolArray) -> tuple[FloatArray, IntArray]:
+    """Of each worker, the weight of its instances, and how many of them are single."""
+    num_experts, num_workers = has_EW.shape
+    weight_W, singles_W = np.zeros(num_workers), np.zeros(num_workers, dtype=np.int64)
+    for expert in range(num_experts):
+        for worker in range(num_workers):
+            if has_EW[expert, worker]:
+                weight_W[worker] += weight_E[expert]
+                singles_W[worker] += is_single_E[expert]
+    return weight_W, singles_W
 
 
 def most_singles(is_single_E: BoolArray, num_workers: int) -> int:

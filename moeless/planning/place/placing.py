@@ -13,10 +13,11 @@ import numpy as np
 
 from moeless.core.cluster import Cluster, ModelShape
 from moeless.core.errors import ConfigError
-from moeless.core.plan import FloatArray, IntArray, Plan
+from moeless.core.plan import BoolArray, FloatArray, IntArray, Plan
 from moeless.planning.place.greedy import check_counts, heaviest_first
 from moeless.planning.place.moves import MoveLimits, TransferTimes, improve_layer
-from moeless.planning.place.shares import busiest_L, ideal_L, min_max_shares
+from moeless.planning.place.shares import busiest_L, ideal_L, settled_shares
+from moeless_predictors.compiled import compiled
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,11 +77,12 @@ def place(
     check_counts(counts_LE, cluster, model)
     if load_LE.shape != counts_LE.shape or not (np.isfinite(load_LE).all() and load_LE.min() >= 0):
         raise ConfigError(f"load_LE must be finite, >= 0 and of the shape {counts_LE.shape}, got {load_LE.shape}")
-    speed_W = cluster.speed_W
     plan = _with_counts(counts_LE, load_LE, cluster, model, previous, spreads_singles=config.spreads_singles)
-    share_N = min_max_shares(plan.layer_N, plan.expert_N, plan.worker_N, load_LE, speed_W, start_N=plan.share_N)
-    share_N = _settled_shares(plan, share_N, load_LE, speed_W, tolerance=config.share_tolerance)
-    moved = _rebalanced(replace(plan, share_N=share_N), load_LE, cluster, model, config)
+    share_N, load_LW = settled_shares(
+        plan.layer_N, plan.expert_N, plan.worker_N, plan.share_N, load_LE, cluster.speed_W,
+        tolerance=config.share_tolerance,
+    )  # fmt: skip
+    moved = _rebalanced(plan.with_shares(share_N), load_LE, load_LW, cluster, model, config)
     if previous is not None and moved.num_instances == previous.num_instances:
         same = np.array_equal(moved.keys_N, previous.keys_N) and np.array_equal(moved.share_N, previous.share_N)
         return previous if same else moved
@@ -106,39 +108,70 @@ def _with_counts(
                 f"{(previous.num_layers, previous.num_experts, previous.num_workers)}"
             )
         kept = _kept(previous, counts_LE, load_LE, cluster.capacity_W(model))
-    kept_LE = np.zeros_like(counts_LE) if kept is None else kept.counts_LE()
+    kept_LE = np.zeros_like(counts_LE) if kept is None else kept.counts_LE
     if previous is not None and kept is previous and np.array_equal(kept_LE, counts_LE):
-        return replace(previous, version=previous.version + 1)
+        return previous.with_version(previous.version + 1)
     has_LEW = np.zeros(shape, dtype=np.bool_)
     if kept is not None:
         has_LEW[kept.layer_N, kept.expert_N, kept.worker_N] = True
     heaviest_first(has_LEW, counts_LE - kept_LE, load_LE, cluster, model, spreads_singles=spreads_singles)
-    key_N = np.flatnonzero(has_LEW)
-    function_N = key_N // shape[2]
-    share_N = 1.0 / counts_LE.ravel()[function_N]
+    before_keys: IntArray = np.empty(0, dtype=np.int64)
+    before_shares: FloatArray = np.empty(0)
     if previous is not None:
-        # Unchanged functions keep their shares, from which splitting anew starts.
-        was_there_N = np.isin(key_N, previous.keys_N, assume_unique=True)
-        same_F = np.bincount(function_N, weights=was_there_N, minlength=counts_LE.size) == counts_LE.ravel()
-        same_F &= previous.counts_LE().ravel() == counts_LE.ravel()
-        before_N = np.searchsorted(previous.keys_N, key_N[same_F[function_N]])
-        share_N[same_F[function_N]] = previous.share_N[before_N]
+        before_keys, before_shares = previous.keys_N, previous.share_N
+    layer_N, expert_N, worker_N, share_N = _instances(has_LEW, int(counts_LE.sum()), before_keys, before_shares)
     return Plan(
         version=1 if previous is None else previous.version + 1,
         num_layers=shape[0],
         num_experts=shape[1],
         num_workers=shape[2],
-        layer_N=function_N // shape[1],
-        expert_N=function_N % shape[1],
-        worker_N=key_N % shape[2],
+        layer_N=layer_N,
+        expert_N=expert_N,
+        worker_N=worker_N,
         share_N=share_N,
     )
 
 
+@compiled
+def _instances(
+    has_LEW: BoolArray, num_instances: int, before_keys: IntArray, before_shares: FloatArray
+) -> tuple[IntArray, IntArray, IntArray, FloatArray]:
+    """Layers, experts, workers and shares of what is placed. Unchanged functions keep their shares, from which
+    splitting anew starts.
+
+    Args:
+        before_keys, before_shares: of the previous plan, in its order.
+    """
+    layer_N, expert_N = np.empty(num_instances, dtype=np.int64), np.empty(num_instances, dtype=np.int64)
+    worker_N, share_N = np.empty(num_instances, dtype=np.int64), np.empty(num_instances)
+    num_layers, num_experts, num_workers = has_LEW.shape
+    n = before = 0
+    for layer in range(num_layers):
+        for expert in range(num_experts):
+            start, start_before, first_key = n, before, (layer * num_experts + expert) * num_workers
+            while before < len(before_keys) and before_keys[before] < first_key + num_workers:
+                before += 1
+            is_same = True
+            for worker in range(num_workers):
+                if not has_LEW[layer, expert, worker]:
+                    continue
+                place = start_before + n - start
+                is_same = is_same and place < before and before_keys[place] == first_key + worker
+                layer_N[n], expert_N[n], worker_N[n] = layer, expert, worker
+                n += 1
+            is_same = is_same and n - start == before - start_before
+            for i in range(start, n):
+                share_N[i] = before_shares[start_before + i - start] if is_same else 1.0 / (n - start)
+    return layer_N, expert_N, worker_N, share_N
+
+
 def _kept(previous: Plan, counts_LE: IntArray, load_LE: FloatArray, capacity_W: IntArray) -> Plan:
     """Those instances of the previous plan that may stay; itself if all may. Shares need not sum to 1."""
+    surplus_LE = previous.counts_LE - counts_LE
+    hosted_W = np.bincount(previous.worker_N, minlength=previous.num_workers)
+    if (surplus_LE <= 0).all() and (hosted_W <= capacity_W).all():
+        return previous
     keep_N = np.ones(previous.num_instances, dtype=np.bool_)
-    surplus_LE = previous.counts_LE() - counts_LE
     surplus_N = surplus_LE[previous.layer_N, previous.expert_N]
     some = np.flatnonzero(surplus_N > 0)
     if len(some):
@@ -153,8 +186,6 @@ def _kept(previous: Plan, counts_LE: IntArray, load_LE: FloatArray, capacity_W: 
         tokens = load_LE[previous.layer_N[here], previous.expert_N[here]] * previous.share_N[here]
         lightest = here[np.argsort(tokens, kind="stable")]
         keep_N[lightest[: hosted_W[worker] - capacity_W[worker]]] = False
-    if keep_N.all():
-        return previous
     return replace(
         previous,
         layer_N=previous.layer_N[keep_N],
@@ -164,23 +195,17 @@ def _kept(previous: Plan, counts_LE: IntArray, load_LE: FloatArray, capacity_W: 
     )
 
 
-def _settled_shares(
-    plan: Plan, share_N: FloatArray, load_LE: FloatArray, speed_W: FloatArray, *, tolerance: float
-) -> FloatArray:
-    """The plan's own shares in layers where the new ones are hardly better."""
-    old_L = busiest_L(plan.worker_load_LW(load_LE), speed_W)
-    new_L = busiest_L(replace(plan, share_N=share_N).worker_load_LW(load_LE), speed_W)
-    stays_L = old_L * (1 - tolerance) <= new_L
-    settled_N: FloatArray = np.where(stays_L[plan.layer_N], plan.share_N, share_N)
-    return settled_N
+def _rebalanced(
+    plan: Plan, load_LE: FloatArray, load_LW: FloatArray, cluster: Cluster, model: ModelShape, config: PlacementConfig
+) -> Plan:
+    """The plan after at most `config.max_moves` moves, most needed layers first.
 
-
-def _rebalanced(plan: Plan, load_LE: FloatArray, cluster: Cluster, model: ModelShape, config: PlacementConfig) -> Plan:
-    """The plan after at most `config.max_moves` moves, most needed layers first."""
+    Args:
+        load_LW: what the workers compute under the plan.
+    """
     if config.max_moves == 0:
         return plan
     speed_W = cluster.speed_W
-    load_LW = plan.worker_load_LW(load_LE)
     busy_L, balanced_L = busiest_L(load_LW, speed_W), ideal_L(load_LW, speed_W)
     excess_L = busy_L - config.good_enough * balanced_L
     transfers = TransferTimes.of(cluster, model)

@@ -52,46 +52,79 @@ def min_max_shares(
         load_LE: tokens, >= 0.
         start_N: where to begin, shares that sum to 1 over each function; default: equal.
     """
-    num_workers, (num_layers, num_experts) = len(speed_W), load_LE.shape
-    function_N = layer_N.astype(np.int64) * num_experts + expert_N
-    starts_F = np.flatnonzero(np.diff(function_N, prepend=-1))
-    count_F = np.diff(starts_F, append=len(function_N))
-    load_F = load_LE.reshape(-1)[function_N[starts_F]].astype(np.float64)
-    share_N = np.repeat(1.0 / count_F, count_F) if start_N is None else start_N.astype(np.float64)
-    replicated = np.flatnonzero((count_F > 1) & (load_F > 0))
-    if not len(replicated):
-        return share_N
-    slot_N = layer_N.astype(np.int64) * num_workers + worker_N
-    tokens_N = share_N * np.repeat(load_F, count_F)
-    load_S: FloatArray = np.bincount(slot_N, weights=tokens_N, minlength=num_layers * num_workers)  # type: ignore[assignment]
-    layer_G = function_N[starts_F[replicated]] // num_experts
-    order_G = np.lexsort((-load_F[replicated], layer_G))
-    replicated, layer_G = replicated[order_G], layer_G[order_G]
-    bounds_L1 = np.searchsorted(layer_G, np.arange(num_layers + 1))
-    starts_G, count_G, load_G = starts_F[replicated], count_F[replicated], load_F[replicated]
-    _descend_layers(bounds_L1, starts_G, count_G, load_G, worker_N.astype(np.int64), tokens_N, load_S, speed_W)
-    index_N = np.repeat(starts_G - np.cumsum(count_G) + count_G, count_G) + np.arange(count_G.sum())
-    share_N[index_N] = tokens_N[index_N] / np.repeat(load_G, count_G)
-    return share_N
+    share_N = equal_shares(layer_N.astype(np.int64) * load_LE.shape[1] + expert_N) if start_N is None else start_N
+    return settled_shares(layer_N, expert_N, worker_N, share_N, load_LE, speed_W, tolerance=-np.inf)[0]
+
+
+def settled_shares(
+    layer_N: IntArray,
+    expert_N: IntArray,
+    worker_N: IntArray,
+    share_N: FloatArray,
+    load_LE: FloatArray,
+    speed_W: FloatArray,
+    *,
+    tolerance: float,
+) -> tuple[FloatArray, FloatArray]:
+    """The same, but layers keep `share_N` where new shares relieve their busiest worker by at most `tolerance`, a
+    part of 1; and what the workers compute of each layer, shape (L, W)."""
+    new_N, load_LW = share_N.astype(np.float64), np.zeros((len(load_LE), len(speed_W)))
+    _split_layers(
+        layer_N.astype(np.int64, copy=False),
+        expert_N.astype(np.int64, copy=False),
+        worker_N.astype(np.int64, copy=False),
+        load_LE.astype(np.float64, copy=False),
+        speed_W.astype(np.float64, copy=False),
+        tolerance,
+        new_N,
+        load_LW,
+    )
+    return new_N, load_LW
 
 
 @compiled
-def _descend_layers(
-    bounds_L1: IntArray,
-    starts_G: IntArray,
-    count_G: IntArray,
-    load_G: FloatArray,
+def _split_layers(
+    layer_N: IntArray,
+    expert_N: IntArray,
     worker_N: IntArray,
-    tokens_N: FloatArray,
-    load_S: FloatArray,
+    load_LE: FloatArray,
     speed_W: FloatArray,
+    tolerance: float,
+    share_N: FloatArray,
+    load_LW: FloatArray,
 ) -> None:
-    num_workers = len(speed_W)
-    for layer in range(len(bounds_L1) - 1):
-        begin, end = bounds_L1[layer], bounds_L1[layer + 1]
-        if begin < end:
-            load_W = load_S[layer * num_workers : (layer + 1) * num_workers]
-            descend(starts_G[begin:end], count_G[begin:end], load_G[begin:end], worker_N, tokens_N, load_W, speed_W)
+    """Changes `share_N`, and `load_LW`, which is zero."""
+    num_instances = len(layer_N)
+    tokens_N = np.empty(num_instances)
+    starts_F, count_F = np.empty(num_instances, dtype=np.int64), np.empty(num_instances, dtype=np.int64)
+    load_F = np.empty(num_instances)
+    n = 0
+    while n < num_instances:
+        begin, layer, num_replicated = n, layer_N[n], 0
+        load_W = load_LW[layer]
+        while n < num_instances and layer_N[n] == layer:
+            start, load = n, load_LE[layer, expert_N[n]]
+            while n < num_instances and layer_N[n] == layer and expert_N[n] == expert_N[start]:
+                tokens_N[n] = share_N[n] * load
+                load_W[worker_N[n]] += tokens_N[n]
+                n += 1
+            if n - start > 1 and load > 0:
+                starts_F[num_replicated], count_F[num_replicated], load_F[num_replicated] = start, n - start, load
+                num_replicated += 1
+        if not num_replicated:
+            continue
+        heaviest_G = np.argsort(-load_F[:num_replicated], kind="mergesort")
+        starts_G, count_G, load_G = starts_F[heaviest_G], count_F[heaviest_G], load_F[heaviest_G]
+        before_W, before_n = load_W.copy(), share_N[begin:n].copy()
+        descend(starts_G, count_G, load_G, worker_N, tokens_N, load_W, speed_W)
+        for g in range(num_replicated):
+            for i in range(starts_G[g], starts_G[g] + count_G[g]):
+                share_N[i] = tokens_N[i] / load_G[g]
+        load_W[:] = 0.0
+        for i in range(begin, n):
+            load_W[worker_N[i]] += share_N[i] * load_LE[layer, expert_N[i]]
+        if (before_W / speed_W).max() * (1 - tolerance) <= (load_W / speed_W).max():
+            share_N[begin:n], load_W[:] = before_n, before_W
 
 
 @compiled

@@ -1,20 +1,21 @@
-"""Replicas one after the other to the highest load per replica, without the loop.
+"""Replicas one after the other to the highest load per replica.
 
 An expert with load x and r replicas has x / r tokens on each. Whoever gives each extra replica to the expert where
-that is highest walks down the sorted list of all x / r: where the walk ends is a question of sorting, for all layers
-at once. Ties go to the expert with the lower index.
+that is highest walks down the sorted list of all x / r. Ties go to the expert with the lower index.
 
 Shapes: L MoE layers, E experts per layer, X extra replicas of all layers, layer by layer.
 """
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass
 
 import numpy as np
 
 from moeless.core.errors import ConfigError
 from moeless.core.plan import FloatArray, IntArray
+from moeless_predictors.compiled import compiled
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -73,44 +74,57 @@ def extras_in_order(load_LE: FloatArray, limits: Limits, *, room_L: IntArray, en
     """
     if ((load_LE > 0) & (limits.least_LE < 1)).any():
         raise ConfigError("limits.least_LE must be at least 1 for functions with load")
-    # Extras are those r from least to most with load / r above a threshold, which falls until there are enough.
-    can_grow_LE = (load_LE > 0) & (limits.most_LE > limits.least_LE)
-    total_L = load_LE.sum(axis=1)
-    level_L = np.maximum(total_L / np.maximum(limits.least_LE.sum(axis=1) + room_L, 1), enough_L)
-    ends_LE = _ends(load_LE, level_L, limits)
-    while True:
-        is_short_L = ((ends_LE - limits.least_LE) * can_grow_LE).sum(axis=1) < room_L
-        is_short_L &= (level_L > enough_L) & (can_grow_LE & (ends_LE < limits.most_LE)).any(axis=1)
-        if not is_short_L.any():
-            break
-        level_L = np.where(is_short_L, np.maximum(level_L / 2, enough_L), level_L)
-        ends_LE = _ends(load_LE, level_L, limits)
-    # One more than the threshold says, since it is divided by: comparing what is sorted decides.
-    num_LE = np.where(can_grow_LE, np.minimum(ends_LE + 1, limits.most_LE) - limits.least_LE, 0)
-    layer_X, expert_X = np.nonzero(num_LE)
-    repeats = num_LE[layer_X, expert_X]
-    step_X = np.arange(repeats.sum()) - np.repeat(np.cumsum(repeats) - repeats, repeats)
-    layer_X, expert_X = np.repeat(layer_X, repeats), np.repeat(expert_X, repeats)
-    replicas_X = limits.least_LE[layer_X, expert_X] + step_X
-    load_X = load_LE[layer_X, expert_X] / replicas_X
-
-    is_above_X = load_X > enough_L[layer_X]
-    layer_X, expert_X = layer_X[is_above_X], expert_X[is_above_X]
-    replicas_X, load_X = replicas_X[is_above_X], load_X[is_above_X]
-    order_X = np.argsort(-load_X, kind="stable")
-    order_X = order_X[np.argsort(layer_X[order_X], kind="stable")]
-    layer_X = layer_X[order_X]
-    start_L = np.searchsorted(layer_X, np.arange(len(room_L)))
-    rank_X = np.arange(len(layer_X)) - start_L[layer_X]
-    fits_X = rank_X < room_L[layer_X]
-    return Extras(
-        layer_X=layer_X[fits_X],
-        expert_X=expert_X[order_X][fits_X],
-        replicas_X=replicas_X[order_X][fits_X],
-        load_X=load_X[order_X][fits_X],
-        rank_X=rank_X[fits_X],
-        start_L=np.searchsorted(layer_X[fits_X], np.arange(len(room_L))),
+    layer_X, expert_X, replicas_X, load_X, start_L1 = _walk(
+        load_LE.astype(np.float64, copy=False),
+        limits.least_LE.astype(np.int64, copy=False),
+        limits.most_LE.astype(np.int64, copy=False),
+        room_L.astype(np.int64, copy=False),
+        enough_L.astype(np.float64, copy=False),
     )
+    return Extras(
+        layer_X=layer_X,
+        expert_X=expert_X,
+        replicas_X=replicas_X,
+        load_X=load_X,
+        rank_X=np.arange(len(layer_X)) - start_L1[layer_X],
+        start_L=start_L1[:-1],
+    )
+
+
+@compiled
+def _walk(
+    load_LE: FloatArray, least_LE: IntArray, most_LE: IntArray, room_L: IntArray, enough_L: FloatArray
+) -> tuple[IntArray, IntArray, IntArray, FloatArray, IntArray]:
+    """The extras' layers, experts, replicas before and loads on each of those, and where layers begin and end."""
+    num_layers, num_experts = load_LE.shape
+    size, num = 1024, 0
+    whole_XC, load_X = np.empty((size, 3), dtype=np.int64), np.empty(size)
+    start_L1 = np.zeros(num_layers + 1, dtype=np.int64)
+    for layer in range(num_layers):
+        replicas_E, most_E = least_LE[layer].copy(), most_LE[layer]
+        heap = [
+            (-load_LE[layer, expert] / replicas_E[expert], expert)
+            for expert in range(num_experts)
+            if load_LE[layer, expert] > 0 and replicas_E[expert] < most_E[expert]
+        ]
+        heapq.heapify(heap)
+        for _ in range(room_L[layer]):
+            if not heap or -heap[0][0] <= enough_L[layer]:
+                break
+            load, expert = -heap[0][0], heap[0][1]
+            if num == size:
+                whole_XC, load_X = np.concatenate((whole_XC, whole_XC)), np.concatenate((load_X, load_X))
+                size *= 2
+            whole_XC[num, 0], whole_XC[num, 1], whole_XC[num, 2] = layer, expert, replicas_E[expert]
+            load_X[num] = load
+            num += 1
+            replicas_E[expert] += 1
+            if replicas_E[expert] < most_E[expert]:
+                heapq.heapreplace(heap, (-load_LE[layer, expert] / replicas_E[expert], expert))
+            else:
+                heapq.heappop(heap)
+        start_L1[layer + 1] = num
+    return whole_XC[:num, 0].copy(), whole_XC[:num, 1].copy(), whole_XC[:num, 2].copy(), load_X[:num].copy(), start_L1
 
 
 def replicas_by_cv(load_LE: FloatArray, limits: Limits, *, max_cv_L: FloatArray) -> IntArray:
@@ -158,14 +172,6 @@ def replicas_min_max(load_LE: FloatArray, limits: Limits, *, enough_L: FloatArra
     full_LE = extras.counts_LE(limits.least_LE, np.ones(len(extras.layer_X), dtype=np.bool_))
     highest_L = (load_LE / np.maximum(full_LE, 1)).max(axis=1, initial=0.0)
     return extras.counts_LE(limits.least_LE, extras.load_X > highest_L[extras.layer_X])
-
-
-def _ends(load_LE: FloatArray, level_L: FloatArray, limits: Limits) -> IntArray:
-    """Replicas that bring each function's load per replica to the level, within the limits."""
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        wanted_LE = np.nan_to_num(np.ceil(load_LE / level_L[:, None]), nan=0.0, posinf=np.inf)
-    ends_LE: IntArray = np.clip(wanted_LE, limits.least_LE, limits.most_LE).astype(np.int64)
-    return ends_LE
 
 
 def _first_even(

@@ -25,7 +25,7 @@ def test_a_workers_load_is_its_share_of_its_functions() -> None:
     plan = _plan([(0, 0, 0, 0.25), (0, 0, 1, 0.75), (0, 1, 1, 1.0), (1, 2, 0, 1.0)])
     load_LE = np.array([[8.0, 10.0, 0.0], [0.0, 0.0, 5.0]])
     assert plan.worker_load_LW(load_LE).tolist() == [[2.0, 16.0], [5.0, 0.0]]
-    assert plan.counts_LE().tolist() == [[2, 1, 0], [0, 0, 1]]
+    assert plan.counts_LE.tolist() == [[2, 1, 0], [0, 0, 1]]
 
 
 def test_an_instance_without_a_share_is_not_in_the_routing_table() -> None:

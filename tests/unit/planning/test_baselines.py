@@ -122,7 +122,7 @@ def test_whatever_fits_is_placed_at_random_within_memory(data: st.DataObject, se
         counts_LE[np.unravel_index(np.argmax(counts_LE), counts_LE.shape)] -= 1
     plan = random_placement(counts_LE, np.ones((2, 3)), cluster, model, seed=seed)
     assert_whole(plan, cluster, model)
-    np.testing.assert_array_equal(plan.counts_LE(), counts_LE)
+    np.testing.assert_array_equal(plan.counts_LE, counts_LE)
 
 
 def test_random_placement_refuses_counts_that_do_not_fit() -> None:
@@ -165,7 +165,7 @@ def test_eplb_packs_the_same_number_on_each_worker_whatever_the_balance() -> Non
 def test_eplb_plans_each_layer_for_its_own_load() -> None:
     load_LE = np.array([[9.0, 1.0, 1.0], [1.0, 1.0, 9.0]])
     plan = eplb_global(with_slots(2, 3, 4), load_LE, cluster_of([4, 4]), model_of(2, 3))
-    assert plan.counts_LE().tolist() == [[2, 1, 1], [1, 1, 2]]
+    assert plan.counts_LE.tolist() == [[2, 1, 1], [1, 1, 2]]
 
 
 def test_eplb_gives_replicas_the_same_share() -> None:
@@ -295,7 +295,7 @@ def hot(expert: int, num_experts: int = 4) -> FloatArray:
 
 def replicated(plan: Plan) -> list[int]:
     """Experts with more than one instance."""
-    experts: list[int] = np.flatnonzero(plan.counts_LE()[0] > 1).tolist()
+    experts: list[int] = np.flatnonzero(plan.counts_LE[0] > 1).tolist()
     return experts
 
 
@@ -317,7 +317,7 @@ def test_eplbs_first_plan_is_by_the_load_that_is_known() -> None:
 
 def test_until_a_load_is_known_eplb_takes_all_for_equal() -> None:
     plan = eplb(redundant=4).plan(observed(np.zeros((1, 4)), 0), None)
-    assert plan.counts_LE().tolist() == [[2, 2, 2, 2]]
+    assert plan.counts_LE.tolist() == [[2, 2, 2, 2]]
 
 
 def test_eplbs_plan_is_in_force_for_the_interval() -> None:
@@ -370,7 +370,7 @@ def test_eplb_counts_the_same_steps_once() -> None:
 
 def test_eplbs_redundant_instances_come_beside_one_for_each_expert() -> None:
     plan = eplb(redundant=3).plan(observed(np.array([[9.0, 1.0, 1.0, 8.0]]), 10), None)
-    assert plan.counts_LE().sum() == 4 + 3
+    assert plan.counts_LE.sum() == 4 + 3
 
 
 def test_eplb_with_groups_is_hierarchical() -> None:

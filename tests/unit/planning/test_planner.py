@@ -353,6 +353,6 @@ def test_a_policy_of_another_model_is_refused() -> None:
 def test_workers_of_different_memory_are_planned_for_as_far_as_a_function_can_be_on_each_once() -> None:
     planned = system(1, 4, cluster_of([1, 9]))
     plan = moeless(planned).plan(observed([[9, 8, 1, 1]]), None)
-    assert plan.counts_LE().tolist() == [[2, 1, 1, 1]]
+    assert plan.counts_LE.tolist() == [[2, 1, 1, 1]]
     least_twice = moeless(planned, minReplicas=2).plan(observed([[9, 8, 1, 1]]), None)
     assert_whole(least_twice, planned.cluster, planned.model)

@@ -113,7 +113,7 @@ def test_every_needed_function_has_its_least_and_none_more_than_its_most(walk: W
     num_workers = planned.cluster.num_workers
     for observation, _, plan in walked(moeless(planned, **chosen), *walk):
         assert_whole(plan, planned.cluster, planned.model)
-        counts_LE = plan.counts_LE()
+        counts_LE = plan.counts_LE
         most = min(chosen["maxReplicas"], num_workers)
         assert (counts_LE <= most).all()
         is_needed_LE = (observation.mean_LE > 0) | (not chosen["scaleToZero"])
@@ -130,7 +130,7 @@ def test_no_worker_has_more_than_its_memory_nor_a_layer_or_the_model_than_its_bu
     chosen = {**chosen, "scaleToZero": True, "layerMemoryBudget": layer_budget, "memoryBudget": budget}
     for _, _, plan in walked(moeless(planned, **chosen), *walk):
         assert_whole(plan, planned.cluster, planned.model)
-        assert (plan.counts_LE().sum(axis=1) <= layer_budget).all()
+        assert (plan.counts_LE.sum(axis=1) <= layer_budget).all()
         assert plan.num_instances <= budget
 
 
@@ -148,7 +148,7 @@ def test_no_tick_starts_more_than_is_missing_and_allowed(
         if hosted is None:
             continue
         # At most: what is kept alive need not have its least, but may.
-        missing_LE = np.maximum(least - hosted.counts_LE(), 0) * (plan.counts_LE() > 0)
+        missing_LE = np.maximum(least - hosted.counts_LE, 0) * (plan.counts_LE > 0)
         if is_tight and missing_LE.any():
             continue  # room for what must be is made by moving as many as it takes
         assert len(plan.started_since(hosted)) <= missing_LE.sum() + chosen["maxMovesPerTick"]
@@ -217,7 +217,7 @@ def test_the_order_of_layers_and_experts_does_not_matter(walk: Walk, chosen: dic
     other = moeless(planned, **chosen).plan(
         observed(load_LE[layers][:, experts], upper=upper_LE[layers][:, experts]), None
     )
-    np.testing.assert_array_equal(other.counts_LE(), plan.counts_LE()[layers][:, experts])
+    np.testing.assert_array_equal(other.counts_LE, plan.counts_LE[layers][:, experts])
     np.testing.assert_allclose(other.dense()[1], plan.dense()[1][layers][:, experts], atol=1e-9)
 
 
@@ -238,7 +238,7 @@ def test_the_papers_plans_are_whole_within_budget_and_shared_evenly(walk: Walk, 
     budget = planned.capacity // num_layers if chosen["layer_budget"] is None else chosen["layer_budget"]
     for observation, _, plan in walked(PaperPlanner(planned, **chosen), *walk):
         assert_whole(plan, planned.cluster, planned.model)
-        counts_LE = plan.counts_LE()
+        counts_LE = plan.counts_LE
         assert (counts_LE.sum(axis=1) <= budget).all()
         if num_experts <= min(budget, planned.capacity // num_layers):
             assert (counts_LE[observation.mean_LE > 0] > 0).all()
@@ -252,7 +252,7 @@ def test_the_papers_warm_instances_never_move(walk: Walk, chosen: dict[str, Any]
     for observation, before, plan in walked(PaperPlanner(planned, **chosen), *walk):
         hosted = hosted_by(observation, before, planned.cluster.num_workers)
         if hosted is not None:
-            missing = np.maximum(plan.counts_LE() - hosted.counts_LE(), 0).sum()
+            missing = np.maximum(plan.counts_LE - hosted.counts_LE, 0).sum()
             assert len(plan.started_since(hosted)) == missing
         if before is not None and plan is not before:
             assert plan.version == before.version + 1

@@ -85,7 +85,7 @@ def test_workers_are_named_so_that_most_instances_stay() -> None:
 def test_workers_that_differ_and_many_groups_are_solved_by_sets() -> None:
     start, statistics, load_LE, _, model = problem_of(5)
     cluster = Cluster(workers=tuple(WorkerSpec(name=f"w{i}", memory_bytes=100, speed=1 + i % 2) for i in range(4)))
-    start = place(start.counts_LE(), load_LE, cluster, model)
+    start = place(start.counts_LE, load_LE, cluster, model)
     config = AffinityConfig(max_imbalance=1.3)
     result = fewest_workers_plan(
         start, statistics, load_LE, cluster, model, affinity=config, config=ProgrammeConfig(max_sets=None)
@@ -101,7 +101,7 @@ def test_workers_that_differ_and_many_groups_are_solved_by_sets() -> None:
 def test_full_workers_only_swap() -> None:
     start, statistics, load_LE, _, model = problem_of(7)
     cluster = even_cluster(4, memory_bytes=4)  # two of each layer
-    start = place(start.counts_LE(), load_LE, cluster, model)
+    start = place(start.counts_LE, load_LE, cluster, model)
     config = AffinityConfig(max_imbalance=1.5, max_instances=4)
     for plan in (
         fewest_workers_plan(start, statistics, load_LE, cluster, model, affinity=config).plan,
@@ -112,7 +112,7 @@ def test_full_workers_only_swap() -> None:
 
 def test_replicas_are_refused_where_workers_touched_are_optimised() -> None:
     start, statistics, load_LE, cluster, model = problem_of(0)
-    counts_LE = start.counts_LE()
+    counts_LE = start.counts_LE
     counts_LE[1, 3] = 2
     start = place(counts_LE, load_LE, cluster, model)
     with pytest.raises(ConfigError, match="start must have one instance of every function, got 2 of L01.E003"):

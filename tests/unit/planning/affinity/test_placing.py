@@ -86,7 +86,7 @@ def test_no_bound_is_broken_and_the_start_is_never_better(
     assert cost(plan, statistics, objective) <= cost(start, statistics, objective) + 1e-9
     most_L = np.maximum(max_imbalance, balance_L(start, load_LE, cluster.speed_W))
     assert (balance_L(plan, load_LE, cluster.speed_W) <= most_L + 1e-6).all()
-    np.testing.assert_array_equal(plan.counts_LE(), start.counts_LE())
+    np.testing.assert_array_equal(plan.counts_LE, start.counts_LE)
     assert (np.bincount(plan.worker_N, minlength=3) <= cluster.capacity_W(model)).all()
     hosted_LW, start_LW = (p.dense()[0].sum(axis=1) for p in (plan, start))
     allowed_LW = start_LW.max(axis=1, keepdims=True) if max_instances is None else max_instances
@@ -181,7 +181,7 @@ def test_functions_without_an_instance_are_left_out() -> None:
     for objective in ("workers", "hops"):
         config = AffinityConfig(objective=objective, max_imbalance=2.0, max_instances=4)  # type: ignore[arg-type]
         plan = place_by_affinity(part, statistics, load_LE, cluster, model, config=config)
-        np.testing.assert_array_equal(plan.counts_LE(), part.counts_LE())
+        np.testing.assert_array_equal(plan.counts_LE, part.counts_LE)
         assert objective == "hops" or plan is not part
 
 

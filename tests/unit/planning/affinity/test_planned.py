@@ -91,7 +91,7 @@ def test_functions_that_are_scaled_to_zero_do_not_disturb() -> None:
         policy({"name": "affinity"}), PlannedSystem(model=MODEL, cluster=CLUSTER, affinity=statistics)
     )
     plan = planner.plan(observation, None)
-    assert (plan.counts_LE()[:, 1::4] >= 1).all()
+    assert (plan.counts_LE[:, 1::4] >= 1).all()
 
 
 def test_affinity_without_statistics_is_refused() -> None:

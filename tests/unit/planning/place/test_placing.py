@@ -231,7 +231,7 @@ def test_every_function_has_its_instances_within_memory_and_its_tokens_are_share
     counts_LE, load_LE, cluster, model, previous = problem
     plan = place(counts_LE, load_LE, cluster, model, previous=previous, config=config)
     assert_whole(plan, cluster, model)
-    np.testing.assert_array_equal(plan.counts_LE(), counts_LE)
+    np.testing.assert_array_equal(plan.counts_LE, counts_LE)
 
 
 @settings(max_examples=150, deadline=None)
@@ -241,7 +241,7 @@ def test_no_more_instances_start_than_are_missing_and_may_move(problem: Problem,
     if previous is None:
         previous = place(np.zeros_like(counts_LE), load_LE, cluster, model)
     plan = place(counts_LE, load_LE, cluster, model, previous=previous, config=config)
-    missing = np.maximum(counts_LE - previous.counts_LE(), 0).sum()
+    missing = np.maximum(counts_LE - previous.counts_LE, 0).sum()
     assert missing <= len(plan.started_since(previous)) <= missing + config.max_moves
 
 
