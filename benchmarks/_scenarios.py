@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+from moeless.core.plan import FloatArray
 from moeless.planning.profiles import builtin_profiles
 from moeless.simulate.generator import MadeUpRouting, make_routing
+from moeless.simulate.predicted import recorded_LE
 from moeless.simulate.routing import SequenceRouting
 from moeless.simulate.scenario import Scenario
 from moeless.simulate.settings import ScenarioSettings, make_scenario
@@ -45,6 +47,8 @@ class Setting:
     name: str
     routing: SequenceRouting
     settings: ScenarioSettings
+    prior_LE: FloatArray
+    """Of other sequences, which are known before: those that predictors are fitted on, or that came earlier."""
 
     def scenario(self, arrivals: ArrivalTrace) -> Scenario:
         return make_scenario(self.settings, self.routing, arrivals)
@@ -55,13 +59,13 @@ def recorded(name: str, profile: str, paths: list[Path]) -> Setting:
     profile's shape where there are no files."""
     if paths:
         traces = [import_trace(path, ImportOptions(model=name)).trace for path in paths]
-        _, trace = concat([trace for trace in traces if isinstance(trace, RoutingTrace)]).split(test_share=0.2, seed=0)
+        whole = concat([trace for trace in traces if isinstance(trace, RoutingTrace)])
+        before, trace = whole.split(test_share=0.2, seed=0)
     else:
-        trace = _made_up(profile)
+        before, trace = _made_up(profile)
         name = f"{name} (made up)"
-    return Setting(
-        name=name, routing=SequenceRouting(trace), settings=ScenarioSettings(profile=profile, memory_per_worker="200%")
-    )
+    settings = ScenarioSettings(profile=profile, memory_per_worker="200%")
+    return Setting(name=name, routing=SequenceRouting(trace), settings=settings, prior_LE=recorded_LE(before))
 
 
 def large() -> Setting:
@@ -76,26 +80,29 @@ def large() -> Setting:
         max_running=4096,
         in_order=True,
     )
+    before, trace = _first_apart(make_routing(MadeUpRouting(num_sequences=40)), 8)
     return Setting(
-        name="58 x 256, top-8, 64 workers", routing=SequenceRouting(make_routing(MadeUpRouting())), settings=settings
+        name="58 x 256, top-8, 64 workers",
+        routing=SequenceRouting(trace),
+        settings=settings,
+        prior_LE=recorded_LE(before),
     )
 
 
 def paper(profile: str) -> Setting:
     """The MoEless paper's: 8 A6000s; routing made up, for the paper's traces are not published."""
-    return Setting(
-        name=profile,
-        routing=SequenceRouting(_made_up(profile)),
-        settings=ScenarioSettings(profile=profile, memory_per_worker="300%"),
-    )
+    before, trace = _made_up(profile)
+    settings = ScenarioSettings(profile=profile, memory_per_worker="300%")
+    return Setting(name=profile, routing=SequenceRouting(trace), settings=settings, prior_LE=recorded_LE(before))
 
 
 @cache
-def _made_up(profile: str) -> RoutingTrace:
+def _made_up(profile: str) -> tuple[RoutingTrace, RoutingTrace]:
+    """What was recorded before, and what is replayed."""
     model = builtin_profiles()[profile].model
-    return make_routing(
+    trace = make_routing(
         MadeUpRouting(
-            num_sequences=64,
+            num_sequences=80,
             tokens_per_sequence=256,
             num_layers=model.num_layers,
             num_experts=model.num_experts,
@@ -104,6 +111,11 @@ def _made_up(profile: str) -> RoutingTrace:
             block_size=max(1, model.num_experts // 16),
         )
     )
+    return _first_apart(trace, 16)
+
+
+def _first_apart(trace: RoutingTrace, num_first: int) -> tuple[RoutingTrace, RoutingTrace]:
+    return trace.take_sequences(range(num_first)), trace.take_sequences(range(num_first, trace.num_sequences))
 
 
 def saturation_per_s(setting: Setting, shape: Shape, *, quick: bool = False) -> float:

@@ -11,9 +11,12 @@ docs/simulator.md says what is assumed. Every figure is a ratio or a share of tw
   faster system makes more steps of fewer tokens, so that its layers compare badly;
 - billed and resident memory x time, both by the same rule for all policies.
 
-Besides moeless's default policy: `moeless, twice` keeps two instances of every function, so that each step can choose;
-`moeless, lean` is for traffic with gaps: instances go half a second after their last token, but for the first layers',
-behind whose work the other layers' cold starts hide.
+First plans of moeless, the paper's system and SGLang's EPLB are for the load of other sequences: those that predictors
+are fitted on, or (made-up routing) that came earlier. vLLM's EPLB begins with equal loads, as it does.
+
+Besides moeless's default policy: `moeless, once` makes no replicas; `moeless, twice` keeps two instances of every
+function, so that each step can choose; `moeless, lean` is for traffic with gaps: instances go half a second after their
+last token, but for the first layers', behind whose work the other layers' cold starts hide.
 """
 
 from __future__ import annotations
@@ -52,6 +55,7 @@ COMPARED = ("static", "eplb-vllm", "eplb-sglang", "moeless-paper", "moeless", "f
 MOST_TTFT, MOST_TPOT = 1.5, 1.2
 """Of everything resident, at the 99th percentile: a saving counts only within both."""
 THINNED = 0.05
+ONCE: dict[str, object] = {"defaults": {"scaler": {"name": "minMax", "maxExtraShare": 0.0}}}
 TWICE: dict[str, object] = {"defaults": {"minReplicas": 2}}
 LEAN: dict[str, object] = {
     "defaults": {
@@ -138,7 +142,8 @@ def compare(setting: Setting, levels: dict[str, float], num_requests: int, *, qu
         saturated = saturation_per_s(setting, shape, quick=quick)
         for level, share in levels.items():
             arrivals = arrivals_of(shape, rate_per_s=share * saturated, num_requests=num_requests)
-            rows += _rows(setting, shape.name, level, _results(setting.scenario(arrivals), COMPARED, twice=TWICE))
+            results = _results(setting, setting.scenario(arrivals), COMPARED, once=ONCE, twice=TWICE)
+            rows += _rows(setting, shape.name, level, results)
         rows += _thin(setting, shape, LEVELS["low"] * saturated, num_requests)
     show(f"{setting.name}", rows)
     return rows
@@ -147,7 +152,8 @@ def compare(setting: Setting, levels: dict[str, float], num_requests: int, *, qu
 def _thin(setting: Setting, shape: Shape, rate_per_s: float, num_requests: int) -> list[Row]:
     arrivals = thinned(arrivals_of(shape, rate_per_s=rate_per_s, num_requests=4 * num_requests), THINNED, seed=1)
     names = tuple(name for name in COMPARED if name != "eplb-vllm")  # which would not have planned once
-    return _rows(setting, shape.name, f"{THINNED:.0%} of low", _results(setting.scenario(arrivals), names, lean=LEAN))
+    results = _results(setting, setting.scenario(arrivals), names, lean=LEAN)
+    return _rows(setting, shape.name, f"{THINNED:.0%} of low", results)
 
 
 def compare_in_paper(setting: Setting, arrivals: ArrivalTrace | None, num_requests: int) -> list[Row]:
@@ -157,7 +163,7 @@ def compare_in_paper(setting: Setting, arrivals: ArrivalTrace | None, num_reques
             Shape(name="conversation", prompt_tokens=1150, output_tokens=210), rate_per_s=5.4, num_requests=num_requests
         )
     scenario = setting.scenario(by_the_second(arrivals, num_requests=num_requests))
-    results = _results(scenario, COMPARED, twice=TWICE)
+    results = _results(setting, scenario, COMPARED, twice=TWICE)
     rows = _rows(setting, "conversation", "1 s batches", results)
     show(setting.name, rows)
     show_published(setting, results, num_layers=scenario.profile.model.num_layers)
@@ -174,12 +180,17 @@ def arrivals_file(path: Path | None) -> ArrivalTrace | None:
     return trace
 
 
-def _results(scenario: Scenario, names: tuple[str, ...], **documents: dict[str, object]) -> dict[str, PolicyResult]:
+def _results(
+    setting: Setting, scenario: Scenario, names: tuple[str, ...], **documents: dict[str, object]
+) -> dict[str, PolicyResult]:
     """Of the policies named, and of moeless by other policy documents."""
-    results = {policy.name: simulate(scenario, policy) for policy in standard_policies(scenario, names=list(names))}
+    config = StandardConfig(prior_LE=setting.prior_LE)
+    policies = standard_policies(scenario, names=list(names), config=config)
+    results = {policy.name: simulate(scenario, policy) for policy in policies}
     for suffix, document in documents.items():
-        config = StandardConfig(document=parse_policy(document))
-        (policy,) = standard_policies(scenario, names=["moeless"], config=config)
+        (policy,) = standard_policies(
+            scenario, names=["moeless"], config=replace(config, document=parse_policy(document))
+        )
         name = f"moeless, {suffix}"
         results[name] = simulate(scenario, replace(policy, name=name))
     return results

@@ -125,7 +125,9 @@ def measure(
     scenario = changed.scenario(thinned(arrivals, change.thin, seed=1))
     scenario = replace(scenario, profile=change.profile(scenario.profile))
     static, limit = (simulate(scenario, _policy(scenario, name)) for name in ("static", "limit"))
-    config = StandardConfig() if change.document is None else StandardConfig(document=parse_policy(change.document))
+    config = StandardConfig(prior_LE=setting.prior_LE)
+    if change.document is not None:
+        config = replace(config, document=parse_policy(change.document))
     result = simulate(scenario, change.policy(_policy(scenario, "moeless", config)))
     return Point(
         assumption=assumption,

@@ -120,6 +120,12 @@ class ScenarioOptions:
     predictors: Annotated[
         Path | None, typer.Option(help="moeless forecasts with the predictors of `moeless predict fit`.")
     ] = None
+    prior: Annotated[
+        Path | None,
+        typer.Option(
+            help="Routing trace that was recorded earlier: what first plans are for; default: by --predictors, or even."
+        ),
+    ] = None
     recall: Annotated[float, typer.Option(help="Recall of the predictors that are assumed without --predictors.")] = (
         0.84
     )
@@ -251,7 +257,7 @@ def read_routing(options: ScenarioOptions) -> RoutingTrace:
 def read_config(options: ScenarioOptions, routing: RoutingTrace) -> StandardConfig:
     """What is assumed of the policies: their options, the policy file, and what the predictors say of the routing."""
     from moeless.core.policy import load_policy
-    from moeless.simulate.predicted import predicted_routing
+    from moeless.simulate.predicted import popularity_LE, predicted_routing, recorded_LE
     from moeless.simulate.standard import StandardConfig
     from moeless_predictors.predictor_set import PredictorSet
 
@@ -261,12 +267,29 @@ def read_config(options: ScenarioOptions, routing: RoutingTrace) -> StandardConf
     if options.policy is not None:
         config = replace(config, document=load_policy(options.policy))
     if options.predictors is not None:
+        predictors = PredictorSet.load(options.predictors)
         with progress_of("predicting") as on_progress:
-            predicted, measured = predicted_routing(
-                PredictorSet.load(options.predictors), routing, on_progress=on_progress
-            )
-        config = replace(config, predicted=predicted, recall=measured)
+            predicted, measured = predicted_routing(predictors, routing, on_progress=on_progress)
+        config = replace(config, predicted=predicted, recall=measured, prior_LE=popularity_LE(predictors))
+    if options.prior is not None:
+        config = replace(config, prior_LE=recorded_LE(_prior(options.prior, routing)))
     return config
+
+
+def _prior(path: Path, routing: RoutingTrace) -> RoutingTrace:
+    """Raises ConfigError if it is not of the model of the routing that is simulated."""
+    from moeless_predictors.traces import RoutingTrace, kind_of
+
+    if kind_of(path) == "arrivals":
+        raise ConfigError(f"--prior must hold routing, but {path} holds arrivals")
+    prior = RoutingTrace.open(path)
+    for name in ("num_layers", "num_experts", "top_k"):
+        if getattr(prior, name) != getattr(routing, name):
+            raise ConfigError(
+                f"--prior: {name} must be {getattr(routing, name)} as of the routing that is simulated, got "
+                f"{getattr(prior, name)}"
+            )
+    return prior
 
 
 def checked_slo(ttft_s: float, tpot_s: float) -> tuple[float, float]:

@@ -234,7 +234,8 @@ class EplbPlanner:
                 raise ConfigError(f"eplb.{name} must be at least {least}, got {getattr(self, name)}")
 
     def plan(self, observation: Observation, previous: Plan | None) -> Plan:
-        """Plans anew once `interval_steps` have gone by; until the first load is known, for equal loads."""
+        """Plans anew once `interval_steps` have gone by; until a load was seen, for what the first
+        observation's window says, or equal loads."""
         self._remember(observation)
         if previous is not None and observation.num_steps - self._planned_at < self.interval_steps:
             return previous
@@ -261,4 +262,6 @@ class EplbPlanner:
         total_LE = np.zeros_like(window_LE, dtype=np.float64)
         for steps, load_LE in self._windows:
             total_LE += steps * load_LE
-        return total_LE if total_LE.any() else np.ones_like(total_LE)
+        if total_LE.any():
+            return total_LE
+        return window_LE if window_LE.any() else np.ones_like(total_LE)

@@ -80,17 +80,22 @@ class PlannedSystem:
 
     def layer_times_L(self, plan: Plan, load_LE: FloatArray) -> FloatArray:
         """Time of each layer's slowest worker, shape (L,)."""
-        tokens_N = load_LE.ravel()[plan.function_N] * plan.share_N
-        times_N = tokens_N if self.seconds is None else self.seconds(tokens_N)
-        times_L: FloatArray = (plan.worker_sum_LW(times_N) / self.cluster.speed_W).max(axis=1)
+        work_LW = plan.worker_load_LW(self.work_LE(load_LE, plan.counts_LE))
+        times_L: FloatArray = (work_LW / self.cluster.speed_W).max(axis=1)
         return times_L
 
     def work_LE(self, load_LE: FloatArray, counts_LE: IntArray) -> FloatArray:
-        """What a function's instances work together: what placement balances."""
+        """What a function's instances work together: what placement balances.
+
+        The dispatcher gives tokens that take no longer than reading the weights to one of them, whole; more are
+        computed in parts, each of which reads the weights.
+        """
         if self.seconds is None:
             return load_LE
-        held_LE = np.maximum(counts_LE, 1)
-        return held_LE * self.seconds(load_LE / held_LE)
+        parts_LE = np.maximum(counts_LE, 1).astype(np.float64)
+        if self.floor_tokens > 0:
+            parts_LE = np.clip(load_LE / self.floor_tokens, 1.0, parts_LE)
+        return parts_LE * self.seconds(load_LE / parts_LE)
 
 
 def hosted_instances(previous: Plan | None, pending_keys: IntArray, shape: tuple[int, int, int]) -> Plan | None:

@@ -1,6 +1,6 @@
-"""What fitted predictors say of a trace's routing, as a forecast by them is made of.
+"""What is known of routing before it is served: what fitted predictors say of it, and what was recorded earlier.
 
-Shapes: T tokens, L MoE layers, k experts per token.
+Shapes: T tokens, L MoE layers, E experts, k experts per token.
 """
 
 from __future__ import annotations
@@ -10,10 +10,37 @@ from collections.abc import Callable
 import numpy as np
 
 from moeless.core.errors import ConfigError
+from moeless.core.plan import FloatArray, IntArray
 from moeless.simulate.routing import SequenceRouting
 from moeless_predictors.fitting import FitConfig, inputs_by_layer
 from moeless_predictors.predictor_set import PredictorSet
 from moeless_predictors.traces import RoutingTrace
+from moeless_predictors.traces.statistics import expert_loads
+
+
+def popularity_LE(predictors: PredictorSet) -> FloatArray:
+    """Mean tokens of each function for a token of the routing that predictors were fitted to, shape (L, E).
+
+    Layers that nothing was fitted for, as the first, are taken to be even.
+    """
+    mean_LE = np.full((predictors.num_layers, predictors.num_experts), predictors.top_k / predictors.num_experts)
+    for pair in predictors.pairs.values():
+        counts_E = pair.popularity.counts_
+        mean_LE[pair.target] = predictors.top_k * smoothed(counts_E)
+    return mean_LE
+
+
+def recorded_LE(trace: RoutingTrace) -> FloatArray:
+    """The same of a routing trace."""
+    mean_LE: FloatArray = trace.top_k * smoothed(expert_loads(trace))
+    return mean_LE
+
+
+def smoothed(counts_E: IntArray | FloatArray) -> FloatArray:
+    """Shares of the last axis, as if each expert had been chosen once more (Laplace): none is taken to be unused."""
+    raised_E = np.asarray(counts_E, dtype=np.float64) + 1
+    shares_E: FloatArray = raised_E / raised_E.sum(axis=-1, keepdims=True)
+    return shares_E
 
 
 def predicted_routing(

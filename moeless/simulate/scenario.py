@@ -7,6 +7,7 @@ from typing import Literal
 
 from moeless.core.cluster import Cluster
 from moeless.core.errors import ConfigError
+from moeless.core.plan import FloatArray
 from moeless.planning.cost import CostProfile
 from moeless.planning.observation import Planner
 from moeless.simulate.batching import BatchingConfig
@@ -72,6 +73,9 @@ class Policy:
     when its tokens are there."""
     prefetch_recall: float = 1.0
     """Share of such functions that are predicted."""
+    prior_LE: FloatArray | None = None
+    """Mean tokens of each function for a token, as was recorded before: what the first plan is made for. None: all are
+    expected to get the same."""
     num_known_tokens: int = 0
     """Of the routing, whose statistics the planner was made with."""
     is_prefetch_in_time: bool = False

@@ -287,15 +287,17 @@ class _Simulation:
         return counts_C
 
     def _first_plan(self) -> Plan:
-        """Made before anything is known of the routing: every expert is expected to get the same."""
+        """For full steps, by what is known before: else every expert is expected to get the same."""
         model = self._scenario.profile.model
-        shape = (model.num_layers, model.num_experts)
-        even_LE = np.full(shape, self._scenario.batching.max_batch_tokens * model.top_k / model.num_experts)
+        shape, prior_LE = (model.num_layers, model.num_experts), self._policy.prior_LE
+        if prior_LE is None:
+            prior_LE = np.full(shape, model.top_k / model.num_experts)
+        load_LE = self._scenario.batching.max_batch_tokens * prior_LE
         observation = Observation(
             time_s=0.0,
-            mean_LE=even_LE,
-            upper_LE=even_LE,
-            window_LE=even_LE,
+            mean_LE=load_LE,
+            upper_LE=load_LE,
+            window_LE=load_LE,
             last_used_s_LE=np.full(shape, -np.inf),
             num_steps=0,
         )

@@ -49,6 +49,9 @@ class StandardConfig:
     the forecast. (The paper fine-tunes what falls below 0.8.)"""
     predicted: SpanCounts | None = None
     """What fitted predictors say of the routing; moeless then forecasts by them."""
+    prior_LE: FloatArray | None = None
+    """Mean tokens of each function for a token, as was recorded before, shape (L, E): what moeless, the paper's system
+    and SGLang's EPLB plan for at first. None: all are expected to get the same."""
     affinity: AffinityStatistics | None = None
     """Of the routing, for the policy's placer affinity; None: gathered where that is asked for."""
     prefetch_layers: int = 3
@@ -85,8 +88,9 @@ def eplb_vllm(scenario: Scenario, config: StandardConfig) -> Policy:
 
 
 def eplb_sglang(scenario: Scenario, config: StandardConfig) -> Policy:
-    """EPLB as SGLang runs it: the same every 1000 steps."""
-    return _eplb(scenario, config, "eplb-sglang", SGLANG_INTERVAL_STEPS)
+    """EPLB as SGLang runs it: the same every 1000 steps, and it can begin with a placement for what was recorded."""
+    policy = _eplb(scenario, config, "eplb-sglang", SGLANG_INTERVAL_STEPS)
+    return replace(policy, prior_LE=config.prior_LE)
 
 
 def moeless_paper(scenario: Scenario, config: StandardConfig) -> Policy:
@@ -106,6 +110,7 @@ def moeless_paper(scenario: Scenario, config: StandardConfig) -> Policy:
         interval_s=config.paper_interval_s,
         prefetch_layers=config.paper_prefetch_layers,
         prefetch_recall=config.recall,
+        prior_LE=config.prior_LE,
     )
 
 
@@ -130,6 +135,7 @@ def moeless(scenario: Scenario, config: StandardConfig) -> Policy:
         interval_s=resolved.tick_s,
         prefetch_layers=config.prefetch_layers,
         prefetch_recall=config.recall,
+        prior_LE=config.prior_LE,
         num_known_tokens=affinity.num_tokens if affinity else 0,
     )
 
@@ -196,11 +202,15 @@ def described_policies(policies: Sequence[Policy], config: StandardConfig) -> di
     return {f"policy {policy.name}": _DESCRIBED[policy.name](policy, config) for policy in policies}
 
 
+def _described_first(policy: Policy) -> str:
+    return f"begins with a plan for {'equal loads' if policy.prior_LE is None else 'the load recorded before'}"
+
+
 def _described_eplb(policy: Policy, config: StandardConfig) -> str:
     return (
         f"EPLB's global form every {policy.interval_steps:,} engine steps from the load of the last "
         f"{policy.window_steps:,}, spare instances on each worker and layer: {config.eplb_redundant}, engines wait "
-        "while weights move from worker to worker, tokens all to all"
+        f"while weights move from worker to worker, tokens all to all; {_described_first(policy)}"
     )
 
 
@@ -208,7 +218,8 @@ def _described_paper(policy: Policy, config: StandardConfig) -> str:
     return (
         f"the MoEless paper's scaling (V = {PAPER_CV:g}) and placement every {policy.interval_s:g} s, instances kept "
         f"alive for {config.paper_keep_alive_s:g} s; told of the tokens to come with a recall of {config.recall:.0%} "
-        f"(assumed; the paper gives none), functions loaded {policy.prefetch_layers} layer ahead, tokens from a hub"
+        f"(assumed; the paper gives none), functions loaded {policy.prefetch_layers} layer ahead, tokens from a hub; "
+        + _described_first(policy)
     )
 
 
@@ -219,7 +230,9 @@ def _described_moeless(policy: Policy, config: StandardConfig) -> str:
     return (
         f"plans every {policy.interval_s:g} s in the background, told of the tokens of that time as {forecast} see "
         f"them (recall {config.recall:.0%}), functions loaded {policy.prefetch_layers} layers ahead with the same "
-        "recall, tokens from a hub, which shares out each step's tokens among replicas anew" + by_affinity
+        "recall, tokens from a hub, which shares out each step's tokens among replicas anew; "
+        + _described_first(policy)
+        + by_affinity
     )
 
 

@@ -145,7 +145,30 @@ def test_moeless_follows_a_policy_file_and_fitted_predictors(trace: Path, tmp_pa
     assert found.results[0].peak_instances >= 48
     assert "every 0.2 s" in found.scenario["policy moeless"]
     assert "the predictors given" in found.scenario["policy moeless"]
+    assert "begins with a plan for the load recorded before" in found.scenario["policy moeless"]
     assert 0.3 < float(str(found.settings["recall"])) < 1
+
+
+def test_first_plans_are_for_a_trace_that_was_recorded_earlier(trace: Path, tmp_path: Path) -> None:
+    prior, other, arrivals = tmp_path / "prior.trace", tmp_path / "other.trace", tmp_path / "arrivals.trace"
+    synthetic_trace(num_sequences=8, tokens_per_sequence=30, num_layers=3, num_experts=8, top_k=2, seed=1).save(prior)
+    synthetic_trace(num_sequences=2, tokens_per_sequence=9, num_layers=3, num_experts=16, top_k=2).save(other)
+    made_up_arrivals(rate_per_s=9, num_requests=9, prompt_tokens=9, output_tokens=9).save(arrivals)
+    found = []
+    for options in ((), ("--prior", prior)):
+        out = tmp_path / "out.json"
+        result = moeless_simulate(trace, *SMALL, "--policies", "moeless,eplb-vllm", *options, "--json", out)
+        assert result.exit_code == 0, result.output
+        found.append(read(out))
+    without, knowing = found
+    assert "for equal loads" in without.scenario["policy moeless"]
+    assert "for the load recorded before" in knowing.scenario["policy moeless"]
+    assert "for equal loads" in knowing.scenario["policy eplb-vllm"]
+    assert knowing.results[0].layer_s != without.results[0].layer_s
+    assert knowing.results[1] == without.results[1]
+    refused = moeless_simulate(trace, *SMALL, "--prior", other)
+    assert_refused(refused, "--prior: num_experts must be 8 as of the routing that is simulated, got 16")
+    assert_refused(moeless_simulate(trace, *SMALL, "--prior", arrivals), "--prior must hold routing", "holds arrivals")
 
 
 @pytest.mark.parametrize(
@@ -180,6 +203,7 @@ def test_moeless_follows_a_policy_file_and_fitted_predictors(trace: Path, tmp_pa
         (("--arrivals", "nowhere.csv"), ("nowhere.csv",)),
         (("--policy", "nowhere.yaml"), ("nowhere.yaml",)),
         (("--predictors", "nowhere.set"), ("nowhere.set",)),
+        (("--prior", "nowhere.trace"), ("nowhere.trace",)),
     ],
 )
 def test_what_is_wrong_is_told_with_option_rule_and_value(

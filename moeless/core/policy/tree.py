@@ -43,7 +43,7 @@ class MinMaxScaler(PolicyModel):
     """The least possible load of the busiest replica in each layer, with as few instances as that takes."""
 
     name: Literal["minMax"]
-    worker_share: Annotated[float, Field(gt=0, le=1)] = 0.35
+    worker_share: Annotated[float, Field(gt=0, le=1)] = 0.15
     """A replica needs no more relief once its load is at most this share of the mean worker's."""
     max_extra_share: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5
     """Most replicas of a layer beyond one for each function, as a share of the functions in use."""

@@ -320,6 +320,14 @@ def test_until_a_load_is_known_eplb_takes_all_for_equal() -> None:
     assert plan.counts_LE.tolist() == [[2, 2, 2, 2]]
 
 
+def test_eplb_begins_with_the_load_that_was_recorded_before() -> None:
+    planner = eplb()
+    first = planner.plan(observed(hot(2), 0), None)
+    assert replicated(first) == [2]
+    # What was only recorded is not mixed with what is seen.
+    assert replicated(planner.plan(observed(hot(1), 100), first)) == [1]
+
+
 def test_eplbs_plan_is_in_force_for_the_interval() -> None:
     planner = eplb()
     plan = planner.plan(observed(hot(0), 10), None)

@@ -46,6 +46,17 @@ def test_replicas_work_longer_together_where_calls_do_not_get_shorter() -> None:
     assert with_floor.work_LE(load_LE, counts_LE).tolist() == [[12.0, 3.0, 0.0]]
 
 
+def test_what_takes_no_longer_than_its_weights_is_computed_whole_by_one_replica() -> None:
+    load_LE, counts_LE = np.array([[2.0, 6.0, 15.0]]), np.array([[4, 4, 4]])
+    planned = replace(
+        system(1, 3, cluster_of([9, 9])), seconds=lambda tokens: np.maximum(tokens, 3.0), floor_tokens=3.0
+    )
+    # One call of 3, two of 3, four of 3.75.
+    assert planned.work_LE(load_LE, counts_LE).tolist() == [[3.0, 6.0, 15.0]]
+    plan = plan_of(2, [{0: 0.5, 1: 0.5}, {0: 1.0}])
+    assert planned.layer_times_L(plan, np.array([[2.0, 2.0]])).tolist() == [4.5]
+
+
 # What is hosted
 
 

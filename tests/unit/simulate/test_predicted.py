@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moeless.core.errors import ConfigError
-from moeless.simulate.predicted import predicted_routing
+from moeless.simulate.predicted import popularity_LE, predicted_routing, recorded_LE
 from moeless_predictors.fitting import FitConfig, fit_predictors
 from moeless_predictors.predictor_set import PredictorSet
 from moeless_predictors.traces import RoutingTrace, TraceMetadata, synthetic_trace
@@ -48,6 +48,23 @@ def test_the_first_layer_is_expected_as_of_the_token_before(predictors: Predicto
 def test_what_is_foretold_of_a_part_of_a_request_counts_as_many_tokens(predictors: PredictorSet) -> None:
     told, _ = predicted_routing(predictors, followed_trace(2, 4))
     assert told.of_span(1, 5, 10).reshape(4, 8).sum(axis=1).tolist() == [20, 20, 20, 20]
+
+
+def test_what_was_recorded_tells_the_mean_tokens_of_each_function() -> None:
+    trace = followed_trace(5, 1)
+    mean_LE = recorded_LE(trace)
+    counts_LE = np.stack([np.bincount(trace.experts_TLk[:, layer].ravel(), minlength=8) for layer in range(4)])
+    assert mean_LE == pytest.approx((counts_LE + 1) * 2 / (2 * trace.num_tokens + 8))
+    assert (mean_LE > 0).all()
+
+
+def test_predictors_know_how_often_each_expert_was_chosen_where_they_were_fitted(predictors: PredictorSet) -> None:
+    mean_LE = popularity_LE(predictors)
+    assert mean_LE.sum(axis=1) == pytest.approx(np.full(4, 2.0))
+    assert mean_LE[0].tolist() == [0.25] * 8  # nothing is fitted for the first layer
+    counts_E = predictors.pairs[0, 1].popularity.counts_
+    assert mean_LE[1] == pytest.approx(2 * (counts_E + 1) / (counts_E.sum() + 8))
+    assert mean_LE[1].std() > 0
 
 
 def test_progress_ends_with_all_layers(predictors: PredictorSet) -> None:

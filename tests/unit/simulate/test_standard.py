@@ -9,10 +9,13 @@ import pytest
 
 from moeless.core.cluster import even_cluster
 from moeless.core.errors import ConfigError
+from moeless.core.plan import Plan
 from moeless.core.policy import parse_policy
 from moeless.planning.baselines import EplbPlanner
+from moeless.planning.observation import Observation
+from moeless.simulate.batching import BatchingConfig
 from moeless.simulate.results import PolicyResult
-from moeless.simulate.scenario import Scenario
+from moeless.simulate.scenario import Policy, Scenario
 from moeless.simulate.simulation import simulate
 from moeless.simulate.standard import (
     STANDARD,
@@ -29,6 +32,21 @@ MakeScenario = Callable[..., Scenario]
 def simulated(scenario: Scenario, *names: str, config: StandardConfig | None = None) -> dict[str, PolicyResult]:
     policies = standard_policies(scenario, names=names or None, config=config)
     return {policy.name: simulate(scenario, policy) for policy in policies}
+
+
+def first_plan(scenario: Scenario, policy: Policy) -> Plan:
+    """What the policy's planner makes before anything is served."""
+    plans: list[Plan] = []
+
+    class Watched:
+        name = policy.planner.name
+
+        def plan(self, observation: Observation, previous: Plan | None) -> Plan:
+            plans.append(policy.planner.plan(observation, previous))
+            return plans[-1]
+
+    simulate(scenario, replace(policy, planner=Watched()))
+    return plans[0]
 
 
 def test_every_standard_policy_serves_every_token(make_scenario: MakeScenario) -> None:
@@ -128,6 +146,30 @@ def test_moeless_forecasts_with_predictors_where_there_are_some(make_scenario: M
     assert foresight.predicted is None
     simulate(scenario, moeless)
     assert told.num_calls > 0
+
+
+def test_the_first_plan_is_for_what_was_recorded_before(make_scenario: MakeScenario) -> None:
+    scenario = make_scenario(batching=BatchingConfig(max_batch_tokens=1000))
+    prior_LE = np.full((3, 8), 0.1)
+    prior_LE[:, 5] = 1.3  # more than half of all tokens
+    names = ["static", "eplb-vllm", "eplb-sglang", "moeless-paper", "moeless"]
+    without = standard_policies(scenario, names=names)
+    knowing = standard_policies(scenario, names=names, config=StandardConfig(prior_LE=prior_LE))
+    told = described_policies(knowing, StandardConfig())
+    for before, policy in zip(without, knowing, strict=True):
+        knows = policy.name not in ("static", "eplb-vllm")
+        assert ("begins with a plan for the load recorded before" in told[f"policy {policy.name}"]) == knows
+        counts_LE = first_plan(scenario, policy).counts_LE
+        assert not knows or (counts_LE[:, 5] == counts_LE.max()).all()
+        assert (counts_LE != first_plan(scenario, before).counts_LE).any() == knows
+
+
+def test_without_a_record_the_first_plan_is_for_equal_loads(make_scenario: MakeScenario) -> None:
+    scenario = make_scenario()
+    policies = standard_policies(scenario, names=["eplb-sglang", "moeless"])
+    told = described_policies(policies, StandardConfig())
+    assert all("begins with a plan for equal loads" in words for words in told.values())
+    assert (first_plan(scenario, policies[1]).counts_LE == 1).all()
 
 
 def test_functions_that_are_foreseen_are_never_waited_for(make_scenario: MakeScenario) -> None:

@@ -60,8 +60,10 @@ def test_later_plans_come_closer_with_few_moves_each_and_then_stay() -> None:
     statistics = topics(1)
     system = PlannedSystem(model=MODEL, cluster=CLUSTER, affinity=statistics)
     load_LE = statistics.load_LE * 100
-    plan = MoelessPlanner(policy({"name": "minimalMoves"}), system).plan(observed(load_LE, 0.0), None)
-    planner = MoelessPlanner(policy({"name": "affinity", "maxImbalance": 1.1}, maxMovesPerTick=4), system)
+    few = {"name": "minMax", "workerShare": 0.35}  # replicas, which balance asks for
+    plan = MoelessPlanner(policy({"name": "minimalMoves"}, scaler=few), system).plan(observed(load_LE, 0.0), None)
+    placer = {"name": "affinity", "maxImbalance": 1.1}
+    planner = MoelessPlanner(policy(placer, scaler=few, maxMovesPerTick=4), system)
     touched = [workers_touched_L(plan, statistics).sum()]
     for tick in range(1, 40):
         after = planner.plan(observed(load_LE, float(tick)), plan)
