@@ -266,22 +266,23 @@ def read_config(options: ScenarioOptions, routing: RoutingTrace) -> StandardConf
     )
     if options.policy is not None:
         config = replace(config, document=load_policy(options.policy))
+    prior = None if options.prior is None else recorded_LE(_prior(options.prior, options.trace, routing))
     if options.predictors is not None:
         predictors = PredictorSet.load(options.predictors)
         with progress_of("predicting") as on_progress:
             predicted, measured = predicted_routing(predictors, routing, on_progress=on_progress)
         config = replace(config, predicted=predicted, recall=measured, prior_LE=popularity_LE(predictors))
-    if options.prior is not None:
-        config = replace(config, prior_LE=recorded_LE(_prior(options.prior, routing)))
-    return config
+    return config if prior is None else replace(config, prior_LE=prior)
 
 
-def _prior(path: Path, routing: RoutingTrace) -> RoutingTrace:
-    """Raises ConfigError if it is not of the model of the routing that is simulated."""
+def _prior(path: Path, trace: Path | None, routing: RoutingTrace) -> RoutingTrace:
+    """Raises ConfigError if it is not of the model of the routing that is simulated, or is that very routing."""
     from moeless_predictors.traces import RoutingTrace, kind_of
 
     if kind_of(path) == "arrivals":
         raise ConfigError(f"--prior must hold routing, but {path} holds arrivals")
+    if trace is not None and path.exists() and path.samefile(trace):
+        raise ConfigError(f"--prior must be another trace than the one that is simulated, got {path} for both")
     prior = RoutingTrace.open(path)
     for name in ("num_layers", "num_experts", "top_k"):
         if getattr(prior, name) != getattr(routing, name):

@@ -134,9 +134,9 @@ class Plan:
         return self._with(share_N=share_N)
 
     def _with(self, **fields: object) -> Self:
-        """A copy, with what was computed of its instances."""
+        """A copy, with what was computed of its instances: `dataclasses.replace` would compute it again."""
         plan = copy.copy(self)
-        plan.__dict__.update(fields)
+        vars(plan).update(fields)
         return plan
 
     def dense(self) -> tuple[BoolArray, FloatArray]:
@@ -149,13 +149,15 @@ class Plan:
 
     def worker_load_LW(self, load_LE: FloatArray) -> FloatArray:
         """Tokens that each worker computes in each layer, shape (L, W), if the functions get `load_LE`."""
-        return self.worker_sum_LW(load_LE.ravel()[self.function_N] * self.share_N)
-
-    def worker_sum_LW(self, value_N: FloatArray) -> FloatArray:
-        """Sum over each layer's instances on each worker, shape (L, W)."""
-        flat: NDArray[Any] = np.bincount(self.slot_N, weights=value_N, minlength=self.num_layers * self.num_workers)
-        sum_LW: FloatArray = flat.reshape(self.num_layers, self.num_workers)
-        return sum_LW
+        if load_LE.shape != (self.num_layers, self.num_experts):
+            raise ConfigError(
+                f"load_LE must be of the plan's {(self.num_layers, self.num_experts)} layers and experts, got "
+                f"{load_LE.shape}"
+            )
+        tokens_N = load_LE.ravel()[self.function_N] * self.share_N
+        flat: NDArray[Any] = np.bincount(self.slot_N, weights=tokens_N, minlength=self.num_layers * self.num_workers)
+        load_LW: FloatArray = flat.reshape(self.num_layers, self.num_workers)
+        return load_LW
 
     def has(self, keys: IntArray) -> BoolArray:
         """Which of some instances, named as in `keys_N`, are of this plan; of the shape of `keys`."""

@@ -6,7 +6,7 @@ Two topologies. Hub: the engine keeps the hidden states, sends each worker one m
 back. All-to-all: every worker computes attention for its part of the batch and sends tokens to the workers of their
 experts (expert parallelism).
 
-Shapes: L MoE layers, W workers, K knots.
+Shapes: L MoE layers, W workers, K knots, M of them of means.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class MeanExpertTime:
 @compiled
 def _between(tokens: float, knots_K: FloatArray, seconds_K: FloatArray) -> float:
     """Piecewise linear between knots, flat before the first, with the last slope after it; nothing for no tokens."""
-    if not tokens > 0:
+    if tokens <= 0:
         return 0.0
     after = int(np.searchsorted(knots_K, tokens, side="right"))
     k = min(max(after - 1, 0), len(knots_K) - 2)

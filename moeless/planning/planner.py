@@ -80,15 +80,17 @@ class PlannedSystem:
 
     def layer_times_L(self, plan: Plan, load_LE: FloatArray) -> FloatArray:
         """Time of each layer's slowest worker, shape (L,)."""
-        work_LW = plan.worker_load_LW(self.work_LE(load_LE, plan.counts_LE))
+        is_serving_N = plan.share_N > 0  # the others are being loaded, or kept warm
+        serving = np.bincount(plan.function_N[is_serving_N], minlength=load_LE.size)
+        work_LW = plan.worker_load_LW(self.work_LE(load_LE, serving.reshape(load_LE.shape)))
         times_L: FloatArray = (work_LW / self.cluster.speed_W).max(axis=1)
         return times_L
 
     def work_LE(self, load_LE: FloatArray, counts_LE: IntArray) -> FloatArray:
-        """What a function's instances work together: what placement balances.
+        """What a function's instances work together, at most: what placement balances.
 
-        The dispatcher gives tokens that take no longer than reading the weights to one of them, whole; more are
-        computed in parts, each of which reads the weights.
+        The dispatcher gives tokens that take no longer than reading the weights to one of them, whole. More may be
+        computed in parts, each of which reads the weights; where calls cost much, it makes fewer than are counted here.
         """
         if self.seconds is None:
             return load_LE

@@ -26,17 +26,17 @@ def popularity_LE(predictors: PredictorSet) -> FloatArray:
     mean_LE = np.full((predictors.num_layers, predictors.num_experts), predictors.top_k / predictors.num_experts)
     for pair in predictors.pairs.values():
         counts_E = pair.popularity.counts_
-        mean_LE[pair.target] = predictors.top_k * smoothed(counts_E)
+        mean_LE[pair.target] = predictors.top_k * _smoothed(counts_E)
     return mean_LE
 
 
 def recorded_LE(trace: RoutingTrace) -> FloatArray:
     """The same of a routing trace."""
-    mean_LE: FloatArray = trace.top_k * smoothed(expert_loads(trace))
+    mean_LE: FloatArray = trace.top_k * _smoothed(expert_loads(trace))
     return mean_LE
 
 
-def smoothed(counts_E: IntArray | FloatArray) -> FloatArray:
+def _smoothed(counts_E: IntArray | FloatArray) -> FloatArray:
     """Shares of the last axis, as if each expert had been chosen once more (Laplace): none is taken to be unused."""
     raised_E = np.asarray(counts_E, dtype=np.float64) + 1
     shares_E: FloatArray = raised_E / raised_E.sum(axis=-1, keepdims=True)

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from moeless.core.cluster import Cluster
 from moeless.core.errors import ConfigError
 from moeless.core.plan import FloatArray
@@ -50,8 +52,8 @@ class StandardConfig:
     predicted: SpanCounts | None = None
     """What fitted predictors say of the routing; moeless then forecasts by them."""
     prior_LE: FloatArray | None = None
-    """Mean tokens of each function for a token, as was recorded before, shape (L, E): what moeless, the paper's system
-    and SGLang's EPLB plan for at first. None: all are expected to get the same."""
+    """Mean tokens of each function for a token, as was recorded before, shape (L, E): what moeless, foresight, the
+    paper's system and SGLang's EPLB plan for at first. None: all are expected to get the same."""
     affinity: AffinityStatistics | None = None
     """Of the routing, for the policy's placer affinity; None: gathered where that is asked for."""
     prefetch_layers: int = 3
@@ -194,7 +196,15 @@ def standard_policies(
         raise ConfigError(f"policies must be among {', '.join(STANDARD)}, got {', '.join(unknown) or 'none'}")
     if len(set(chosen)) < len(chosen):
         raise ConfigError(f"policies must differ, got {', '.join(chosen)}")
-    return [STANDARD[name](scenario, config or StandardConfig()) for name in chosen]
+    config = config or StandardConfig()
+    if config.prior_LE is not None:
+        model, prior_LE = scenario.profile.model, config.prior_LE
+        shape = (model.num_layers, model.num_experts)
+        if prior_LE.shape != shape:
+            raise ConfigError(f"prior_LE must be of {shape} layers and experts as the model is, got {prior_LE.shape}")
+        if not (np.isfinite(prior_LE).all() and (prior_LE >= 0).all()):
+            raise ConfigError(f"prior_LE must be finite and >= 0, got {prior_LE.min()} to {prior_LE.max()}")
+    return [STANDARD[name](scenario, config) for name in chosen]
 
 
 def described_policies(policies: Sequence[Policy], config: StandardConfig) -> dict[str, str]:
@@ -244,7 +254,7 @@ _DESCRIBED: dict[str, Callable[[Policy, StandardConfig], str]] = {
     "moeless": _described_moeless,
     "foresight": lambda policy, _: (
         f"moeless told of the very tokens that will come in the next {policy.interval_s:g} s, and no function is ever "
-        "waited for: the bound of every predictor"
+        f"waited for; {_described_first(policy)}: the bound of every predictor"
     ),
     "whole-experts": lambda *_: (
         "the bound of every placement of whole experts: perfect balance as far as calls that read all of an expert's "

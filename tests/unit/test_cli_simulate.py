@@ -169,6 +169,9 @@ def test_first_plans_are_for_a_trace_that_was_recorded_earlier(trace: Path, tmp_
     refused = moeless_simulate(trace, *SMALL, "--prior", other)
     assert_refused(refused, "--prior: num_experts must be 8 as of the routing that is simulated, got 16")
     assert_refused(moeless_simulate(trace, *SMALL, "--prior", arrivals), "--prior must hold routing", "holds arrivals")
+    assert_refused(
+        moeless_simulate(trace, *SMALL, "--prior", trace), "--prior must be another trace than the one that is"
+    )
 
 
 @pytest.mark.parametrize(

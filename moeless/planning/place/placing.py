@@ -119,7 +119,9 @@ def _with_counts(
     before_shares: FloatArray = np.empty(0)
     if previous is not None:
         before_keys, before_shares = previous.keys_N, previous.share_N
-    layer_N, expert_N, worker_N, share_N = _instances(has_LEW, int(counts_LE.sum()), before_keys, before_shares)
+    layer_N, expert_N, worker_N, share_N = _instances(
+        has_LEW, int(np.count_nonzero(has_LEW)), before_keys, before_shares
+    )
     return Plan(
         version=1 if previous is None else previous.version + 1,
         num_layers=shape[0],

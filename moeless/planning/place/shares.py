@@ -7,7 +7,7 @@ its workers, heaviest function first) and goes round again until nothing moves. 
 the sum of load² / speed, whose minimum over fractional splits has also the least busiest worker (a lexicographically
 optimal base: Fujishige 1980).
 
-Shapes: L layers, E experts, W workers, N instances, F functions, G replicated ones with load, S = L x W places.
+Shapes: L layers, E experts, W workers, N instances, F functions, G replicated ones with load.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def min_max_shares(
     *,
     start_N: FloatArray | None = None,
 ) -> FloatArray:
-    """Near-optimal shares, shape (N,), fast: benchmarks/placement.py tells the gap to `exact_shares`.
+    """Near-optimal shares of every layer, shape (N,), fast: benchmarks/placement.py tells the gap to `exact_shares`.
 
     A function without load is split equally.
 
@@ -53,7 +53,8 @@ def min_max_shares(
         start_N: where to begin, shares that sum to 1 over each function; default: equal.
     """
     share_N = equal_shares(layer_N.astype(np.int64) * load_LE.shape[1] + expert_N) if start_N is None else start_N
-    return settled_shares(layer_N, expert_N, worker_N, share_N, load_LE, speed_W, tolerance=-np.inf)[0]
+    new_N, _ = settled_shares(layer_N, expert_N, worker_N, share_N, load_LE, speed_W, tolerance=-np.inf)  # all are new
+    return new_N
 
 
 def settled_shares(
@@ -66,15 +67,20 @@ def settled_shares(
     *,
     tolerance: float,
 ) -> tuple[FloatArray, FloatArray]:
-    """The same, but layers keep `share_N` where new shares relieve their busiest worker by at most `tolerance`, a
-    part of 1; and what the workers compute of each layer, shape (L, W)."""
+    """As `min_max_shares`, but for layers in which that hardly helps.
+
+    Args:
+        share_N: where to begin; layers keep them where new ones relieve their busiest worker by at most `tolerance`, a
+            part of 1.
+    Returns: the shares, and what the workers then compute of each layer, shape (L, W).
+    """
     new_N, load_LW = share_N.astype(np.float64), np.zeros((len(load_LE), len(speed_W)))
-    _split_layers(
-        layer_N.astype(np.int64, copy=False),
-        expert_N.astype(np.int64, copy=False),
-        worker_N.astype(np.int64, copy=False),
-        load_LE.astype(np.float64, copy=False),
-        speed_W.astype(np.float64, copy=False),
+    _settle_layers(
+        np.ascontiguousarray(layer_N, dtype=np.int64),
+        np.ascontiguousarray(expert_N, dtype=np.int64),
+        np.ascontiguousarray(worker_N, dtype=np.int64),
+        np.ascontiguousarray(load_LE, dtype=np.float64),
+        np.ascontiguousarray(speed_W, dtype=np.float64),
         tolerance,
         new_N,
         load_LW,
@@ -83,7 +89,7 @@ def settled_shares(
 
 
 @compiled
-def _split_layers(
+def _settle_layers(
     layer_N: IntArray,
     expert_N: IntArray,
     worker_N: IntArray,

@@ -75,11 +75,11 @@ def extras_in_order(load_LE: FloatArray, limits: Limits, *, room_L: IntArray, en
     if ((load_LE > 0) & (limits.least_LE < 1)).any():
         raise ConfigError("limits.least_LE must be at least 1 for functions with load")
     layer_X, expert_X, replicas_X, load_X, start_L1 = _walk(
-        load_LE.astype(np.float64, copy=False),
-        limits.least_LE.astype(np.int64, copy=False),
-        limits.most_LE.astype(np.int64, copy=False),
-        room_L.astype(np.int64, copy=False),
-        enough_L.astype(np.float64, copy=False),
+        np.ascontiguousarray(load_LE, dtype=np.float64),
+        np.ascontiguousarray(limits.least_LE, dtype=np.int64),
+        np.ascontiguousarray(limits.most_LE, dtype=np.int64),
+        np.ascontiguousarray(room_L, dtype=np.int64),
+        np.ascontiguousarray(enough_L, dtype=np.float64),
     )
     return Extras(
         layer_X=layer_X,

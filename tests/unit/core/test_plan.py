@@ -21,6 +21,13 @@ def _plan(rows: list[tuple[int, int, int, float]], **shape: int) -> Plan:
     )
 
 
+def _empty() -> Plan:
+    none = np.empty(0, dtype=np.int64)
+    return Plan.from_instances(
+        version=1, num_layers=2, num_experts=3, num_workers=2, layer_N=none, expert_N=none, worker_N=none, share_N=none
+    )
+
+
 def test_a_workers_load_is_its_share_of_its_functions() -> None:
     plan = _plan([(0, 0, 0, 0.25), (0, 0, 1, 0.75), (0, 1, 1, 1.0), (1, 2, 0, 1.0)])
     load_LE = np.array([[8.0, 10.0, 0.0], [0.0, 0.0, 5.0]])
@@ -68,3 +75,26 @@ def test_dense_and_back_is_the_same_plan_and_keeps_all_tokens(seed: int) -> None
     load_LE = np.where(has_LEW.any(axis=2), random.random((2, 4)), 0)
     np.testing.assert_allclose(plan.worker_load_LW(load_LE).sum(axis=1), load_LE.sum(axis=1))
     assert not len(plan.started_since(plan))
+
+
+def test_a_copy_with_other_shares_or_version_knows_what_was_computed_of_the_instances() -> None:
+    plan = _plan([(0, 0, 0, 0.5), (0, 0, 1, 0.5), (0, 1, 1, 1.0)])
+    counts_LE = plan.counts_LE
+    other = plan.with_shares(np.array([0.25, 0.75, 1.0])).with_version(7)
+    assert other.counts_LE is counts_LE
+    assert (other.version, other.share_N.tolist()) == (7, [0.25, 0.75, 1.0])
+    assert (plan.version, plan.share_N.tolist()) == (1, [0.5, 0.5, 1.0])
+
+
+def test_a_plan_knows_which_instances_it_has() -> None:
+    plan = _plan([(0, 0, 0, 0.5), (0, 0, 1, 0.5), (0, 1, 1, 1.0)])
+    every = np.arange(2 * 3 * 2)
+    assert np.flatnonzero(plan.has(every)).tolist() == plan.keys_N.tolist()
+    assert not _empty().has(every).any()
+    assert plan.started_since(_empty()).tolist() == [0, 1, 2]
+
+
+def test_loads_of_another_shape_are_refused() -> None:
+    plan = _plan([(0, 0, 0, 1.0)])
+    with pytest.raises(ConfigError, match="load_LE must be of the plan's .* layers and experts"):
+        plan.worker_load_LW(np.ones((3, 4)))

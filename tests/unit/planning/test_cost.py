@@ -174,3 +174,9 @@ def test_an_instance_without_tokens_takes_no_time_on_average_either() -> None:
     mean_time = KNOTS.averaged()
     assert mean_time([0.0, 1e5]).tolist() == pytest.approx([0.0, float(KNOTS(1e5))])
     assert float(mean_time(0.01)) == pytest.approx(0.01 * 20e-6, rel=0.02)
+
+
+def test_what_is_not_a_number_of_tokens_takes_not_a_number_of_seconds() -> None:
+    expert_time = ExpertTime.from_knots([(1, 1e-3), (100, 2e-3)])
+    assert np.isnan(expert_time(np.nan))
+    assert np.isnan(expert_time.averaged()(np.nan))

@@ -57,6 +57,15 @@ def test_what_takes_no_longer_than_its_weights_is_computed_whole_by_one_replica(
     assert planned.layer_times_L(plan, np.array([[2.0, 2.0]])).tolist() == [4.5]
 
 
+def test_an_instance_that_is_only_kept_warm_computes_no_part() -> None:
+    planned = replace(system(1, 1, cluster_of([9, 9])), seconds=lambda tokens: 1.0 + tokens, floor_tokens=2.0)
+    alone, beside, shared = (plan_of(2, [shares]) for shares in ({0: 1.0}, {0: 1.0, 1: 0.0}, {0: 0.5, 1: 0.5}))
+    load_LE = np.array([[8.0]])
+    assert planned.layer_times_L(alone, load_LE).tolist() == [9.0]
+    assert planned.layer_times_L(beside, load_LE).tolist() == [9.0]
+    assert planned.layer_times_L(shared, load_LE).tolist() == [5.0]  # two calls of four tokens
+
+
 # What is hosted
 
 

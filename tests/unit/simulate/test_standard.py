@@ -9,7 +9,7 @@ import pytest
 
 from moeless.core.cluster import even_cluster
 from moeless.core.errors import ConfigError
-from moeless.core.plan import Plan
+from moeless.core.plan import FloatArray, Plan
 from moeless.core.policy import parse_policy
 from moeless.planning.baselines import EplbPlanner
 from moeless.planning.observation import Observation
@@ -162,6 +162,19 @@ def test_the_first_plan_is_for_what_was_recorded_before(make_scenario: MakeScena
         counts_LE = first_plan(scenario, policy).counts_LE
         assert not knows or (counts_LE[:, 5] == counts_LE.max()).all()
         assert (counts_LE != first_plan(scenario, before).counts_LE).any() == knows
+
+
+@pytest.mark.parametrize(
+    ("prior_LE", "message"),
+    [
+        (np.ones((3, 4)), r"prior_LE must be of \(3, 8\) layers and experts as the model is, got \(3, 4\)"),
+        (np.full((3, 8), np.nan), "prior_LE must be finite and >= 0, got nan to nan"),
+        (np.full((3, 8), -1.0), "prior_LE must be finite and >= 0, got -1.0 to -1.0"),
+    ],
+)
+def test_a_record_that_cannot_be_is_refused(prior_LE: FloatArray, message: str, make_scenario: MakeScenario) -> None:
+    with pytest.raises(ConfigError, match=message):
+        standard_policies(make_scenario(), config=StandardConfig(prior_LE=prior_LE))
 
 
 def test_without_a_record_the_first_plan_is_for_equal_loads(make_scenario: MakeScenario) -> None:

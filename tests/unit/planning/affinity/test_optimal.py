@@ -112,7 +112,7 @@ def test_full_workers_only_swap() -> None:
 
 def test_replicas_are_refused_where_workers_touched_are_optimised() -> None:
     start, statistics, load_LE, cluster, model = problem_of(0)
-    counts_LE = start.counts_LE
+    counts_LE = start.counts_LE.copy()
     counts_LE[1, 3] = 2
     start = place(counts_LE, load_LE, cluster, model)
     with pytest.raises(ConfigError, match="start must have one instance of every function, got 2 of L01.E003"):

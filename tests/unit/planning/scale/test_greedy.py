@@ -53,6 +53,25 @@ def highest(load_LE: FloatArray, counts: IntArray | tuple[int, ...]) -> float:
     return float((load_LE[0] / np.maximum(counts, 1)).max())
 
 
+def test_a_long_walk_gives_each_replica_to_the_highest_load_in_every_layer() -> None:
+    load_LE = np.random.default_rng(0).integers(1, 10_000, (3, 40)).astype(np.float64)
+    counts_LE = replicas_min_max(load_LE, limits(load_LE, budget=2000))
+    for load_E, counts_E in zip(load_LE, counts_LE, strict=True):
+        one_by_one = np.ones(40, dtype=np.int64)
+        while one_by_one.sum() < counts_E.sum():
+            one_by_one[np.argmax(load_E / one_by_one)] += 1
+        assert counts_E.tolist() == one_by_one.tolist()
+        assert counts_E.sum() > 1900
+
+
+def test_the_order_of_loads_in_memory_does_not_matter() -> None:
+    load_LE = np.random.default_rng(1).integers(0, 50, (3, 8)).astype(np.float64)
+    turned_LE = np.asfortranarray(load_LE)
+    assert (
+        replicas_min_max(turned_LE, limits(load_LE, budget=12)) == replicas_min_max(load_LE, limits(load_LE, budget=12))
+    ).all()
+
+
 def spread(load_E: FloatArray, counts_E: IntArray) -> float:
     is_open = load_E > 0
     each = np.repeat(load_E[is_open] / counts_E[is_open], counts_E[is_open])
