@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 
 from moeless.core.errors import ConfigError
 
+_MOST_BYTES = 2**63 - 1
+"""What an array of int64 holds."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelShape:
@@ -52,8 +55,10 @@ class WorkerSpec:
     def __post_init__(self) -> None:
         if not self.name:
             raise ConfigError("worker.name must not be empty")
-        if self.memory_bytes < 0:
-            raise ConfigError(f"worker {self.name}: memory_bytes must be at least 0, got {self.memory_bytes}")
+        if not 0 <= self.memory_bytes <= _MOST_BYTES:
+            raise ConfigError(
+                f"worker {self.name}: memory_bytes must be from 0 to {_MOST_BYTES}, got {self.memory_bytes}"
+            )
         if not self.speed > 0:
             raise ConfigError(f"worker {self.name}: speed must be above 0, got {self.speed}")
 

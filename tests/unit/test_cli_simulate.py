@@ -180,6 +180,10 @@ def test_first_plans_are_for_a_trace_that_was_recorded_earlier(trace: Path, tmp_
         (("--policies", "static,best"), ("--policies must be among static", "got best")),
         (("--workers", 0), ("--workers must be at least 1, got 0",)),
         (("--memory-per-worker", "lots"), ("--memory-per-worker must be bytes, with a unit", "'lots'")),
+        (
+            ("--memory-per-worker", "99999999Ti"),
+            ("worker-0: memory_bytes must be from 0 to", "got 109951161678088372224"),
+        ),
         (("--memory-per-worker", "100%"), ("--eplb-redundant must leave room",)),
         (("--memory-per-worker", "2M", "--policies", "static"), ("worker-0", "fit its memory")),
         (("--rate", 0, "--duration", 5), ("--rate must be above 0, got 0",)),
