@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -56,14 +57,20 @@ def test_the_first_plan_goes_by_affinity(objective: str) -> None:
     assert (balance_L(plan, observation.mean_LE, np.ones(W)) <= most_L + 1e-6).all()
 
 
-def test_later_plans_come_closer_with_few_moves_each_and_then_stay() -> None:
+@pytest.mark.parametrize(
+    "scaler",
+    [
+        {"name": "minMax", "workerShare": 0.35},  # few replicas, so that balance asks for no moves of its own
+        {"name": "minMax"},
+    ],
+)
+def test_later_plans_come_closer_with_few_moves_each_and_then_stay(scaler: dict[str, Any]) -> None:
     statistics = topics(1)
     system = PlannedSystem(model=MODEL, cluster=CLUSTER, affinity=statistics)
     load_LE = statistics.load_LE * 100
-    few = {"name": "minMax", "workerShare": 0.35}  # replicas, which balance asks for
-    plan = MoelessPlanner(policy({"name": "minimalMoves"}, scaler=few), system).plan(observed(load_LE, 0.0), None)
+    plan = MoelessPlanner(policy({"name": "minimalMoves"}, scaler=scaler), system).plan(observed(load_LE, 0.0), None)
     placer = {"name": "affinity", "maxImbalance": 1.1}
-    planner = MoelessPlanner(policy(placer, scaler=few, maxMovesPerTick=4), system)
+    planner = MoelessPlanner(policy(placer, scaler=scaler, maxMovesPerTick=4), system)
     touched = [workers_touched_L(plan, statistics).sum()]
     for tick in range(1, 40):
         after = planner.plan(observed(load_LE, float(tick)), plan)
@@ -71,7 +78,9 @@ def test_later_plans_come_closer_with_few_moves_each_and_then_stay() -> None:
         touched.append(workers_touched_L(after, statistics).sum())
         plan = after
     assert touched[-1] < 0.93 * touched[0]
-    assert touched == sorted(touched, reverse=True)
+    # A balance move may touch a little more; none undoes what affinity gained.
+    rise = 0.0 if "workerShare" in scaler else 0.002
+    assert all(after <= before * (1 + rise) for before, after in pairwise(touched))
     assert planner.plan(observed(load_LE, 40.0), plan) is plan
 
 
