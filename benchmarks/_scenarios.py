@@ -9,12 +9,12 @@ from pathlib import Path
 from moeless.core.plan import FloatArray
 from moeless.planning.profiles import builtin_profiles
 from moeless.simulate.generator import MadeUpRouting, make_routing
-from moeless.simulate.predicted import recorded_LE
+from moeless.simulate.offline_forecast import recorded_LE
 from moeless.simulate.routing import SequenceRouting
 from moeless.simulate.scenario import Scenario
 from moeless.simulate.settings import ScenarioSettings, make_scenario
 from moeless.simulate.simulation import simulate
-from moeless.simulate.standard import standard_policies
+from moeless.simulate.systems import standard_policies
 from moeless.simulate.workload import cut, made_up_arrivals
 from moeless_predictors.traces import ArrivalTrace, ImportOptions, RoutingTrace, concat, import_trace
 

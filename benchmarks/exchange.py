@@ -223,7 +223,7 @@ class _ServeAnswer:
 @contextmanager
 def _open_serve() -> Iterator[list[Any]]:
     """Serve deployments that answer the same frames, and a line to each through its handle."""
-    from moeless.deployments.environment import prepare_environment
+    from moeless.deployments.runtime import prepare_environment
 
     prepare_environment()
     import ray

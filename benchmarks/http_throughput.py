@@ -27,7 +27,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from moeless.deployments.environment import free_port
+from moeless.deployments.runtime import free_port
 
 PROMPT = "The old man looked at the sea and said that the storm would come before the night was over. "
 

@@ -28,12 +28,12 @@ from moeless.core.plan import FloatArray, Plan
 from moeless.planning.affinity.groups import num_groups
 from moeless.planning.affinity.hops_bound import least_hops
 from moeless.planning.affinity.metrics import balance_L, hops_L, workers_touched_L
-from moeless.planning.affinity.optimal import ProgrammeConfig, fewest_hops_plan, fewest_workers_plan
-from moeless.planning.affinity.placing import AffinityConfig, Objective, layer_bounds, place_by_affinity
+from moeless.planning.affinity.offline import ProgrammeConfig, fewest_hops_plan, fewest_workers_plan
+from moeless.planning.affinity.online import AffinityConfig, Objective, layer_bounds, place_by_affinity
 from moeless.planning.affinity.programme import SolverLimits
 from moeless.planning.affinity.search import LayerBounds
 from moeless.planning.affinity.statistics import AffinityStatistics, gather_statistics
-from moeless.planning.baselines import eplb_global, round_robin
+from moeless.planning.baselines.static import eplb_global, round_robin
 from moeless.planning.place import min_max_shares
 from moeless_predictors.traces import ImportOptions, RoutingTrace, import_trace
 from moeless_predictors.traces.synthetic import synthetic_trace

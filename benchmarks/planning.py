@@ -29,7 +29,7 @@ from threadpoolctl import threadpool_limits
 from moeless.core.cluster import even_cluster
 from moeless.core.plan import FloatArray, Plan
 from moeless.core.policy import Policy, parse_policy, resolve
-from moeless.planning.baselines import eplb_global
+from moeless.planning.baselines.static import eplb_global
 from moeless.planning.observation import Observation
 from moeless.planning.planner import MoelessPlanner, PlannedSystem
 from moeless.planning.profiles import builtin_profiles

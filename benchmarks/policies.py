@@ -44,10 +44,10 @@ from benchmarks._scenarios import (
     saturation_per_s,
 )
 from moeless.core.policy import parse_policy
-from moeless.simulate.results import Latency, PolicyResult
+from moeless.simulate.report.results import Latency, PolicyResult
 from moeless.simulate.scenario import Scenario
 from moeless.simulate.simulation import simulate
-from moeless.simulate.standard import StandardConfig, standard_policies
+from moeless.simulate.systems import StandardConfig, standard_policies
 from moeless.simulate.workload import thinned
 from moeless_predictors.traces import ArrivalTrace, import_trace
 

@@ -22,7 +22,7 @@ from moeless.core.policy import parse_policy
 from moeless.planning.cost import CostProfile
 from moeless.simulate.scenario import Policy, Scenario
 from moeless.simulate.simulation import simulate
-from moeless.simulate.standard import StandardConfig, standard_policies
+from moeless.simulate.systems import StandardConfig, standard_policies
 from moeless.simulate.workload import thinned
 
 PREFILL_HEAVY = SHAPES[0]

@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits
 from moeless.simulate.routing import SequenceRouting
 from moeless.simulate.settings import ScenarioSettings, make_scenario
 from moeless.simulate.simulation import simulate
-from moeless.simulate.standard import STANDARD, standard_policies
+from moeless.simulate.systems import STANDARD, standard_policies
 from moeless.simulate.workload import made_up_arrivals
 from moeless_predictors.traces import synthetic_trace
 

@@ -43,7 +43,7 @@ from moeless.engine.build import build_engine
 from moeless.engine.config import EngineConfig
 from moeless.engine.experts import attach_dispatcher, register_experts
 from moeless.engine.observing import RowSpan
-from moeless.engine.recording import RoutingRecorder
+from moeless.engine.routing_recorder import RoutingRecorder
 from moeless.functions.feed_forward import FeedForward
 from moeless.functions.pool import InstancePool
 from moeless.packages.backbone import load_backbone
@@ -53,7 +53,7 @@ from moeless.planning.cost import BackboneTime, CostProfile, ExchangeTime, Exper
 from moeless.planning.observation import Observation
 from moeless.planning.profiles import builtin_profiles
 from moeless.simulate.batching import BatchingConfig
-from moeless.simulate.results import PolicyResult
+from moeless.simulate.report.results import PolicyResult
 from moeless.simulate.routing import SequenceRouting
 from moeless.simulate.scenario import Policy, Scenario
 from moeless.simulate.simulation import simulate

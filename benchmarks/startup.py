@@ -22,7 +22,7 @@ from rich.table import Table
 _CHILD = """
 import json, sys, time
 marks = [("importing packages, opening the packed model", time.time())]
-from moeless.deployments.environment import prepare_environment
+from moeless.deployments.runtime import prepare_environment
 from moeless.deployments.settings import ServeSettings
 from moeless.packages.source import resolve_model
 packed = resolve_model(sys.argv[1])
@@ -30,7 +30,7 @@ marks.append(("importing ray, engine and gateway", time.time()))
 prepare_environment()
 import threading
 from moeless.cli import _wait_until_ready
-from moeless.serve import running
+from moeless.deployments.application import running
 settings = ServeSettings(
     packed_path=str(packed.path), model_id="bench", token="bench", num_workers=int(sys.argv[2]), port=int(sys.argv[3])
 )

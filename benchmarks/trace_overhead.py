@@ -30,7 +30,7 @@ from moeless.core.recording import RecordingOptions
 from moeless.engine.build import build_engine
 from moeless.engine.config import EngineConfig
 from moeless.engine.observing import StepObservers
-from moeless.engine.recording import WRITE_EVERY, RoutingRecorder
+from moeless.engine.routing_recorder import WRITE_EVERY, RoutingRecorder
 from moeless.packages.backbone import experts_modules
 from moeless.packages.source import resolve_model
 from moeless_predictors.traces import TraceMetadata

@@ -19,7 +19,7 @@ import openai
 from rich.console import Console
 
 from moeless.cli import experts_table
-from moeless.deployments.environment import free_port
+from moeless.deployments.runtime import free_port
 
 MODEL = "moeless-mini"
 CHATS = (

@@ -159,8 +159,10 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineClient(Protocol):
-    """An engine as the gateway sees it; serve.py binds it to a Serve handle and the token channel, tests to an
-    engine in the same process."""
+    """An engine as the gateway sees it.
+
+    deployments/gateway.py implements it with a Serve handle and the token channel, tests with an engine in process.
+    """
 
     @property
     def recordings(self) -> RecordingClient:

@@ -1,4 +1,4 @@
 """The Ray Serve deployments: one worker each, one function each, the engine, the gateway.
 
-Wiring only: what they wire lives in functions, dispatch, engine and gateway. moeless.serve builds the application.
+Wiring only: what they wire lives in functions, dispatch, engine and gateway. `application` builds the application.
 """

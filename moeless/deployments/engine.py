@@ -22,15 +22,15 @@ from transformers import AutoTokenizer
 from moeless import __version__
 from moeless.core.errors import EngineStoppedError, MoelessError, TransportError, WorkerTimeoutError
 from moeless.core.generation import GenerationDelta, GenerationRequest, ModelInfo
-from moeless.core.token_channel import TokenSender
-from moeless.deployments.environment import bind_to
-from moeless.deployments.links import WorkerLinks
-from moeless.deployments.messages import Pulse, SubmitReply
 from moeless.deployments.plan import initial_table
 from moeless.deployments.recordings import answer as answer_recording
+from moeless.deployments.rpc import Pulse, SubmitReply
+from moeless.deployments.runtime import bind_to
 from moeless.deployments.settings import ServeSettings
 from moeless.deployments.status import EngineStatus
+from moeless.deployments.token_channel import TokenSender
 from moeless.deployments.worker import MAX_ROWS
+from moeless.deployments.worker_connections import WorkerLinks
 from moeless.dispatch.call import CallChannel
 from moeless.dispatch.channel import Channel, WorkerEndpoint
 from moeless.dispatch.connect import connect
@@ -39,7 +39,7 @@ from moeless.engine.build import build_engine
 from moeless.engine.config import EngineConfig
 from moeless.engine.experts import attach_dispatcher, register_experts
 from moeless.engine.prediction import PredictionObserver, load_live_predictor
-from moeless.engine.recordings import LocalRecordings, Recordings, trace_metadata
+from moeless.engine.recording_service import LocalRecordings, Recordings, trace_metadata
 from moeless.functions.feed_forward import FeedForward
 from moeless.functions.pool import InstancePool
 from moeless.packages.backbone import load_backbone

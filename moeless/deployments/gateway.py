@@ -18,11 +18,11 @@ from ray.serve.handle import DeploymentHandle
 
 from moeless.core.errors import EngineStoppedError
 from moeless.core.generation import EngineStats, FunctionStatus, GenerationDelta, GenerationRequest, ModelInfo
-from moeless.core.token_channel import TokenReceiver
-from moeless.deployments.environment import node_address
-from moeless.deployments.messages import Pulse, SubmitReply
 from moeless.deployments.recordings import RemoteRecordings
+from moeless.deployments.rpc import Pulse, SubmitReply
+from moeless.deployments.runtime import node_address
 from moeless.deployments.settings import ServeSettings
+from moeless.deployments.token_channel import TokenReceiver
 from moeless.gateway.app import create_app
 from moeless.gateway.config import GatewayConfig
 from moeless.gateway.service import EngineSource

@@ -12,7 +12,7 @@ import msgspec
 
 from moeless.core.errors import MoelessError
 from moeless.core.recording import RecordedFile, RecordingClient, RecordingOptions, RecordingStatus
-from moeless.deployments.messages import RecordingCall, RecordingReply
+from moeless.deployments.rpc import RecordingCall, RecordingReply
 
 _FINISH_TIMEOUT_S = 120.0
 """A gigabyte is sorted, written to a disk and flushed; some 10 s."""

@@ -21,9 +21,9 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentRes
 from moeless.core.expert import FunctionId
 from moeless.core.generation import EngineStats, FunctionStatus, PredictionStatus, WorkerStatus
 from moeless.core.routing_table import LOCAL_WORKER
-from moeless.deployments.links import WorkerLinks
 from moeless.deployments.settings import ServeSettings
 from moeless.deployments.worker import WorkerReport
+from moeless.deployments.worker_connections import WorkerLinks
 from moeless.dispatch.dispatcher import Dispatcher
 from moeless.engine.base import EngineCounters
 from moeless.packages.files import dtype_of_name

@@ -16,7 +16,7 @@ import torch
 
 from moeless.core.errors import MoelessError
 from moeless.core.expert import FunctionId
-from moeless.deployments.environment import bind_to, node_address
+from moeless.deployments.runtime import bind_to, node_address
 from moeless.deployments.settings import ServeSettings
 from moeless.dispatch.call import answer_call
 from moeless.dispatch.server import DataPlaneServer

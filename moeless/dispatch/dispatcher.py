@@ -18,7 +18,6 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from moeless.core.balancing import warm_up
 from moeless.core.errors import FunctionUnavailableError, TransportError, WorkerStartingError
 from moeless.core.expert import FunctionId
 from moeless.core.routing_table import LOCAL_WORKER, RoutingTable
@@ -28,6 +27,7 @@ from moeless.dispatch.metrics import DispatchMetrics
 from moeless.dispatch.wire import FloatArray, LayerCall
 from moeless.functions.feed_forward import FeedForward
 from moeless.functions.pool import IntArray
+from moeless.planning.step_balance import warm_up
 
 logger = logging.getLogger(__name__)
 

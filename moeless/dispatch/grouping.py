@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from moeless.core.balancing import Replicas, balanced_split
 from moeless.core.call_cost import CallCost
 from moeless.core.expert import FunctionId
 from moeless.core.routing_table import LOCAL_WORKER, RoutingTable
+from moeless.planning.step_balance import Replicas, balanced_split
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]

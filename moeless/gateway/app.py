@@ -1,4 +1,4 @@
-"""The gateway's application: OpenAI's API over an engine client. serve.py and the tests call create_app.
+"""The gateway's application: OpenAI's API over an engine client. deployments/gateway.py and the tests call create_app.
 
 A request passes ErrorMiddleware, CORS (if configured), the key check (if there are keys) and the body limit, then
 its route: completions.py (admission.py, streams.py, answers.py or chunks.py), info.py or tracing.py.
@@ -19,9 +19,9 @@ from moeless.gateway.errors import install_handlers
 from moeless.gateway.info import info_router
 from moeless.gateway.middleware import ApiKeyMiddleware, BodyLimitMiddleware, ErrorMiddleware
 from moeless.gateway.openapi import describe_bodies
+from moeless.gateway.recording import RecordingRequest, tracing_router
 from moeless.gateway.schemas import ChatCompletionRequest, CompletionRequest
 from moeless.gateway.service import EngineSource, GatewayService
-from moeless.gateway.tracing import RecordingRequest, tracing_router
 
 
 def create_app(engine: EngineSource, config: GatewayConfig) -> FastAPI:

@@ -13,6 +13,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from moeless.gateway.admission import AdmittedRequest
 from moeless.gateway.answers import Answer, chat_answer, completion_answer
+from moeless.gateway.body import read_body
 from moeless.gateway.chunks import ChatChunks, ChunkEncoder, CompletionChunks, event
 from moeless.gateway.errors import describe, encode_error
 from moeless.gateway.metrics import SequenceObserver
@@ -20,7 +21,6 @@ from moeless.gateway.openapi import schema_of
 from moeless.gateway.schemas import ChatCompletionRequest, CompletionRequest
 from moeless.gateway.service import GatewayService
 from moeless.gateway.streams import ClientGoneError, SequenceStreams, until_disconnect
-from moeless.gateway.validation import read_body
 
 logger = logging.getLogger(__name__)
 

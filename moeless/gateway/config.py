@@ -1,4 +1,4 @@
-"""What an operator sets of the gateway: keys and limits. Read by app.create_app; filled by serve.py and cli.py."""
+"""What an operator sets of the gateway: keys and limits. Read by app.create_app; filled by deployments/gateway.py."""
 
 from __future__ import annotations
 

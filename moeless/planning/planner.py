@@ -25,7 +25,7 @@ from moeless.core.policy import (
     MinimalMovesPlacer,
     ResolvedPolicy,
 )
-from moeless.planning.affinity.placing import AffinityConfig, place_by_affinity
+from moeless.planning.affinity.online import AffinityConfig, place_by_affinity
 from moeless.planning.affinity.statistics import AffinityStatistics
 from moeless.planning.observation import Observation
 from moeless.planning.place import PlacementConfig, equal_shares, place

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moeless.core.balancing import Replicas, balanced_split
 from moeless.core.call_cost import CallCost
 from moeless.core.cluster import Cluster
 from moeless.core.plan import Plan
 from moeless.planning.cost import ExpertTime
+from moeless.planning.step_balance import Replicas, balanced_split
 from moeless_predictors.compiled import compiled
 
 FloatArray = NDArray[np.floating[Any]]

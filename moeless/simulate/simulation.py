@@ -26,12 +26,12 @@ from moeless.simulate.batching import Batch, Step
 from moeless.simulate.forecasts import Forecaster, SpanCounts
 from moeless.simulate.history import LoadHistory
 from moeless.simulate.hosting import sampled_choices
-from moeless.simulate.recorder import Recorder
+from moeless.simulate.layer_times import StepCosts, StepTimes
+from moeless.simulate.report.results import PolicyResult
 from moeless.simulate.residency import ColdStart, Residency
-from moeless.simulate.results import PolicyResult
+from moeless.simulate.result_recorder import Recorder
 from moeless.simulate.routing import assign_sequences
 from moeless.simulate.scenario import Policy, Scenario
-from moeless.simulate.step import StepCosts, StepTimes
 from moeless.simulate.upcoming import upcoming_load
 
 FloatArray = NDArray[np.floating[Any]]

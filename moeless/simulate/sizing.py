@@ -17,13 +17,13 @@ from moeless.core.errors import ConfigError
 from moeless.core.policy.values import MEMORY_PATTERN, memory_bytes
 from moeless.planning.cost import CostProfile
 from moeless.planning.place import InfeasiblePlacementError
+from moeless.simulate.report.results import PolicyResult
 from moeless.simulate.residency import TransferConfig
-from moeless.simulate.results import PolicyResult
 from moeless.simulate.routing import SequenceRouting
 from moeless.simulate.scenario import Scenario
 from moeless.simulate.settings import ScenarioSettings, make_scenario
 from moeless.simulate.simulation import OnProgress, simulate
-from moeless.simulate.standard import BOUNDS, STANDARD, StandardConfig
+from moeless.simulate.systems import BOUNDS, STANDARD, StandardConfig
 from moeless_predictors.traces import ArrivalTrace
 
 BUYABLE = tuple(name for name in STANDARD if name not in BOUNDS)

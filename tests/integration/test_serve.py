@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
-from moeless.deployments.environment import free_port
+from moeless.deployments.runtime import free_port
 from moeless_predictors.fitting import FitConfig, fit_predictors
 from moeless_predictors.traces import RoutingTrace
 from moeless_predictors.traces.synthetic import synthetic_trace

@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import psutil
 
-from moeless.deployments.environment import free_port
+from moeless.deployments.runtime import free_port
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@
 workers.
 """
 
-from moeless.planning.place.greedy import InfeasiblePlacementError
-from moeless.planning.place.placing import PlacementConfig, place
+from moeless.planning.place.heaviest_first import InfeasiblePlacementError
+from moeless.planning.place.place import PlacementConfig, place
 from moeless.planning.place.shares import equal_shares, exact_shares, min_max_shares
 
 __all__ = [

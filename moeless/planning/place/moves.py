@@ -16,7 +16,7 @@ import numpy as np
 
 from moeless.core.cluster import Cluster, ModelShape
 from moeless.core.plan import BoolArray, FloatArray, IntArray
-from moeless.planning.place.greedy import most_singles
+from moeless.planning.place.heaviest_first import most_singles
 from moeless.planning.place.shares import descend
 from moeless_predictors.compiled import compiled
 

@@ -4,7 +4,7 @@ but where the arguments say so.
 
 from moeless.planning.scale.benefit import replicas_by_benefit
 from moeless.planning.scale.budget import fit_budgets, fit_workers, least_replicas
-from moeless.planning.scale.greedy import Limits, replicas_by_cv, replicas_min_max
+from moeless.planning.scale.replicas import Limits, replicas_by_cv, replicas_min_max
 from moeless.planning.scale.stabilise import Stabiliser
 
 __all__ = [

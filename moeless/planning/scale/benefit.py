@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from moeless.core.plan import FloatArray, IntArray
-from moeless.planning.scale.greedy import Extras, Limits, extras_in_order
+from moeless.planning.scale.replicas import Extras, Limits, extras_in_order
 
 
 def replicas_by_benefit(

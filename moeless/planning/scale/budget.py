@@ -10,7 +10,7 @@ import numpy as np
 from moeless.core.plan import BoolArray, FloatArray, IntArray
 from moeless.core.policy import ResolvedPolicy
 from moeless.planning.observation import Observation
-from moeless.planning.scale.greedy import Limits
+from moeless.planning.scale.replicas import Limits
 
 
 def least_replicas(

@@ -14,7 +14,7 @@ from moeless.core.errors import RecordingError, RequestError
 from moeless.core.recording import RecordingOptions
 from moeless.deployments.recordings import RemoteRecordings, answer
 from moeless.engine.observing import RowSpan, StepObservers
-from moeless.engine.recordings import LocalRecordings, Recordings
+from moeless.engine.recording_service import LocalRecordings, Recordings
 from moeless.engine.sequence import Sequence
 from moeless.engine.text import TokenTexts
 from moeless_predictors.traces import RoutingTrace, TraceMetadata

@@ -12,8 +12,8 @@ import pytest
 
 from moeless.core.errors import QueueFullError
 from moeless.core.generation import GenerationRequest, SamplingParams
-from moeless.core.token_channel import TokenReceiver
-from moeless.deployments.messages import Pulse, SubmitReply
+from moeless.deployments.rpc import Pulse, SubmitReply
+from moeless.deployments.token_channel import TokenReceiver
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # importing Ray Serve uses what pydantic has deprecated

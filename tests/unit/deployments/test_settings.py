@@ -12,7 +12,7 @@ from moeless.core.errors import (
     RecordingError,
     RequestError,
 )
-from moeless.deployments.messages import SubmitReply
+from moeless.deployments.rpc import SubmitReply
 from moeless.deployments.settings import ServeSettings
 
 

@@ -14,7 +14,7 @@ from moeless.core.recording import RecordingOptions
 from moeless.dispatch.wire import FloatArray
 from moeless.engine.observing import rows_in
 from moeless.engine.prediction import PredictionObserver, live_predictor
-from moeless.engine.recording import RoutingRecorder
+from moeless.engine.routing_recorder import RoutingRecorder
 from moeless.functions.pool import IntArray
 from moeless_predictors.fitting import FitConfig, fit_predictors, inputs_by_layer
 from moeless_predictors.live import LiveConfig, LivePredictor

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless.core.plan import FloatArray, IntArray, Plan
+from moeless.planning.baselines.paper import PaperPlanner
 from moeless.planning.observation import Observation, Planner
-from moeless.planning.paper import PaperPlanner
 from moeless.planning.planner import PlannedSystem, hosted_instances
 from tests.support.planners import moeless, observed, system
 from tests.support.planning import assert_whole, cluster_of, clusters

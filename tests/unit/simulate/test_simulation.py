@@ -13,8 +13,8 @@ from moeless.core.plan import Plan
 from moeless.planning.cost import BackboneTime, CostProfile, ExchangeTime
 from moeless.simulate.batching import BatchingConfig
 from moeless.simulate.forecasts import ForecastConfig
+from moeless.simulate.report.results import PolicyResult
 from moeless.simulate.residency import TransferConfig
-from moeless.simulate.results import PolicyResult
 from moeless.simulate.routing import SequenceRouting
 from moeless.simulate.scenario import Policy, Scenario
 from moeless.simulate.simulation import simulate

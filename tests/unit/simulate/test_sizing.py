@@ -15,7 +15,7 @@ from moeless.core.expert import FunctionId
 from moeless.core.plan import Plan
 from moeless.core.policy import parse_policy
 from moeless.planning.profiles import builtin_profiles
-from moeless.simulate.recommending import Recommendation, alternative_of, assumptions, chosen, recommended
+from moeless.simulate.recommend import Recommendation, alternative_of, assumptions, chosen, recommended
 from moeless.simulate.routing import SequenceRouting
 from moeless.simulate.settings import ScenarioSettings
 from moeless.simulate.simulation import OnProgress, simulate
@@ -30,7 +30,7 @@ from moeless.simulate.sizing import (
     sized,
     worker_memory,
 )
-from moeless.simulate.standard import STANDARD, StandardConfig, routing_statistics
+from moeless.simulate.systems import STANDARD, StandardConfig, routing_statistics
 from moeless.simulate.workload import made_up_arrivals
 from moeless_predictors.traces import synthetic_trace
 

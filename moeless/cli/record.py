@@ -1,0 +1,278 @@
+"""`moeless trace record`: the routing of what a server computes, or of prompts in a file. Attached by cli/trace.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+from rich.console import Console
+
+from moeless.core.errors import ConfigError, MoelessError
+
+_stdout = Console()
+_stderr = Console(stderr=True)
+
+_ENDPOINT = "/v1/traces/recording"
+_CALL_TIMEOUT_S = 30.0
+_FILE_TIMEOUT_S = 180.0
+"""Until the server has made the file and sends its first bytes."""
+_ASK_EVERY_S = 1.0
+
+
+class Only(StrEnum):
+    """One part of recording from a server, for a script that does the others later."""
+
+    START = "start"
+    STOP = "stop"
+    DUMP = "dump"
+
+
+def record(
+    out: Annotated[Path | None, typer.Argument(help="Trace to write; not needed with --only start or stop.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Generate from these: a text file with a prompt a line, or .jsonl with 'prompt'."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="With --prompts: the model, named as for serve.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="With --prompts: tokens to generate after each.")] = 64,
+    batch: Annotated[int, typer.Option(help="With --prompts: sequences that decode together.")] = 16,
+    temperature: Annotated[float, typer.Option(help="With --prompts: of sampling; 0 is greedy.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="With --prompts: prompt i is sampled with seed + i.")] = 0,
+    chat: Annotated[
+        bool, typer.Option(help="With --prompts: put each as a user's message in the chat template.")
+    ] = False,
+    url: Annotated[str | None, typer.Option(help="Server to record from; default: http://127.0.0.1:8000.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="MOELESS_API_KEY", help="Key, if one is asked for.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="How long to record; default: until Ctrl-C.")] = None,
+    only: Annotated[Only | None, typer.Option(help="Only start recording, stop it, or dump what it has.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens to record; default: the server's, or all of the prompts'.")
+    ] = None,
+    hidden_layers: Annotated[
+        str, typer.Option(help="MoE layers whose experts' input is recorded too, as in 0,3.")
+    ] = "",
+    token_ids: Annotated[
+        bool | None, typer.Option(help="Record what the tokens are; default: of prompts yes, of a server no.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Write over OUT if it exists.")] = False,
+) -> None:
+    """Record a routing trace: of a server's requests while you wait, or of prompts that are run here."""
+    layers = _layers(hidden_layers)
+    if only in (Only.START, Only.STOP):
+        if out is not None:
+            raise ConfigError(f"OUT must not be given with --only {only.value}, got {out}")
+    elif out is None:
+        raise ConfigError("OUT must be given: the file to write the trace to")
+    elif out.exists() and not overwrite:
+        raise ConfigError(f"OUT must not exist unless --overwrite is given, got {out}")
+    if prompts is not None:
+        for name, value in (("url", url), ("seconds", seconds), ("only", only)):
+            if value is not None:
+                raise ConfigError(f"--{name} must not be given with --prompts, which are run here, got {value}")
+        assert out is not None
+        run = {
+            "max_new_tokens": max_new_tokens,
+            "batch": batch,
+            "temperature": temperature,
+            "seed": seed,
+            "chat": chat,
+        }
+        options = {"max_tokens": max_tokens, "hidden_layers": layers, "token_ids": token_ids is not False}
+        _record_prompts(out, prompts, model, run, options)
+        return
+    if model is not None:
+        raise ConfigError(f"--model must be given with --prompts only, got {model}")
+    if seconds is not None and only is not None:
+        raise ConfigError(f"--seconds must not be given with --only {only.value}, got {seconds:g}")
+    if seconds is not None and seconds <= 0:
+        raise ConfigError(f"--seconds must be above 0, got {seconds:g}")
+    body: dict[str, Any] = {"hidden_layers": list(layers), "token_ids": bool(token_ids)}
+    if max_tokens is not None:
+        body["max_tokens"] = max_tokens
+    with _server(url or "http://127.0.0.1:8000", api_key) as server:
+        _record_server(server, out, body, only=only, seconds=seconds)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a file: the `prompt` of each line's object if it is called .jsonl, else each line; none empty.
+
+    Raises: ConfigError that names the line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"prompts must be a file of UTF-8 text, got {path}: {error}") from error
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    prompts = [line for _, line in numbered] if path.suffix != ".jsonl" else [_prompt(path, *n) for n in numbered]
+    if not prompts:
+        raise ConfigError(f"prompts must be at least one, got none in {path}")
+    return prompts
+
+
+def _prompt(path: Path, number: int, line: str) -> str:
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}, line {number}: must be JSON: {error.msg} at column {error.colno}") from error
+    prompt = found.get("prompt") if isinstance(found, dict) else None
+    if not isinstance(prompt, str) or not prompt:
+        raise ConfigError(f"{path}, line {number}: must be an object with a text under 'prompt', got {line[:60]}")
+    return prompt
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError as error:
+        raise ConfigError(f"--hidden-layers must be numbers with commas between, got {text!r}") from error
+
+
+# -- prompts run here --------------------------------------------------------------------------------------------------
+
+
+def _record_prompts(out: Path, path: Path, model: str | None, run: dict[str, Any], options: dict[str, Any]) -> None:
+    if model is None:
+        raise ConfigError("--model must be given with --prompts")
+    texts = read_prompts(path)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from moeless.engine.offline_recording import PromptRun, record_prompts
+    from moeless.packages.source import resolve_model
+
+    asked = PromptRun(**run)
+    with _stderr.status("loading the model") as status:
+        packed = resolve_model(model)
+        trace = record_prompts(
+            packed,
+            texts,
+            asked,
+            source=f"prompts of {path.name}",
+            on_progress=lambda done, of: status.update(f"{done} of {of} prompts"),
+            **options,
+        )
+        with _writing(out):
+            trace.save(out)
+    _say(f"{out}: {trace.num_tokens:,} tokens in {trace.num_sequences:,} sequences")
+
+
+# -- a server's requests -----------------------------------------------------------------------------------------------
+
+
+def _record_server(
+    server: httpx.Client, out: Path | None, body: dict[str, Any], *, only: Only | None, seconds: float | None
+) -> None:
+    if only is None or only is Only.START:
+        _ask(server, "POST", "", json=body)
+    if only is None:
+        _wait(server, seconds)
+    if only is None or only is Only.STOP:
+        status = _ask(server, "POST", "/stop")
+        _say(f"recorded {status['num_tokens']:,} tokens in {status['num_steps']:,} steps")
+    if only is None or only is Only.DUMP:
+        assert out is not None
+        num_bytes = _download(server, out)
+        _say(f"{out}: {num_bytes:,} bytes")
+    if only is None:
+        _ask(server, "DELETE", "")
+    if only is Only.START:
+        _say(f"recording on {server.base_url}; stop it with: moeless trace record --only stop")
+
+
+def _wait(server: httpx.Client, seconds: float | None) -> None:
+    """Until the time is over, the recording is full, or Ctrl-C."""
+    ends_s = None if seconds is None else time.monotonic() + seconds
+    until = "until Ctrl-C" if seconds is None else f"for {seconds:g} s"
+    with _stderr.status(f"recording {until}") as shown:
+        try:
+            while True:
+                left_s = _ASK_EVERY_S if ends_s is None else min(_ASK_EVERY_S, ends_s - time.monotonic())
+                if left_s <= 0:
+                    return
+                time.sleep(left_s)
+                status = _ask(server, "GET", "")
+                shown.update(f"recording {until}: {status['num_tokens']:,} of {status['max_tokens']:,} tokens")
+                if status["state"] != "recording":
+                    return
+        except KeyboardInterrupt:
+            return
+
+
+def _download(server: httpx.Client, out: Path) -> int:
+    """Write the server's trace to `out`, all or nothing, and check it. Returns its bytes."""
+    from moeless_predictors.traces import RoutingTrace, TraceFormatError
+
+    draft = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with _errors_told(server), server.stream("GET", f"{_ENDPOINT}/file", timeout=_FILE_TIMEOUT_S) as response:
+            if response.status_code != 200:
+                response.read()
+                raise _refusal(response)
+            with _writing(out), draft.open("wb") as file:
+                for chunk in response.iter_bytes():
+                    file.write(chunk)
+        try:
+            RoutingTrace.open(draft)
+        except TraceFormatError as error:
+            raise MoelessError(f"what {server.base_url} sent is no trace: {error}") from error
+        num_bytes = draft.stat().st_size
+        draft.replace(out)
+        return num_bytes
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def _server(url: str, api_key: str | None) -> Iterator[httpx.Client]:
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    try:
+        client = httpx.Client(base_url=url, headers=headers, timeout=_CALL_TIMEOUT_S)
+    except (httpx.InvalidURL, ValueError) as error:
+        raise ConfigError(f"--url must be the address of a server, got {url!r}: {error}") from error
+    with client:
+        yield client
+
+
+def _ask(server: httpx.Client, method: str, path: str, **options: Any) -> dict[str, Any]:
+    with _errors_told(server):
+        response = server.request(method, f"{_ENDPOINT}{path}", **options)
+    if response.status_code != 200:
+        raise _refusal(response)
+    status: dict[str, Any] = response.json()
+    return status
+
+
+@contextmanager
+def _errors_told(server: httpx.Client) -> Iterator[None]:
+    try:
+        yield
+    except httpx.HTTPError as error:
+        raise MoelessError(f"{server.base_url}: {error or type(error).__name__}") from error
+
+
+def _refusal(response: httpx.Response) -> MoelessError:
+    """What the server said in its error body, or its status."""
+    try:
+        message = str(response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        message = "no moeless server answers there"
+    return MoelessError(f"{response.request.url}: {response.status_code}: {message}")
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"OUT must be a file that can be written, got {out}: {error.strerror}") from error
+
+
+def _say(text: str) -> None:
+    _stdout.print(text, highlight=False, markup=False, soft_wrap=True)

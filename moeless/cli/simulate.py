@@ -1,0 +1,111 @@
+"""`moeless simulate`: replay requests under several policies in virtual time. docs/simulator.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moeless.cli._console import told_in_one_line
+from moeless.cli._scenario import (
+    ScenarioOptions,
+    checked_slo,
+    options_named,
+    progress_of,
+    read_arrivals,
+    read_config,
+    read_routing,
+    say,
+    settings_of,
+    show_table,
+    with_scenario_options,
+)
+from moeless.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from moeless.simulate.report.results import PolicyResult, SimulationReport
+    from moeless.simulate.scenario import Policy, Scenario
+
+
+@with_scenario_options
+def simulate_command(
+    options: ScenarioOptions,
+    workers: Annotated[int, typer.Option(help="Workers that host experts.")] = 8,
+    memory_per_worker: Annotated[
+        str, typer.Option(help="For instances: bytes, 24Gi, or a share of an even part of all experts.")
+    ] = "200%",
+    policies: Annotated[
+        str | None, typer.Option(help="Policies to compare, as static,eplb-vllm,moeless; default: all.")
+    ] = None,
+    ttft_slo: Annotated[float | None, typer.Option(help="SLO: most seconds to the first token.")] = None,
+    tpot_slo: Annotated[float | None, typer.Option(help="SLO: most seconds for each token after it.")] = None,
+    json_: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write an HTML page with plots to this file.")] = None,
+) -> None:
+    """Compare policies on the same requests and routing, in virtual time."""
+    from moeless.simulate.report.results import SimulationReport
+    from moeless.simulate.report.tables import comparison_tables
+    from moeless.simulate.routing import SequenceRouting
+    from moeless.simulate.settings import described, make_scenario
+    from moeless.simulate.systems import STANDARD, described_policies, standard_policies
+
+    with told_in_one_line(), options_named():
+        slo = _slo(ttft_slo, tpot_slo)
+        settings = settings_of(options, workers=workers, memory_per_worker=memory_per_worker)
+        names = list(STANDARD) if policies is None else [name.strip() for name in policies.split(",")]
+        asked = read_arrivals(options)
+        routing = SequenceRouting(read_routing(options))
+        scenario = make_scenario(settings, routing, asked)
+        config = read_config(options, routing.trace)
+        # What is wrong with one policy is told before the first runs.
+        made = standard_policies(scenario, names=names, config=config)
+        assumed = described(scenario) | described_policies(made, config)
+        for word, text in assumed.items():
+            say(f"{word}: {text}")
+        results = _simulated(scenario, made, slo)
+        for table in comparison_tables(results):
+            show_table(table)
+        found = SimulationReport(
+            scenario=assumed,
+            settings=asdict(settings)
+            | {"policies": names, "recall": config.recall, "eplb_redundant": config.eplb_redundant},
+            slo_s=slo,
+            expert_bytes=scenario.profile.model.expert_bytes,
+            capacity_instances=int(scenario.cluster.capacity_W(scenario.profile.model).sum()),
+            results=results,
+        )
+        _write(found, json_, report)
+
+
+def _slo(ttft_s: float | None, tpot_s: float | None) -> tuple[float, float] | None:
+    if ttft_s is None and tpot_s is None:
+        return None
+    if ttft_s is None or tpot_s is None:
+        raise ConfigError("--ttft-slo and --tpot-slo must be given together")
+    return checked_slo(ttft_s, tpot_s)
+
+
+def _simulated(scenario: Scenario, policies: Sequence[Policy], slo: tuple[float, float] | None) -> list[PolicyResult]:
+    from moeless.simulate.simulation import simulate
+
+    results = []
+    for number, policy in enumerate(policies, start=1):
+        with progress_of(f"{policy.name} ({number} of {len(policies)})") as on_progress:
+            results.append(simulate(scenario, policy, slo=slo, on_progress=on_progress))
+    return results
+
+
+def _write(found: SimulationReport, json_path: Path | None, report_path: Path | None) -> None:
+    import msgspec
+
+    if json_path is not None:
+        json_path.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=2) + b"\n")
+        say(f"figures: {json_path}")
+    if report_path is not None:
+        from moeless.simulate.report.html import report_html
+
+        report_path.write_text(report_html(found), encoding="utf-8")
+        say(f"report: {report_path}")

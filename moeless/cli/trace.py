@@ -1,0 +1,190 @@
+"""`moeless trace`: make traces of other files, tell what is in one, and record (cli/record.py). docs/traces.md."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from moeless.cli._console import told_in_one_line
+from moeless.cli.record import record
+from moeless.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from moeless_predictors.traces import ArrivalTrace, RoutingTrace
+    from moeless_predictors.traces.statistics import ArrivalStatistics, RoutingStatistics
+
+trace_app = typer.Typer(no_args_is_help=True, help="Routing and arrival traces: import, record, look inside.")
+trace_app.command()(record)
+_stdout = Console()
+_stderr = Console(stderr=True)
+
+
+class Phase(StrEnum):
+    """What a model does when it routes a token: reads the prompt, or writes."""
+
+    DECODE = "decode"
+    PREFILL = "prefill"
+
+
+@trace_app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(help="NPZ, CSV or JSON lines, also gzipped: see docs/traces.md.")],
+    out: Annotated[Path, typer.Argument(help="Trace to write.")],
+    model: Annotated[str | None, typer.Option(help="Name of the model; default: the source's name.")] = None,
+    phase: Annotated[Phase, typer.Option(help="Phase of the tokens where the source does not say.")] = Phase.DECODE,
+    num_experts: Annotated[
+        int | None, typer.Option(min=1, help="Experts of a layer; default: by the highest that the source names.")
+    ] = None,
+    origin: Annotated[
+        str | None, typer.Option(help="Where the source comes from, in words, kept in the trace; default: its name.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Write over OUT if it exists.")] = False,
+) -> None:
+    """Make a trace of a routing file or an arrival file; which shape it has is told by its content."""
+    from moeless_predictors.traces import DECODE, PREFILL, ImportOptions, import_trace
+
+    if out.exists() and not overwrite:
+        raise ConfigError(f"OUT must not exist unless --overwrite is given, got {out}")
+    options = ImportOptions(
+        model=model,
+        phase=PREFILL if phase is Phase.PREFILL else DECODE,
+        num_experts=num_experts,
+        source=origin,
+    )
+    with told_in_one_line():
+        imported = import_trace(source, options)
+        imported.trace.save(out)
+    for notice in imported.notices:
+        _stderr.print(f"note: {notice}", highlight=False, markup=False, soft_wrap=True)
+    _say(f"{out}: {_summary(imported.trace)}")
+
+
+@trace_app.command()
+def info(
+    trace: Annotated[Path, typer.Argument(help="Trace that `import` or `record` wrote.")],
+    json_: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    heatmap: Annotated[Path | None, typer.Option(help="Draw the load of layers x experts into this PNG.")] = None,
+) -> None:
+    """Check a trace to the last byte and print what it tells: skew, overlap and dependency, or rate and lengths."""
+    from moeless_predictors.traces import ArrivalTrace, RoutingTrace, kind_of
+    from moeless_predictors.traces.statistics import arrival_statistics, routing_statistics
+
+    with told_in_one_line():
+        figures: dict[str, Any]
+        if kind_of(trace) == "arrivals":
+            if heatmap is not None:
+                raise ConfigError(f"--heatmap needs a routing trace, but {trace} holds arrivals")
+            arrivals = ArrivalTrace.open(trace)
+            of_arrivals = arrival_statistics(arrivals)
+            figures = {"kind": "arrivals", "source": arrivals.source, **asdict(of_arrivals)}
+            _say(f"{trace}: {_summary(arrivals)}")
+            _stdout.print(arrivals_table(of_arrivals))
+        else:
+            routing = RoutingTrace.open(trace)
+            of_routing = routing_statistics(routing)
+            figures = {"kind": "routing", **asdict(routing.metadata), **asdict(of_routing)}
+            _say(f"{trace}: {_summary(routing)}")
+            _say(_columns_line(routing))
+            _stdout.print(routing_table(of_routing))
+            if heatmap is not None:
+                from moeless_predictors.traces.plots import save_load_heatmap
+
+                save_load_heatmap(routing, heatmap)
+                _say(f"heat map: {heatmap}")
+        if json_ is not None:
+            json_.write_text(json.dumps(figures, indent=2) + "\n")
+            _say(f"figures: {json_}")
+
+
+def routing_table(statistics: RoutingStatistics) -> Table:
+    """One row for each layer, and their means."""
+    names = ("layer", "max/mean", "CV", "Gini", "unused", "overlap", "by chance", "tells next")
+    table = Table(
+        *names,
+        title="load per expert, and what a token's experts tell of the next token's and the next layer's",
+        caption="overlap: share of its experts that a token has in common with the token before, and by chance.\n"
+        "tells next: adjusted mutual information of the first choices here and one layer on.",
+    )
+    rows = [
+        (
+            layer.max_to_mean,
+            layer.cv,
+            layer.gini,
+            layer.num_unused,
+            layer.adjacent_overlap,
+            layer.chance_overlap,
+            layer.next_layer_dependency,
+        )
+        for layer in statistics.layers
+    ]
+    for layer, row in zip(statistics.layers, rows, strict=True):
+        table.add_row(str(layer.layer), *map(_cell, row), end_section=layer is statistics.layers[-1])
+    known = [[value for value in column if value is not None] for column in zip(*rows, strict=True)]
+    table.add_row("mean", *(_cell(sum(column) / len(column) if column else None) for column in known))
+    return table
+
+
+def arrivals_table(statistics: ArrivalStatistics) -> Table:
+    """Rate, burstiness and the percentiles of the lengths."""
+    table = Table("what", "value", title="arrivals")
+    table.add_row("requests", str(statistics.num_requests))
+    table.add_row("duration", f"{statistics.duration_s:.1f} s")
+    table.add_row("requests a second", _cell(statistics.requests_per_s))
+    table.add_row("CV of gaps (Poisson: 1)", _cell(statistics.gap_cv))
+    for name, percentiles, total in (
+        ("prompt", statistics.prompt_tokens, statistics.num_prompt_tokens),
+        ("output", statistics.output_tokens, statistics.num_output_tokens),
+    ):
+        spread = ", ".join(f"p{percent} {value:.0f}" for percent, value in percentiles.items())
+        table.add_row(f"{name} tokens", f"{spread}; {total:,} in all")
+    if statistics.shared_block_share is not None:
+        table.add_row("prompt blocks seen before", f"{statistics.shared_block_share:.1%}")
+    return table
+
+
+def _summary(trace: RoutingTrace | ArrivalTrace) -> str:
+    from moeless_predictors.traces import ArrivalTrace
+
+    if isinstance(trace, ArrivalTrace):
+        return f"{trace.num_requests:,} requests in {trace.duration_s:,.1f} s"
+    return (
+        f"{trace.metadata.model}, {trace.num_layers} MoE layers x {trace.num_experts} experts, top-{trace.top_k}; "
+        f"{trace.num_tokens:,} tokens in {trace.num_sequences:,} sequences"
+    )
+
+
+def _columns_line(trace: RoutingTrace) -> str:
+    import numpy as np
+
+    from moeless_predictors.traces import PREFILL
+
+    lengths_S = np.diff(trace.sequence_starts_S1)
+    num_prefill = int((trace.phase_T == PREFILL).sum())
+    optional = [
+        name
+        for name, column in (("token ids", trace.token_ids_T), ("steps", trace.steps_T), ("labels", trace.labels))
+        if column is not None
+    ]
+    if trace.hidden_layers:
+        layers = ", ".join(map(str, trace.hidden_layers))
+        optional.append(f"hidden states of {trace.metadata.hidden_size} values at layers {layers}")
+    return (
+        f"{num_prefill:,} prefill and {trace.num_tokens - num_prefill:,} decode tokens; sequences of {lengths_S.min()} "
+        f"to {lengths_S.max()}, median {np.median(lengths_S):.0f}; with {', '.join(optional) or 'no optional columns'}"
+        + (f"; source: {trace.metadata.source}" if trace.metadata.source else "")
+    )
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.3f}"
+
+
+def _say(text: str) -> None:
+    _stdout.print(text, highlight=False, markup=False, soft_wrap=True)

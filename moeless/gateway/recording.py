@@ -1,0 +1,111 @@
+"""The endpoints that record what the engine routes. Registered by create_app.
+
+A trace is of everybody's requests, and says how many there were and how long; with token ids, what was in them. So
+the endpoints refuse unless the operator allowed tracing, and token ids are recorded only if asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from moeless.core.errors import EngineStoppedError, RequestError
+from moeless.core.recording import RecordedFile, RecordingClient, RecordingOptions, RecordingStatus
+from moeless.gateway.body import read_body
+from moeless.gateway.openapi import schema_of
+from moeless.gateway.service import GatewayService
+
+_MAX_TOKENS = 1_000_000_000
+_MAX_LAYERS = 1_000
+_DEFAULTS = RecordingOptions()
+
+
+class TracingNotAllowedError(RequestError):
+    """The operator has not allowed tracing."""
+
+    http_status = 403
+
+
+class RecordingRequest(BaseModel):
+    """The body of POST /v1/traces/recording. What memory and the model allow is the engine's to say."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    max_tokens: Annotated[int, Field(ge=1, le=_MAX_TOKENS)] = _DEFAULTS.max_tokens
+    hidden_layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=_MAX_LAYERS)] = []
+    token_ids: bool = _DEFAULTS.token_ids
+
+
+def tracing_router(service: GatewayService) -> APIRouter:
+    """POST, GET and DELETE /v1/traces/recording, POST .../stop and GET .../file."""
+    router = APIRouter(prefix="/v1/traces/recording")
+
+    def recordings() -> RecordingClient:
+        if not service.config.allow_tracing:
+            raise TracingNotAllowedError(
+                "This server does not allow tracing; it must be started with --allow-tracing.",
+                code="tracing_not_allowed",
+            )
+        return service.client().recordings
+
+    @router.post("", openapi_extra=schema_of(RecordingRequest))
+    async def start(request: Request) -> Response:
+        """Begin to record what every request routes; a recording that has ended is dropped."""
+        client = recordings()
+        body = await read_body(request, RecordingRequest)
+        options = RecordingOptions(
+            max_tokens=body.max_tokens, hidden_layers=tuple(body.hidden_layers), token_ids=body.token_ids
+        )
+        return _json(await client.start(options))
+
+    @router.get("")
+    async def status() -> Response:
+        """How the recording stands."""
+        return _json(await recordings().status())
+
+    @router.post("/stop")
+    async def stop() -> Response:
+        """End the recording; its file can be downloaded then."""
+        return _json(await recordings().stop())
+
+    @router.delete("")
+    async def discard() -> Response:
+        """End the recording and drop it."""
+        return _json(await recordings().discard())
+
+    @router.get("/file")
+    async def download() -> Response:
+        """The trace of a recording that has ended."""
+        client = recordings()
+        file = await client.finish()
+        return StreamingResponse(
+            _content(client, file),
+            media_type="application/octet-stream",
+            headers={
+                "content-length": str(file.num_bytes),
+                "content-disposition": 'attachment; filename="routing.safetensors"',
+            },
+        )
+
+    return router
+
+
+async def _content(client: RecordingClient, file: RecordedFile) -> AsyncIterator[bytes]:
+    """The file piece by piece. An error breaks the answer off short of its announced length."""
+    offset = 0
+    while offset < file.num_bytes:
+        chunk = await client.read(file.file_id, offset)
+        if not chunk:
+            raise EngineStoppedError(f"the trace ends at byte {offset} of {file.num_bytes}")
+        offset += len(chunk)
+        yield chunk
+
+
+def _json(status: RecordingStatus) -> Response:
+    body = {"object": "trace.recording", **msgspec.structs.asdict(status)}
+    return Response(msgspec.json.encode(body), media_type="application/json")

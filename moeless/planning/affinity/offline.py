@@ -1,0 +1,175 @@
+"""Plans made offline with integer programmes: how good a placement can be, and one that is.
+
+Called by benchmarks and who plans offline. Starts from a plan, best that of the local search: what is found is never
+worse, and a good start lets the solver leave out most of what there is to look at.
+
+Shapes: L layers, E experts, W workers, n instances of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from moeless.core.cluster import Cluster, ModelShape
+from moeless.core.errors import ConfigError
+from moeless.core.expert import FunctionId
+from moeless.core.plan import FloatArray, IntArray, Plan
+from moeless.planning.affinity.groups import are_alike, fewest_workers_by_groups, num_groups
+from moeless.planning.affinity.metrics import checked_shares, workers_touched_L
+from moeless.planning.affinity.online import AffinityConfig, layer_bounds, layer_spans, moved_plan
+from moeless.planning.affinity.programme import SolverLimits, fewest_hops_beside, fewest_workers
+from moeless.planning.affinity.search import LayerBounds
+from moeless.planning.affinity.statistics import AffinityStatistics
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProgrammeConfig:
+    """Which programmes, and when they stop. Objective and bounds are those of AffinityConfig."""
+
+    limits: SolverLimits = field(default_factory=SolverLimits)
+    """For each layer."""
+    max_groups: int = 300_000
+    """A layer with at most so many groups of experts is solved by groups, others by sets."""
+    max_sets: int | None = 200
+    """Of those solved by sets, take so many of the most frequent. None: all."""
+    max_sweeps: int = 6
+    """Hops: how often to go over the layers, forwards and back."""
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("max_groups", self.max_groups, 0),
+            ("max_sets", self.max_sets, 1),
+            ("max_sweeps", self.max_sweeps, 1),
+        ):
+            if value is not None and value < least:
+                raise ConfigError(f"programme.{name} must be at least {least}, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class OptimalPlan:
+    """A plan, and what was proved of it."""
+
+    plan: Plan
+    bound_L: FloatArray | None
+    """Workers touched by a token in each layer: no placement within the bounds has fewer. None for hops: each layer is
+    optimal given its neighbours, but all together need not be."""
+    gap: float
+    """Workers: the largest gap of a layer between the plan and what is proved. Hops: of the last programme of a layer,
+    between what it found and the optimum beside the layer's neighbours, in pairs kept."""
+
+
+def fewest_workers_plan(
+    start: Plan,
+    statistics: AffinityStatistics,
+    load_LE: FloatArray,
+    cluster: Cluster,
+    model: ModelShape,
+    *,
+    affinity: AffinityConfig,
+    config: ProgrammeConfig | None = None,
+    bounds: Sequence[LayerBounds] | None = None,
+) -> OptimalPlan:
+    """Fewest workers touched, layer by layer. Of `affinity`, max_imbalance and max_instances count.
+
+    Workers that are alike are named so that as many instances as can be stay where `start` has them.
+
+    Args: bounds: of each layer, in place of those that follow from `start` and `affinity`; `start` must keep to them.
+    Raises: ConfigError if a function has several instances: their product makes the programme quadratic.
+    """
+    config = config or ProgrammeConfig()
+    checked_shares(start, statistics)
+    counts_LE = start.counts_LE
+    if (counts_LE != 1).any():
+        layer, expert = np.argwhere(counts_LE != 1)[0]
+        raise ConfigError(
+            f"start must have one instance of every function, got {counts_LE[layer, expert]} of "
+            f"{FunctionId(int(layer), int(expert))}"
+        )
+    cost_L = workers_touched_L(start, statistics)
+    worker_LE = start.worker_N.reshape(counts_LE.shape).copy()
+    bound_L = np.zeros(start.num_layers)
+    for layer, given in enumerate(bounds or layer_bounds(start, load_LE, cluster.speed_W, affinity)):
+        spare_W = cluster.capacity_W(model) - np.bincount(worker_LE.reshape(-1), minlength=start.num_workers)
+        within = _within_memory(given, worker_LE[layer], spare_W)
+        sets = statistics.sets[layer]
+        if are_alike(within) and num_groups(start.num_experts, within) <= config.max_groups:
+            solved = fewest_workers_by_groups(
+                sets, within, known_cost=float(cost_L[layer]), time_limit_s=config.limits.time_limit_s,
+                gap=config.limits.gap,
+            )  # fmt: skip
+        else:
+            solved = fewest_workers(sets, within, limits=config.limits, max_sets=config.max_sets)
+        bound_L[layer] = min(solved.bound, cost_L[layer])
+        if solved.worker_n is not None and solved.cost < cost_L[layer] - 1e-9:
+            named_E = _named_alike(solved.worker_n, worker_LE[layer], start.num_workers)
+            worker_LE[layer] = named_E if are_alike(within) else solved.worker_n
+            cost_L[layer] = solved.cost
+    gap = float((cost_L / np.maximum(bound_L, 1e-12) - 1).max())
+    return OptimalPlan(plan=moved_plan(start, worker_LE.reshape(-1)), bound_L=bound_L, gap=max(gap, 0.0))
+
+
+def fewest_hops_plan(
+    start: Plan,
+    statistics: AffinityStatistics,
+    load_LE: FloatArray,
+    cluster: Cluster,
+    model: ModelShape,
+    *,
+    affinity: AffinityConfig,
+    config: ProgrammeConfig | None = None,
+    bounds: Sequence[LayerBounds] | None = None,
+) -> OptimalPlan:
+    """Fewest hops, each layer optimal given its neighbours, until no layer gets better. Replicas keep their shares.
+
+    Args: bounds: as in `fewest_workers_plan`.
+    """
+    config = config or ProgrammeConfig()
+    checked_shares(start, statistics)
+    spans = layer_spans(start)
+    given = bounds or layer_bounds(start, load_LE, cluster.speed_W, affinity)
+    _, shares_LEW = start.dense()
+    worker_N = start.worker_N.copy()
+    gaps = np.zeros(start.num_layers)
+    for sweep in range(config.max_sweeps):
+        before_N = worker_N.copy()
+        layers = range(start.num_layers)
+        for layer in layers if sweep % 2 == 0 else reversed(layers):
+            span = spans[layer]
+            expert_n, share_n = start.expert_N[span], start.share_N[span]
+            kept_EW = np.zeros(shares_LEW.shape[1:])
+            if layer > 0:
+                kept_EW += statistics.transitions_LEE[layer - 1].T @ shares_LEW[layer - 1]
+            if layer + 1 < start.num_layers:
+                kept_EW += statistics.transitions_LEE[layer] @ shares_LEW[layer + 1]
+            spare_W = cluster.capacity_W(model) - np.bincount(worker_N, minlength=start.num_workers)
+            within = _within_memory(given[layer], worker_N[span], spare_W)
+            solved = fewest_hops_beside(kept_EW, expert_n, share_n, within, limits=config.limits)
+            cost = -float((share_n * kept_EW[expert_n, worker_N[span]]).sum())
+            if solved.worker_n is not None and solved.cost < cost - 1e-9:
+                worker_N[span] = solved.worker_n
+                shares_LEW[layer] = 0.0
+                shares_LEW[layer, expert_n, solved.worker_n] = share_n
+                cost = solved.cost
+            gaps[layer] = replace(solved, cost=cost).gap
+        if np.array_equal(before_N, worker_N):
+            break
+    return OptimalPlan(plan=moved_plan(start, worker_N), bound_L=None, gap=float(gaps.max(initial=0.0)))
+
+
+def _within_memory(bounds: LayerBounds, worker_n: IntArray, spare_W: IntArray) -> LayerBounds:
+    """The bounds, and no more instances than memory is left for."""
+    hosted_W = np.bincount(worker_n, minlength=len(spare_W))
+    return replace(bounds, most_instances_W=np.minimum(bounds.most_instances_W, hosted_W + spare_W))
+
+
+def _named_alike(worker_n: IntArray, before_n: IntArray, num_workers: int) -> IntArray:
+    """The same groups of instances, on workers so named that most stay where they were."""
+    same_WW = np.zeros((num_workers, num_workers))
+    np.add.at(same_WW, (worker_n, before_n), 1)
+    _, name_W = linear_sum_assignment(-same_WW)
+    named_n: IntArray = name_W[worker_n]
+    return named_n

@@ -1,0 +1,300 @@
+"""From the sizes of all systems to what to buy: costs, the recommended system, and its plan. docs/capacity.md.
+
+Called by `moeless plan`, which writes what is here as JSON.
+
+Shapes: L MoE layers, E experts, W workers, N instances.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from statistics import NormalDist
+
+import msgspec
+import numpy as np
+
+from moeless.core.expert import FunctionId
+from moeless.core.plan import FloatArray, Plan
+from moeless.planning.affinity.metrics import balance_L, touched
+from moeless.planning.affinity.statistics import AffinityStatistics
+from moeless.planning.observation import Observation
+from moeless.planning.place import InfeasiblePlacementError
+from moeless.simulate.report.results import PolicyResult
+from moeless.simulate.settings import described
+from moeless.simulate.sizing import EXPERTS_SHARE, Probe, Sized, SizingCase, System, mean_workers
+from moeless.simulate.systems import STANDARD, described_policies
+
+
+class Cost(msgspec.Struct, frozen=True, kw_only=True):
+    """What the workers cost over the simulated time."""
+
+    worker_hours: float
+    """Of those that were not stopped."""
+    mean_workers: float
+    dollars_per_hour: float | None = None
+    dollars_per_million_tokens: float | None = None
+    """Of prompts and outputs."""
+
+
+class Alternative(msgspec.Struct, frozen=True, kw_only=True):
+    """One system and what it needs."""
+
+    system: str
+    workers: int | None
+    """Fewest that were found to keep the SLO; None: none of those tried do."""
+    one_fewer: Probe | None
+    """Which does not."""
+    probes: list[Probe]
+    """Every size that was tried."""
+    shown_workers: int | None
+    """The size that `result` and `cost` are of: `workers`, or else the one that came nearest."""
+    result: PolicyResult | None
+    cost: Cost | None
+
+
+class PlannedWorker(msgspec.Struct, frozen=True, kw_only=True):
+    """What one worker holds."""
+
+    name: str
+    node: str
+    instances: int
+    instance_bytes: int
+    load_share: float
+    """Of all layers' tokens; an even part is 1 / workers."""
+    functions: dict[str, float]
+    """By name, the share of the function's tokens that this instance gets."""
+
+
+class PlannedLayer(msgspec.Struct, frozen=True, kw_only=True):
+    """One MoE layer over all workers."""
+
+    layer: int
+    instances: int
+    replicas: list[int]
+    """Of each expert."""
+    imbalance: float
+    """Busiest worker over the mean, by tokens."""
+    workers_touched: float
+    """By a token, on average, of at most top-k."""
+
+
+class Recommendation(msgspec.Struct, frozen=True, kw_only=True):
+    """What to buy, and how to place for a start: from then on the system plans by itself."""
+
+    system: str
+    workers: int
+    why: str
+    step_tokens: float
+    """That the plan is for: those of the step that the average token was in, spread as in the routing trace."""
+    instances: int
+    imbalance: float
+    """Mean over layers."""
+    workers_touched: float
+    num_without_instance: int
+    """Functions that the trace uses and the plan starts only when they are needed."""
+    plan: list[PlannedWorker]
+    layers: list[PlannedLayer]
+
+
+class CapacityReport(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that `moeless plan` found."""
+
+    assumptions: dict[str, str]
+    """In words."""
+    settings: dict[str, object]
+    """As given, with the defaults filled in."""
+    slo_s: tuple[float, float]
+    attainment: float
+    memory_per_worker: int
+    expert_bytes: int
+    alternatives: list[Alternative]
+    recommendation: Recommendation | None
+    """None: no system keeps the SLO."""
+
+
+def assumptions(case: SizingCase, systems: Sequence[System], *, is_memory_given: bool) -> dict[str, str]:
+    """The case and what is assumed of it, in words.
+
+    Raises: ConfigError for what is wrong with a system whatever the size.
+    """
+    scenario = case.scenario(case.sizing.max_workers)
+    model, memory = scenario.profile.model, scenario.cluster.workers[0].memory_bytes
+    num_requests, (ttft_s, tpot_s), share = case.arrivals.num_requests, case.sizing.slo, case.sizing.attainment
+    part = ""
+    if not is_memory_given and scenario.profile.device_bytes is not None:
+        part = (
+            f", {EXPERTS_SHARE:.0%} of the device's {scenario.profile.device_bytes / 1e9:g} GB; the rest is for the "
+            "backbone, KV caches and activations"
+        )
+    found = described(scenario)
+    found["workers"] = (
+        f"as few as keep the SLO, at most {case.sizing.max_workers}, each a device that attends and hosts experts"
+        + (f", {case.settings.workers_per_node} on a node" if case.settings.workers_per_node else ", all on one node")
+    )
+    found["memory"] = (
+        f"{memory / 1e9:.2f} GB for instances on each worker{part}: {memory // model.expert_bytes:,} instances; all "
+        f"experts once are {model.num_layers * model.num_experts:,}; sizes that have no room for every function in use "
+        "are left out"
+    )
+    found["SLO"] = (
+        f"first token within {ttft_s:g} s and each after it within {tpot_s:g} s on average, for {share:.4g} of the "
+        f"requests: {math.floor(num_requests * (1 - share) + 1e-9):,} of {num_requests:,} may miss it"
+    )
+    for system in systems:
+        if system.worker_idle_s is not None:
+            found[f"system {system.name}"] = (
+                f"moeless, and workers without instances stop after {system.worker_idle_s:g} s"
+            )
+            continue
+        try:
+            policy = STANDARD[system.policy](scenario, case.standard)
+        except InfeasiblePlacementError:
+            continue  # at the largest size, so at all of them
+        found[f"system {system.name}"] = described_policies([policy], case.standard)[f"policy {system.name}"]
+    return found
+
+
+def settings_in(case: SizingCase, systems: Sequence[System]) -> dict[str, object]:
+    """As the JSON file names them."""
+    settings = asdict(case.settings)
+    del settings["workers"]
+    return settings | {
+        "systems": [system.policy for system in systems if system.worker_idle_s is None],
+        "max_workers": case.sizing.max_workers,
+        "recall": case.standard.recall,
+        "eplb_redundant": case.standard.eplb_redundant,
+    }
+
+
+def alternative_of(found: Sized, *, worker_hour_cost: float | None = None) -> Alternative:
+    """As it is written and shown. Args: worker_hour_cost: dollars for a worker and hour."""
+    cost = None if found.result is None else cost_of(found.result, worker_hour_cost)
+    return Alternative(
+        system=found.system.name,
+        workers=found.workers,
+        one_fewer=found.one_fewer,
+        probes=list(found.probes.values()),
+        shown_workers=found.best,
+        result=found.result,
+        cost=cost,
+    )
+
+
+def cost_of(result: PolicyResult, worker_hour_cost: float | None) -> Cost:
+    """Of the workers that were up."""
+    hours, workers = result.worker_s / 3600, mean_workers(result)
+    if worker_hour_cost is None:
+        return Cost(worker_hours=hours, mean_workers=workers)
+    return Cost(
+        worker_hours=hours,
+        mean_workers=workers,
+        dollars_per_hour=workers * worker_hour_cost,
+        dollars_per_million_tokens=hours * worker_hour_cost / (result.num_tokens / 1e6),
+    )
+
+
+def chosen(all_sized: Sequence[Sized]) -> tuple[Sized, str] | None:
+    """The system with the fewest workers to pay for, of those the one with the least memory in use; and why.
+
+    None if no system keeps the SLO.
+    """
+    ranked = sorted((found for found in all_sized if found.workers is not None), key=_rank)
+    if not ranked:
+        return None
+    first, *others = ranked
+    if not others:
+        return first, "it is the only one that keeps the SLO"
+    (workers, memory), (next_workers, next_memory) = _rank(first), _rank(others[0])
+    if workers < next_workers:
+        paid = "workers" if workers == first.workers else "workers up on average"
+        return first, f"it needs {workers:.3g} {paid}, the next ({others[0].system.name}) {next_workers:.3g}"
+    equal = ", ".join(found.system.name for found in others if _rank(found)[0] == workers)
+    if next_memory <= memory * (1 + 1e-9):
+        return first, f"it and {equal} need {workers:.3g} workers, and no other holds fewer experts on average"
+    return first, (
+        f"it and {equal} need {workers:.3g} workers, and it holds {memory / 1e9:,.1f} GB of experts on average, the "
+        f"next ({others[0].system.name}) {next_memory / 1e9:,.1f}"
+    )
+
+
+def _rank(found: Sized) -> tuple[float, float]:
+    assert found.result is not None
+    return mean_workers(found.result), found.result.resident_byte_s / found.result.duration_s
+
+
+def recommended(case: SizingCase, found: Sized, why: str, statistics: AffinityStatistics) -> Recommendation:
+    """The plan that the system's own planner makes for the load that it met, with nothing placed before.
+
+    The load is that of the step that the average token was in, spread over functions as in the routing; the forecast
+    quantile is that of tokens that come independently.
+
+    Args:
+        statistics: of the routing, by which is told how many workers a token touches.
+    """
+    assert found.workers is not None
+    assert found.result is not None
+    scenario = case.scenario(found.workers)
+    policy = STANDARD[found.system.policy](scenario, case.standard)
+    load_LE = case.routing.per_token_LE() * found.result.step_tokens
+    plan = policy.planner.plan(_observed(load_LE, policy.forecast.quantile), None)
+    cluster, model = scenario.cluster, scenario.profile.model
+    imbalance_L = balance_L(plan, load_LE, cluster.speed_W)
+    _, shares_LEW = plan.dense()
+    touched_L = [touched(shares_EW, sets) for shares_EW, sets in zip(shares_LEW, statistics.sets, strict=True)]
+    counts_LE = plan.counts_LE
+    load_W = plan.worker_load_LW(load_LE).sum(axis=0)
+    functions_W = _functions_W(plan)
+    return Recommendation(
+        system=found.system.name,
+        workers=found.workers,
+        why=why,
+        step_tokens=found.result.step_tokens,
+        instances=plan.num_instances,
+        imbalance=float(np.mean(imbalance_L)),
+        workers_touched=float(np.mean(touched_L)),
+        num_without_instance=int(((counts_LE == 0) & (load_LE > 0)).sum()),
+        plan=[
+            PlannedWorker(
+                name=worker.name,
+                node=worker.node,
+                instances=len(functions),
+                instance_bytes=len(functions) * model.expert_bytes,
+                load_share=float(load / load_W.sum()),
+                functions=functions,
+            )
+            for worker, functions, load in zip(cluster.workers, functions_W, load_W, strict=True)
+        ],
+        layers=[
+            PlannedLayer(
+                layer=layer,
+                instances=int(counts_LE[layer].sum()),
+                replicas=counts_LE[layer].tolist(),
+                imbalance=float(imbalance_L[layer]),
+                workers_touched=touched_L[layer],
+            )
+            for layer in range(model.num_layers)
+        ],
+    )
+
+
+def _observed(load_LE: FloatArray, quantile: float) -> Observation:
+    """The load as if it had been there for a while, and would stay."""
+    return Observation(
+        time_s=0.0,
+        mean_LE=load_LE,
+        upper_LE=load_LE + NormalDist().inv_cdf(quantile) * np.sqrt(load_LE),
+        window_LE=load_LE,
+        last_used_s_LE=np.where(load_LE > 0, 0.0, -np.inf),
+        num_steps=1,
+    )
+
+
+def _functions_W(plan: Plan) -> list[dict[str, float]]:
+    functions_W: list[dict[str, float]] = [{} for _ in range(plan.num_workers)]
+    for layer, expert, worker, share in zip(
+        plan.layer_N.tolist(), plan.expert_N.tolist(), plan.worker_N.tolist(), plan.share_N.tolist(), strict=True
+    ):
+        functions_W[worker][str(FunctionId(layer, expert))] = share
+    return functions_W

@@ -1,0 +1,1 @@
+"""Show the results of a simulation: numbers, tables, plots and one HTML page."""
