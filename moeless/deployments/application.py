@@ -154,7 +154,7 @@ def running(
     settings: ServeSettings,
     *,
     ray_address: str | None = None,
-    on_phase: Callable[[str], None] = lambda phase: None,
+    on_phase: Callable[[str], None] = lambda _: None,
 ) -> Iterator[DeploymentHandle[Any]]:
     """Run the application until the block is left; nothing of it is left running then.
 

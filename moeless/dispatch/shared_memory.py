@@ -143,7 +143,7 @@ class SharedMemoryChannel:
         calls = call_bytes(config.max_rows, config.max_pairs, config.hidden_size, config.dtype)
         return calls, max_answer_bytes(config.max_rows, config.hidden_size, config.dtype)
 
-    def _offer(self, config: LineConfig) -> dict[str, str]:
+    def _offer(self, config: LineConfig) -> dict[str, str]:  # noqa: ARG002
         """What the worker must know beyond the sizes."""
         return {}
 
@@ -153,7 +153,7 @@ class SharedMemoryChannel:
     def _put(self, call: LayerCall) -> None:
         write_call(self._call, call, self._sequence)
 
-    def _take(self, deadline_s: float) -> torch.Tensor:
+    def _take(self, deadline_s: float) -> torch.Tensor:  # noqa: ARG002
         return read_answer(self._answer, self._sequence, self._shape)
 
     def _release(self) -> None:
@@ -233,7 +233,7 @@ class SharedMemoryPeer:
         write_error(self._answer, sequence, status, message)
         os.eventfd_write(self._answer_bell, 1)
 
-    def _offer(self, ask: Ask) -> dict[str, str]:
+    def _offer(self, ask: Ask) -> dict[str, str]:  # noqa: ARG002
         """What the engine must know beyond the descriptors. Raises TransportError if its wish cannot be granted."""
         return {}
 

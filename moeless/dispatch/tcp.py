@@ -144,7 +144,7 @@ class TcpChannel:
         calls = call_bytes(config.max_rows, config.max_pairs, config.hidden_size, config.dtype)
         return calls, max_answer_bytes(config.max_rows, config.hidden_size, config.dtype)
 
-    def _offer(self, config: LineConfig) -> dict[str, str]:
+    def _offer(self, config: LineConfig) -> dict[str, str]:  # noqa: ARG002
         """What the worker must know beyond the sizes."""
         return {}
 
@@ -160,7 +160,7 @@ class TcpChannel:
     def _send_rows(self, call: LayerCall) -> None:
         """Send what `_put` left out."""
 
-    def _take(self, deadline_s: float) -> torch.Tensor:
+    def _take(self, deadline_s: float) -> torch.Tensor:  # noqa: ARG002
         return read_answer(self._answer, self._sequence, self._shape)
 
     def _release(self) -> None:
@@ -291,7 +291,7 @@ class TcpPeer:
 
     # What a transport overrides whose rows do not travel in the frames.
 
-    def _offer(self, ask: Ask) -> dict[str, str]:
+    def _offer(self, ask: Ask) -> dict[str, str]:  # noqa: ARG002
         """What the engine must know. Raises TransportError if its wish cannot be granted."""
         return {}
 

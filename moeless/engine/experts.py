@@ -67,7 +67,5 @@ def without_experts(model: PreTrainedModel) -> Iterator[None]:
         model.set_experts_implementation(before)
 
 
-def _no_experts_forward(
-    experts_module: Any, hidden_TH: Tensor, top_k_index_Tk: Tensor, top_k_weights_Tk: Tensor
-) -> Tensor:
+def _no_experts_forward(_module: Any, hidden_TH: Tensor, _index_Tk: Tensor, _weights_Tk: Tensor) -> Tensor:
     return torch.zeros_like(hidden_TH)

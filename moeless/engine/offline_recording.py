@@ -56,7 +56,7 @@ def record_prompts(
     hidden_layers: tuple[int, ...] = (),
     token_ids: bool = True,
     source: str = "",
-    on_progress: OnProgress = lambda done, of: None,
+    on_progress: OnProgress = lambda _, __: None,
 ) -> RoutingTrace:
     """Generate from every prompt and record it, the prompts in their order.
 

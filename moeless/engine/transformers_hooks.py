@@ -65,7 +65,7 @@ class SequenceState(RequestState):  # type: ignore[misc]
             sequence=sequence,
         )
 
-    def update_and_check_completion(self, token_id: int, logprob: float | None) -> bool:
+    def update_and_check_completion(self, token_id: int, logprob: float | None) -> bool:  # noqa: ARG002
         assert self.sequence is not None
         self.generated_tokens.append(token_id)
         try:
@@ -153,7 +153,7 @@ class _DeltaRouter(OutputRouter):  # type: ignore[misc]
 class _Manager(ContinuousBatchingManager):  # type: ignore[misc]
     """transformers' wiring of the parts, with our attention and without its thread."""
 
-    def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
+    def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:  # noqa: ARG002
         model.set_attn_implementation(ATTENTION)
 
 
@@ -264,7 +264,12 @@ class PagedBatcher:
         return processor
 
     def _extend_write_indices(
-        self, request_id: str, past: int, length: int, read_index: Any, write_index: list[list[int]]
+        self,
+        request_id: str,
+        past: int,
+        length: int,
+        read_index: Any,  # noqa: ARG002
+        write_index: list[list[int]],
     ) -> None:
         """Instead of the cache's own: our attention plans its reads by pages, not by a list of every token."""
         for allocator, indices in zip(self._cache.cache_allocators.values(), write_index, strict=True):

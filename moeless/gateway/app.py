@@ -33,7 +33,7 @@ def create_app(engine: EngineSource, config: GatewayConfig) -> FastAPI:
     service = GatewayService(engine, config)
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async with service.run():
             yield
 

@@ -141,7 +141,7 @@ def json_error(status: int, body: ErrorBody, headers: Mapping[str, str] | None =
 def install_handlers(app: FastAPI) -> None:
     """Give every error that reaches the framework OpenAI's shape."""
 
-    async def on_moeless_error(request: Request, error: Exception) -> Response:
+    async def on_moeless_error(_: Request, error: Exception) -> Response:
         return error_response(error)
 
     async def on_http_exception(request: Request, error: Exception) -> Response:
