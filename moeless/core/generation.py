@@ -6,35 +6,84 @@ other through this file alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator
 from typing import Literal, Protocol
 
 import msgspec
 
+from moeless.core.errors import RequestError
 from moeless.core.recording import RecordingClient
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """Per-request sampling. The gateway has validated ranges; the engine relies on them."""
+    """Per-request sampling.
+
+    Raises: RequestError for a value that no model could serve; limits of the model are the engine's to check, limits
+    of the server the gateway's.
+    """
 
     max_tokens: int
+    """0: compute the prompt and generate nothing."""
     temperature: float = 1.0
     """0 means greedy."""
     top_p: float = 1.0
     top_k: int = 0
     """0 means no limit."""
+    min_p: float = 0.0
+    """Tokens less likely than `min_p` times the likeliest one are left out; 0 means none."""
     seed: int | None = None
     """With a seed, the token at a position is a function of (seed, position, distribution) alone, whatever else is
     in the batch."""
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    """Divides positive logits of tokens in prompt and output, multiplies negative ones; 1 changes nothing."""
+    min_tokens: int = 0
+    """No end-of-sequence token, `stop` or `stop_token_ids` ends the sequence before it has this many tokens."""
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    """End the sequence as an end-of-sequence token does, also with `ignore_eos`."""
+    include_stop_string: bool = False
+    """Keep the stop string at the end of the text."""
     logprobs: int | None = None
     """None: no log-probabilities; n: of the sampled token and the n likeliest."""
+    prompt_logprobs: int | None = None
+    """None: no log-probabilities of the prompt; n: of each prompt token but the first, and the n likeliest there."""
     ignore_eos: bool = False
     logit_bias: dict[int, float] = {}
+
+    def __post_init__(self) -> None:
+        _check_rule("max_tokens", self.max_tokens, self.max_tokens >= 0, "at least 0")
+        _check_rule("temperature", self.temperature, 0 <= self.temperature < math.inf, "finite and at least 0")
+        _check_rule("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
+        _check_rule("top_k", self.top_k, self.top_k >= 0, "at least 0")
+        _check_rule("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1")
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check_rule(name, getattr(self, name), math.isfinite(getattr(self, name)), "finite")
+        _check_rule(
+            "repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < math.inf, "finite and above 0"
+        )
+        _check_rule(
+            "min_tokens",
+            self.min_tokens,
+            0 <= self.min_tokens <= self.max_tokens,
+            f"from 0 to max_tokens ({self.max_tokens})",
+        )
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            _check_rule(name, count, count is None or count >= 0, "at least 0")
+        for token_id in self.stop_token_ids:
+            _check_rule("stop_token_ids", token_id, token_id >= 0, "at least 0")
+        for bias in self.logit_bias.values():
+            _check_rule("logit_bias", bias, math.isfinite(bias), "finite")
+
+
+def _check_rule(field: str, value: object, is_kept: bool, rule: str) -> None:
+    if not is_kept:
+        raise RequestError(f"{field} must be {rule}, got {value}", param=field)
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,6 +102,8 @@ class TokenLogprob(msgspec.Struct, frozen=True):
     logprob: float
     top: list[tuple[int, str, bytes, float]] = []
     """(token id, text, bytes, log-probability), likeliest first."""
+    rank: int = 0
+    """1 for the likeliest token, 2 for the next; 0 where it was not determined."""
 
 
 class GenerationDelta(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,9 +114,11 @@ class GenerationDelta(msgspec.Struct, frozen=True, kw_only=True):
     num_tokens: int = 0
     """Tokens that this delta adds (0 when only text is flushed)."""
     logprobs: list[TokenLogprob] = []
+    prompt_logprobs: list[TokenLogprob] = []
+    """The next prompt tokens in order, beginning with the prompt's second; all of them come before the first text."""
     finish_reason: FinishReason | None = None
-    stop_reason: str | None = None
-    """The stop string that ended the sequence, if one did."""
+    stop_reason: str | int | None = None
+    """What ended the sequence: the stop string, or the id of `stop_token_ids`; None for an end-of-sequence token."""
     error: str | None = None
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
