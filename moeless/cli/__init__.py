@@ -100,14 +100,17 @@ def serve(
     predict_overhead: Annotated[
         float, typer.Option(help="Most of the steps' time that forecasting may take; 1 forecasts every step.")
     ] = 0.015,
-    allow_tracing: Annotated[
+    allow_recording: Annotated[
         bool | None, typer.Option(help="Let clients record what the engine routes; default: on a loopback host.")
     ] = None,
+    allow_tracing: Annotated[bool | None, typer.Option(hidden=True)] = None,
     ray_address: Annotated[str | None, typer.Option(help="Ray cluster to join; default: start Ray here.")] = None,
     app_name: Annotated[str, typer.Option(help="Name of the Serve application on the cluster.")] = "moeless",
     route_prefix: Annotated[str, typer.Option(help="Where the API begins on the cluster.")] = "/",
 ) -> None:
     """Serve a model with expert functions until interrupted."""
+    if allow_tracing is not None:
+        raise ConfigError("--allow-tracing is now --allow-recording (and --no-allow-recording)")
     from moeless.deployments.runtime import prepare_environment
     from moeless.deployments.settings import ServeSettings
     from moeless.packages.source import resolve_model
@@ -138,7 +141,7 @@ def serve(
         predictors_path=None if predictors is None else str(predictors.resolve()),
         predict_distance=predict_distance,
         predict_overhead=predict_overhead,
-        allow_tracing=allow_tracing,
+        allow_recording=allow_recording,
         app_name=app_name,
         route_prefix=route_prefix,
         call_timeout_s=call_timeout,

@@ -50,7 +50,7 @@ def gateway_deployment(settings: ServeSettings) -> Any:
         config = GatewayConfig(
             api_keys=settings.api_keys,
             cors_allow_origins=settings.cors_allow_origins,
-            allow_tracing=settings.tracing_is_allowed,
+            allow_recording=settings.recording_is_allowed,
         )
         return create_app(cast(EngineSource, reach_engine), config)
 

@@ -54,7 +54,7 @@ class ServeSettings:
     """How many MoE layers ahead."""
     predict_overhead: float = 0.015
     """Most of the steps' time that forecasting may take."""
-    allow_tracing: bool | None = None
+    allow_recording: bool | None = None
     """Whether clients may record what the engine routes, for all its requests. None: where only this machine can call,
     that is, where `host` is a loopback address."""
     call_timeout_s: float = 5.0
@@ -109,9 +109,9 @@ class ServeSettings:
                 raise ConfigError(f"{name} must be above 0 seconds, got {getattr(self, name)}")
 
     @property
-    def tracing_is_allowed(self) -> bool:
+    def recording_is_allowed(self) -> bool:
         """Whether the gateway has the endpoints that record traces."""
-        return _is_loopback(self.host) if self.allow_tracing is None else self.allow_tracing
+        return _is_loopback(self.host) if self.allow_recording is None else self.allow_recording
 
     @property
     def worker_names(self) -> tuple[str, ...]:

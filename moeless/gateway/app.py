@@ -1,7 +1,7 @@
 """The gateway's application: OpenAI's API over an engine client. deployments/gateway.py and the tests call create_app.
 
 A request passes ErrorMiddleware, CORS (if configured), the key check (if there are keys) and the body limit, then
-its route: completions.py (admission.py, streams.py, answers.py or chunks.py), info.py or tracing.py.
+its route: completions.py (admission.py, streams.py, responses.py), info.py or recording.py.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from moeless import __version__
+from moeless.gateway.body import describe_bodies
 from moeless.gateway.completions import completions_router
 from moeless.gateway.config import GatewayConfig
 from moeless.gateway.errors import install_handlers
 from moeless.gateway.info import info_router
 from moeless.gateway.middleware import ApiKeyMiddleware, BodyLimitMiddleware, ErrorMiddleware
-from moeless.gateway.openapi import describe_bodies
-from moeless.gateway.recording import RecordingRequest, tracing_router
+from moeless.gateway.recording import RecordingRequest, recording_router
 from moeless.gateway.schemas import ChatCompletionRequest, CompletionRequest
 from moeless.gateway.service import EngineSource, GatewayService
 
@@ -41,7 +41,7 @@ def create_app(engine: EngineSource, config: GatewayConfig) -> FastAPI:
     install_handlers(app)
     app.include_router(completions_router(service))
     app.include_router(info_router(service))
-    app.include_router(tracing_router(service))
+    app.include_router(recording_router(service))
     describe_bodies(app, ChatCompletionRequest, CompletionRequest, RecordingRequest)
     # The last one added is the outermost.
     app.add_middleware(BodyLimitMiddleware, max_bytes=config.max_body_bytes)

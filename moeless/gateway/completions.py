@@ -12,12 +12,18 @@ from fastapi import APIRouter, Request, Response
 from starlette.types import Message, Receive, Scope, Send
 
 from moeless.gateway.admission import AdmittedRequest
-from moeless.gateway.answers import Answer, chat_answer, completion_answer
-from moeless.gateway.body import read_body
-from moeless.gateway.chunks import ChatChunks, ChunkEncoder, CompletionChunks, event
+from moeless.gateway.body import read_body, schema_of
 from moeless.gateway.errors import describe, encode_error
 from moeless.gateway.metrics import SequenceObserver
-from moeless.gateway.openapi import schema_of
+from moeless.gateway.responses import (
+    ChatChunks,
+    ChunkEncoder,
+    CompletionChunks,
+    WholeResponse,
+    chat_response,
+    completion_response,
+    event,
+)
 from moeless.gateway.schemas import ChatCompletionRequest, CompletionRequest
 from moeless.gateway.service import GatewayService
 from moeless.gateway.streams import ClientGoneError, SequenceStreams, until_disconnect
@@ -31,14 +37,14 @@ at once and becomes a status; a request that waits in the queue must not look de
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Endpoint:
-    """What differs between the two endpoints' answers."""
+    """The encoders of one endpoint."""
 
     chunks: Callable[[AdmittedRequest, int], ChunkEncoder]
-    answer: Callable[[Answer, int], bytes]
+    whole: Callable[[WholeResponse, int], bytes]
 
 
-_CHAT = _Endpoint(chunks=ChatChunks, answer=chat_answer)
-_COMPLETION = _Endpoint(chunks=CompletionChunks, answer=completion_answer)
+_CHAT = _Endpoint(chunks=ChatChunks, whole=chat_response)
+_COMPLETION = _Endpoint(chunks=CompletionChunks, whole=completion_response)
 
 
 def completions_router(service: GatewayService) -> APIRouter:
@@ -87,17 +93,17 @@ class _GenerationResponse(Response):
         self._streams = SequenceStreams(service.client(), admitted.sequences, observers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        work = self._send_events(send) if self._admitted.is_stream else self._send_answer(scope, receive, send)
+        work = self._send_events(send) if self._admitted.is_stream else self._send_whole(scope, receive, send)
         try:
             await until_disconnect(receive, work)
         except ClientGoneError:
             logger.info("client gone request=%s", self._admitted.request_id)
 
-    async def _send_answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _send_whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         created_unix_s = int(time.time())
-        answer = await Answer.collect(self._admitted, self._streams)
+        whole = await WholeResponse.collect(self._admitted, self._streams)
         response = Response(
-            self._endpoint.answer(answer, created_unix_s),
+            self._endpoint.whole(whole, created_unix_s),
             media_type="application/json",
             headers={"x-request-id": self._admitted.request_id},
         )

@@ -13,8 +13,8 @@ class GatewayConfig:
     """Accepted bearer keys; empty means that no key is asked for."""
     cors_allow_origins: tuple[str, ...] = ()
     """Origins a browser may call from; empty sends no CORS headers at all."""
-    allow_tracing: bool = False
-    """Whether clients may record what the engine routes for everybody (tracing.py)."""
+    allow_recording: bool = False
+    """Whether clients may record what the engine routes for everybody (recording.py)."""
     max_body_bytes: int = 2 * 1024 * 1024
     """Room for some 300,000 token ids written as JSON; a wrong field in a body of this size costs half a second."""
     max_messages: int = 2048

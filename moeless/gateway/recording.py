@@ -1,7 +1,7 @@
 """The endpoints that record what the engine routes. Registered by create_app.
 
-A trace is of everybody's requests, and says how many there were and how long; with token ids, what was in them. So
-the endpoints refuse unless the operator allowed tracing, and token ids are recorded only if asked for.
+A recording covers the requests of all clients: their number and lengths and, with token ids, their content. So the
+endpoints refuse unless the operator allows recording, and token ids are recorded only on request.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from moeless.core.errors import EngineStoppedError, RequestError
 from moeless.core.recording import RecordedFile, RecordingClient, RecordingOptions, RecordingStatus
-from moeless.gateway.body import read_body
-from moeless.gateway.openapi import schema_of
+from moeless.gateway.body import read_body, schema_of
 from moeless.gateway.service import GatewayService
 
 _MAX_TOKENS = 1_000_000_000
@@ -25,8 +24,8 @@ _MAX_LAYERS = 1_000
 _DEFAULTS = RecordingOptions()
 
 
-class TracingNotAllowedError(RequestError):
-    """The operator has not allowed tracing."""
+class RecordingNotAllowedError(RequestError):
+    """The operator has not allowed recording."""
 
     http_status = 403
 
@@ -41,15 +40,15 @@ class RecordingRequest(BaseModel):
     token_ids: bool = _DEFAULTS.token_ids
 
 
-def tracing_router(service: GatewayService) -> APIRouter:
+def recording_router(service: GatewayService) -> APIRouter:
     """POST, GET and DELETE /v1/traces/recording, POST .../stop and GET .../file."""
     router = APIRouter(prefix="/v1/traces/recording")
 
     def recordings() -> RecordingClient:
-        if not service.config.allow_tracing:
-            raise TracingNotAllowedError(
-                "This server does not allow tracing; it must be started with --allow-tracing.",
-                code="tracing_not_allowed",
+        if not service.config.allow_recording:
+            raise RecordingNotAllowedError(
+                "This server does not allow recording; it must be started with --allow-recording.",
+                code="recording_not_allowed",
             )
         return service.client().recordings
 

@@ -67,7 +67,7 @@ Content = Annotated[
         custom_error_message="must be a string or a list of parts of type text",
     ),
 ]
-"""The tags stand in angle brackets so that validation.py can drop them from error paths."""
+"""The tags stand in angle brackets so that body.py can drop them from error paths."""
 
 
 class Message(_Body):

@@ -226,7 +226,7 @@ def server(packed: Path) -> Iterator[Server]:
     )
     config = EngineConfig(kv_cache_bytes=1 << 22, prefix_sharing=False, num_threads=1)
     with engine_in_process(model, make_tokenizer(), config) as engine:
-        app = create_app(LocalEngineClient(engine, info), GatewayConfig(allow_tracing=True, api_keys=(KEY,)))
+        app = create_app(LocalEngineClient(engine, info), GatewayConfig(allow_recording=True, api_keys=(KEY,)))
         engine.start()
         served = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", ws="none"))
         thread = threading.Thread(target=served.run)

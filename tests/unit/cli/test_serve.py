@@ -52,6 +52,11 @@ def test_pack_writes_every_function_and_says_so(checkpoint: Path, tmp_path: Path
     assert len(list((out / "functions").iterdir())) == len(manifest["functions"]) > 0
 
 
+@pytest.mark.parametrize("option", ["--allow-tracing", "--no-allow-tracing"])
+def test_an_option_of_an_old_name_is_refused_with_the_new_one(option: str) -> None:
+    assert_one_line(moeless("serve", "moeless-mini", option), 2, "--allow-tracing", "--allow-recording")
+
+
 def test_a_model_that_is_nowhere_is_one_line_and_code_2() -> None:
     assert_one_line(moeless("serve", "/nowhere/at/all"), 2, "/nowhere/at/all")
 

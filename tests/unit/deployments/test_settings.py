@@ -58,10 +58,10 @@ def test_a_value_out_of_range_is_refused_by_field_and_value(field: str, value: o
         ("127.0.0.1", False, False),
     ],
 )
-def test_tracing_is_allowed_where_only_this_machine_can_call_or_the_operator_says_so(
+def test_recording_is_allowed_where_only_this_machine_can_call_or_the_operator_says_so(
     host: str, asked: bool | None, is_allowed: bool
 ) -> None:
-    assert settings(host=host, allow_tracing=asked).tracing_is_allowed is is_allowed
+    assert settings(host=host, allow_recording=asked).recording_is_allowed is is_allowed
 
 
 def test_keys_and_token_are_not_shown() -> None:

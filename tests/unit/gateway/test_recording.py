@@ -16,7 +16,7 @@ from tests.unit.gateway.support import ScriptedEngine, gateway_for
 pytestmark = pytest.mark.anyio
 
 URL = "/v1/traces/recording"
-ALLOWED = GatewayConfig(allow_tracing=True)
+ALLOWED = GatewayConfig(allow_recording=True)
 ENDPOINTS = [("POST", ""), ("GET", ""), ("POST", "/stop"), ("DELETE", ""), ("GET", "/file")]
 CONTENT = bytes(range(256)) * 40
 
@@ -113,14 +113,14 @@ async def test_a_file_that_breaks_off_is_seen_to_be_cut(engine: ScriptedEngine, 
 
 
 @pytest.mark.parametrize(("method", "path"), ENDPOINTS)
-async def test_where_tracing_is_not_allowed_every_endpoint_says_so(
+async def test_where_recording_is_not_allowed_every_endpoint_says_so(
     method: str, path: str, engine: ScriptedEngine, recordings: ScriptedRecordings
 ) -> None:
     async with gateway_for(create_app(engine, GatewayConfig())) as gateway:
         response = await gateway.http.request(method, URL + path, json={})
     assert response.status_code == 403
-    assert error_of(response)["code"] == "tracing_not_allowed"
-    assert "--allow-tracing" in error_of(response)["message"]
+    assert error_of(response)["code"] == "recording_not_allowed"
+    assert "--allow-recording" in error_of(response)["message"]
     assert recordings.calls == []
 
 
@@ -128,7 +128,7 @@ async def test_where_tracing_is_not_allowed_every_endpoint_says_so(
 async def test_the_key_is_asked_for(
     method: str, path: str, engine: ScriptedEngine, recordings: ScriptedRecordings
 ) -> None:
-    config = GatewayConfig(allow_tracing=True, api_keys=("secret",))
+    config = GatewayConfig(allow_recording=True, api_keys=("secret",))
     async with gateway_for(create_app(engine, config), api_key="wrong") as gateway:
         response = await gateway.http.request(method, URL + path, json={})
     assert response.status_code == 401
