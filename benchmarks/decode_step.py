@@ -45,7 +45,7 @@ from moeless.packages.backbone import load_backbone
 from moeless.packages.packed_model import PackedModel
 from moeless.packages.source import resolve_model
 
-TOKEN = "benchmark"
+RUN_SECRET = "benchmark"
 """That engine and workers show each other."""
 
 
@@ -118,7 +118,7 @@ class _Decoder:
             {
                 name: connect(
                     endpoint,
-                    token=TOKEN,
+                    run_secret=RUN_SECRET,
                     engine="benchmark",
                     hidden_size=layout.hidden_size,
                     top_k=packed.manifest.top_k,
@@ -172,11 +172,11 @@ def start_worker(packed: PackedModel, table: RoutingTable, name: str) -> tuple[A
 
 
 def _work(pipe: Connection, packed_path: str, name: str, functions: list[str]) -> None:
-    settings = ServeSettings(packed_path=packed_path, model_id="benchmark", token=TOKEN, dtype="float32")
+    settings = ServeSettings(packed_path=packed_path, model_id="benchmark", run_secret=RUN_SECRET, dtype="float32")
     host = ExpertHost(settings, name, functions, threads=1)
     assert host.pool.state(FunctionId.parse(functions[0])).value == "warm"
     server = DataPlaneServer(
-        host.compute, worker=name, token=TOKEN, max_rows=MAX_ROWS, num_experts=host.pool.num_experts
+        host.compute, worker=name, run_secret=RUN_SECRET, max_rows=MAX_ROWS, num_experts=host.pool.num_experts
     )
     server.start()
     pipe.send_bytes(msgspec.json.encode(server.endpoint))

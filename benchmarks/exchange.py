@@ -154,9 +154,9 @@ def _open_lines() -> Iterator[dict[str, list[Any]]]:
     from moeless.dispatch.shared_memory import SharedMemoryChannel
     from moeless.dispatch.tcp import TcpChannel
 
-    token = secrets.token_hex(16)
+    run_secret = secrets.token_hex(16)
     config = LineConfig(
-        token=token,
+        run_secret=run_secret,
         engine="benchmark",
         hidden_size=HIDDEN_SIZE,
         top_k=TOP_K,
@@ -170,7 +170,7 @@ def _open_lines() -> Iterator[dict[str, list[Any]]]:
     try:
         for number in range(NUM_WORKERS):
             ours, theirs = context.Pipe()
-            child = context.Process(target=_work, args=(theirs, f"worker-{number}", token), daemon=True)
+            child = context.Process(target=_work, args=(theirs, f"worker-{number}", run_secret), daemon=True)
             child.start()
             theirs.close()
             pipes.append(ours)
@@ -192,14 +192,16 @@ def _open_lines() -> Iterator[dict[str, list[Any]]]:
                 child.kill()
 
 
-def _work(line: Connection, name: str, token: str) -> None:
+def _work(line: Connection, name: str, run_secret: str) -> None:
     """In a child process: a worker's data plane until the line closes."""
     import torch
 
     from moeless.dispatch.server import DataPlaneServer
 
     torch.set_num_threads(1)
-    server = DataPlaneServer(_weighted_rows, worker=name, token=token, max_rows=MAX_ROWS, num_experts=[NUM_EXPERTS])
+    server = DataPlaneServer(
+        _weighted_rows, worker=name, run_secret=run_secret, max_rows=MAX_ROWS, num_experts=[NUM_EXPERTS]
+    )
     server.start()
     line.send(server.endpoint)
     line.poll(None)

@@ -30,7 +30,7 @@ from scipy.optimize import nnls
 from torch import Tensor
 
 from benchmarks._models import word_tokenizer
-from benchmarks.decode_step import TOKEN, start_worker
+from benchmarks.decode_step import RUN_SECRET, start_worker
 from moeless.core.cluster import even_cluster
 from moeless.core.generation import GenerationDelta, GenerationRequest, SamplingParams
 from moeless.core.plan import Plan
@@ -113,7 +113,7 @@ class LiveEngine:
         channels = {
             name: connect(
                 endpoint,
-                token=TOKEN,
+                run_secret=RUN_SECRET,
                 engine="benchmark",
                 hidden_size=hidden_size,
                 top_k=manifest.top_k,

@@ -32,7 +32,11 @@ import threading
 from moeless.cli import _wait_until_ready
 from moeless.deployments.application import running
 settings = ServeSettings(
-    packed_path=str(packed.path), model_id="bench", token="bench", num_workers=int(sys.argv[2]), port=int(sys.argv[3])
+    packed_path=str(packed.path),
+    model_id="bench",
+    run_secret="bench",
+    num_workers=int(sys.argv[2]),
+    port=int(sys.argv[3]),
 )
 with running(packed.manifest, settings, on_phase=lambda phase: marks.append((phase, time.time()))):
     marks.append(("engine reaches its workers", time.time()))

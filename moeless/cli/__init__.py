@@ -118,11 +118,13 @@ def serve(
     with _PackingProgress() as (progress, on_progress):
         packed = resolve_model(model, on_progress=on_progress)
         progress.stop()
+    if "MOELESS_TOKEN" in os.environ:
+        raise ConfigError("MOELESS_TOKEN is no longer read; set MOELESS_RUN_SECRET instead")
     on_device = _device(device)
     settings = ServeSettings(
         packed_path=str(packed.path),
         model_id=served_model_name or packed.manifest.model_id,
-        token=os.environ.get("MOELESS_TOKEN") or secrets.token_hex(32),
+        run_secret=os.environ.get("MOELESS_RUN_SECRET") or secrets.token_hex(32),
         num_workers=workers,
         isolation=isolation,  # type: ignore[arg-type]  # checked by ServeSettings
         dtype=dtype,

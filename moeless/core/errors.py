@@ -58,7 +58,7 @@ class WorkerStartingError(TransportError):
 
 
 class HandshakeError(TransportError):
-    """The peer did not show the run's token, or speaks another version of the protocol."""
+    """The peer did not prove the run secret, or speaks another version of the protocol."""
 
 
 class FunctionUnavailableError(DispatchError):

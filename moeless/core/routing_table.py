@@ -1,6 +1,6 @@
 """The plan as the dispatcher uses it: which instances a function has and the share of tokens each gets.
 
-Built by whoever plans (an even spread by deployments/plan.py today, control/apply.py later), read by dispatch.
+Built by whoever plans (an even spread by deployments/application.py today, control/apply.py later), read by dispatch.
 """
 
 from __future__ import annotations

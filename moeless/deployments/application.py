@@ -22,9 +22,10 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from moeless.core.errors import ConfigError, MoelessError
-from moeless.deployments.deferred import DeferredReplica
+from moeless.core.expert import FunctionId
+from moeless.core.routing_table import LOCAL_WORKER, InstanceShare, RoutingTable, spread_evenly
 from moeless.deployments.gateway import ENGINE, GATEWAY, gateway_deployment
-from moeless.deployments.plan import initial_table
+from moeless.deployments.runtime import DeferredReplica
 from moeless.deployments.settings import MAX_ISOLATED_FUNCTIONS, ServeSettings
 from moeless.packages.manifest import Manifest
 
@@ -69,6 +70,23 @@ def build_application(manifest: Manifest, settings: ServeSettings) -> Any:
         logging_config=_LOGGING,
         ray_actor_options={"num_cpus": _CPU_SHARE},
     ).bind(engine)
+
+
+def initial_table(manifest: Manifest, settings: ServeSettings) -> RoutingTable:
+    """The routing table that a run begins with: every function once.
+
+    Spread evenly over the workers, in the engine if there are none, or each in a deployment of its own.
+    """
+    if settings.isolation == "function":
+        instances = {
+            FunctionId(entry.layer, entry.expert): (InstanceShare(entry.name),) for entry in manifest.functions
+        }
+        return RoutingTable(version=1, instances=instances)
+    return spread_evenly(
+        num_layers=manifest.num_moe_layers,
+        num_experts=manifest.num_experts,
+        workers=settings.worker_names or (LOCAL_WORKER,),
+    )
 
 
 def _worker_deployments(manifest: Manifest, settings: ServeSettings) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The engine as a Serve deployment: backbone, dispatcher, generation thread, and the lines to workers and gateways."""
+"""The engine as a Serve deployment: backbone, dispatcher, generation thread, channels to workers and gateways."""
 
 from __future__ import annotations
 
@@ -22,15 +22,14 @@ from transformers import AutoTokenizer
 from moeless import __version__
 from moeless.core.errors import EngineStoppedError, MoelessError, TransportError, WorkerTimeoutError
 from moeless.core.generation import GenerationDelta, GenerationRequest, ModelInfo
-from moeless.deployments.plan import initial_table
-from moeless.deployments.recordings import answer as answer_recording
-from moeless.deployments.rpc import Pulse, SubmitReply
+from moeless.deployments.application import initial_table
+from moeless.deployments.rpc import Pulse, SubmitReply, answer_recording
 from moeless.deployments.runtime import bind_to
 from moeless.deployments.settings import ServeSettings
 from moeless.deployments.status import EngineStatus
 from moeless.deployments.token_channel import TokenSender
 from moeless.deployments.worker import MAX_ROWS
-from moeless.deployments.worker_connections import WorkerLinks
+from moeless.deployments.worker_connections import WorkerConnections
 from moeless.dispatch.call import CallChannel
 from moeless.dispatch.channel import Channel, WorkerEndpoint
 from moeless.dispatch.connect import connect
@@ -101,8 +100,10 @@ class EngineDeployment:
                 }
             )
         connectors = {} if by_call else self._connectors(dtype)
-        self._links = WorkerLinks(self._dispatcher, connectors, keep_alive_s=settings.keep_alive_s if workers else None)
-        self._sender = TokenSender(settings.token)
+        self._connections = WorkerConnections(
+            self._dispatcher, connectors, keep_alive_s=settings.keep_alive_s if workers else None
+        )
+        self._sender = TokenSender(settings.run_secret)
         self._gateway_of: dict[str, str] = {}
         self._gateway_seen_s: dict[str, float] = {}
         self._gateway_lock = threading.Lock()
@@ -131,16 +132,16 @@ class EngineDeployment:
             self._prediction = PredictionObserver(live)
             self._engine.observers.add(self._prediction)
         self._engine.start()
-        self._links.start()
+        self._connections.start()
         self._model_info = self._describe(model, packed)
-        self._status = EngineStatus(settings, packed.manifest, self._dispatcher, self._links, workers)
+        self._status = EngineStatus(settings, packed.manifest, self._dispatcher, self._connections, workers)
         self._recordings = Recordings(
             self._engine.observers, trace_metadata(self._model_info, source=f"recorded by moeless {__version__}")
         )
         logger.info("engine started seconds=%.2f", time.perf_counter() - started_s)
 
     def _connectors(self, dtype: torch.dtype) -> dict[str, Callable[[], Channel]]:
-        def open_line(handle: DeploymentHandle[Any]) -> Channel:
+        def open_channel(handle: DeploymentHandle[Any]) -> Channel:
             asked = _ServeCall(handle.endpoint.remote())
             try:
                 endpoint = msgspec.json.decode(asked.result(_ENDPOINT_TIMEOUT_S), type=WorkerEndpoint)
@@ -149,7 +150,7 @@ class EngineDeployment:
                 raise
             return connect(
                 endpoint,
-                token=self._settings.token,
+                run_secret=self._settings.run_secret,
                 engine=f"engine-{os.getpid()}",
                 hidden_size=self._manifest.layers[0].layout.hidden_size,
                 top_k=self._manifest.top_k,
@@ -158,7 +159,7 @@ class EngineDeployment:
                 device=self._settings.device,
             )
 
-        return {name: partial(open_line, handle) for name, handle in self._workers.items()}
+        return {name: partial(open_channel, handle) for name, handle in self._workers.items()}
 
     def _describe(self, model: Any, packed: PackedModel) -> ModelInfo:
         return ModelInfo(
@@ -189,7 +190,7 @@ class EngineDeployment:
         try:
             if decoded.request_id in self._cancelled_early:
                 raise EngineStoppedError("the request was cancelled before it arrived")
-            if not self._links.were_all_connected:
+            if not self._connections.were_all_connected:
                 raise EngineStoppedError("the engine is starting: not every worker is connected yet")
             self._engine.submit(decoded)
         except MoelessError as error:
@@ -207,7 +208,7 @@ class EngineDeployment:
         """Asked by every gateway once a second. Answers a Pulse."""
         with self._gateway_lock:
             self._gateway_seen_s[gateway] = time.monotonic()
-        is_ready = self._engine.is_alive and self._links.were_all_connected
+        is_ready = self._engine.is_alive and self._connections.were_all_connected
         return msgspec.msgpack.encode(Pulse(incarnation=self._incarnation, is_ready=is_ready))
 
     async def recording(self, call: bytes) -> bytes:
@@ -225,8 +226,8 @@ class EngineDeployment:
         """Asked by Serve; an engine whose generation thread died is replaced."""
         if not self._engine.is_alive:
             raise EngineStoppedError("the generation thread ended")
-        if not self._links.is_alive:
-            raise EngineStoppedError("the thread that keeps the lines to workers ended")
+        if not self._connections.is_alive:
+            raise EngineStoppedError("the thread that keeps the worker connections ended")
 
     # ---- inside -----------------------------------------------------------------------------------------------
 
@@ -248,7 +249,7 @@ class EngineDeployment:
             self._sweep_gateways()
 
     def _sweep_gateways(self) -> None:
-        """In the generation thread: end the requests of gateways that fell silent, and close the lines to them."""
+        """In the generation thread: end the requests of gateways that fell silent, and close the channels to them."""
         self._swept_s = now_s = time.monotonic()
         with self._gateway_lock:
             silent = [g for g, seen_s in self._gateway_seen_s.items() if now_s - seen_s > _GATEWAY_SILENCE_S]
@@ -267,7 +268,7 @@ class EngineDeployment:
 
     def close(self) -> None:
         """End every request and hang up on workers and gateways."""
-        self._links.stop()
+        self._connections.stop()
         self._engine.stop()
         self._recordings.close()
         self._dispatcher.close()

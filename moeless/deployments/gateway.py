@@ -18,8 +18,7 @@ from ray.serve.handle import DeploymentHandle
 
 from moeless.core.errors import EngineStoppedError
 from moeless.core.generation import EngineStats, FunctionStatus, GenerationDelta, GenerationRequest, ModelInfo
-from moeless.deployments.recordings import RemoteRecordings
-from moeless.deployments.rpc import Pulse, SubmitReply
+from moeless.deployments.rpc import Pulse, RemoteRecordings, SubmitReply
 from moeless.deployments.runtime import node_address
 from moeless.deployments.settings import ServeSettings
 from moeless.deployments.token_channel import TokenReceiver
@@ -45,7 +44,7 @@ def gateway_deployment(settings: ServeSettings) -> Any:
     def build_app() -> FastAPI:
         async def reach_engine() -> RemoteEngineClient:
             handle = serve.get_deployment_handle(ENGINE, app_name=settings.app_name)
-            return RemoteEngineClient(handle, TokenReceiver(settings.token, node_address()))
+            return RemoteEngineClient(handle, TokenReceiver(settings.run_secret, node_address()))
 
         config = GatewayConfig(
             api_keys=settings.api_keys,

@@ -1,4 +1,4 @@
-"""What `moeless serve` was asked for, checked once and handed to every deployment."""
+"""Settings of a run of `moeless serve`, checked once and handed to every deployment."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class ServeSettings:
     packed_path: str
     """The packed folder; every node must see it under this path."""
     model_id: str
-    token: str = field(repr=False)
-    """The run's token: peers of the data plane and of the token channel must show it."""
+    run_secret: str = field(repr=False)
+    """Shared by the processes of a run: both ends of the data plane and of the token channel must prove it."""
     num_workers: int = 0
     """0 keeps the experts in the engine's process."""
     isolation: Isolation = "shared"

@@ -1,4 +1,4 @@
-"""What an engine tells of its workers and functions: the figures behind GET /metrics and GET /v1/experts.
+"""State of an engine's workers and functions: the figures behind GET /metrics and GET /v1/experts.
 
 Called by deployments/engine.py. Workers are asked for theirs; where functions are deployments of their own, Serve is.
 """
@@ -23,7 +23,7 @@ from moeless.core.generation import EngineStats, FunctionStatus, PredictionStatu
 from moeless.core.routing_table import LOCAL_WORKER
 from moeless.deployments.settings import ServeSettings
 from moeless.deployments.worker import WorkerReport
-from moeless.deployments.worker_connections import WorkerLinks
+from moeless.deployments.worker_connections import WorkerConnections
 from moeless.dispatch.dispatcher import Dispatcher
 from moeless.engine.base import EngineCounters
 from moeless.packages.files import dtype_of_name
@@ -44,13 +44,13 @@ class EngineStatus:
         settings: ServeSettings,
         manifest: Manifest,
         dispatcher: Dispatcher,
-        links: WorkerLinks,
+        connections: WorkerConnections,
         workers: Mapping[str, DeploymentHandle[Any]],
     ) -> None:
         self._settings = settings
         self._manifest = manifest
         self._dispatcher = dispatcher
-        self._links = links
+        self._connections = connections
         self._workers = workers
         self._pool = dispatcher.local.pool
         growth = self._pool.dtype.itemsize / dtype_of_name(manifest.dtype).itemsize
@@ -129,7 +129,7 @@ class EngineStatus:
             statuses.append(
                 WorkerStatus(
                     name=name,
-                    alive=own > 0 if self._settings.isolation == "function" else self._links.is_connected(name),
+                    alive=own > 0 if self._settings.isolation == "function" else self._connections.is_connected(name),
                     transport="none" if channel is None else channel.kind,
                     instances=instances,
                     resident_bytes=resident_bytes,

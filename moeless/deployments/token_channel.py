@@ -1,7 +1,7 @@
-"""The way back from engine to gateway: one line for each pair of them, one message a step for all its streams.
+"""Tokens from engine to gateway: one channel for each pair of them, one message a step for all its streams.
 
 Requests go by Serve handle; a handle item for each token would cost more than the decoding. ZeroMQ carries the
-messages, msgspec encodes them; every message shows the run's token.
+messages, msgspec encodes them; every message shows the run secret.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _MAX_MESSAGE_BYTES = 64 << 20
 class TokenSender:
     """Engine side. All methods but the constructor belong to one thread, the generation thread."""
 
-    def __init__(self, token: str) -> None:
-        self._token = token.encode()
+    def __init__(self, run_secret: str) -> None:
+        self._run_secret = run_secret.encode()
         self._context = zmq.Context()
         self._sockets: dict[str, zmq.Socket[bytes]] = {}
         self._encoder = msgspec.msgpack.Encoder()
@@ -46,14 +46,14 @@ class TokenSender:
             socket.connect(address)
             self._sockets[address] = socket
         try:
-            socket.send_multipart((self._token, self._encoder.encode(deltas)), flags=zmq.NOBLOCK, copy=True)
+            socket.send_multipart((self._run_secret, self._encoder.encode(deltas)), flags=zmq.NOBLOCK, copy=True)
         except zmq.Again:
             logger.warning("dropped a step for a gateway address=%s deltas=%d", address, len(deltas))
             return False
         return True
 
     def forget(self, address: str) -> None:
-        """Close the line to a gateway that is gone."""
+        """Close the channel to a gateway that is gone."""
         socket = self._sockets.pop(address, None)
         if socket is not None:
             socket.close()
@@ -67,8 +67,8 @@ class TokenSender:
 class TokenReceiver:
     """Gateway side: takes the messages of all engines and hands each delta to its stream. Lives on one event loop."""
 
-    def __init__(self, token: str, host: str) -> None:
-        self._token = token.encode()
+    def __init__(self, run_secret: str, host: str) -> None:
+        self._run_secret = run_secret.encode()
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.PULL)
         self._socket.setsockopt(zmq.RCVHWM, _SEND_HIGH_WATER_MARK)
@@ -122,8 +122,8 @@ class TokenReceiver:
     async def _receive(self) -> None:
         while True:
             frames = await self._socket.recv_multipart()
-            if len(frames) != 2 or not hmac.compare_digest(frames[0], self._token):
-                logger.warning("dropped a message that does not show the run's token")
+            if len(frames) != 2 or not hmac.compare_digest(frames[0], self._run_secret):
+                logger.warning("dropped a message that does not show the run secret")
                 continue
             try:
                 deltas = self._decoder.decode(frames[1])

@@ -101,7 +101,7 @@ class WorkerDeployment:
         self._server = DataPlaneServer(
             self._host.compute,
             worker=name,
-            token=settings.token,
+            run_secret=settings.run_secret,
             max_rows=MAX_ROWS,
             num_experts=self._host.pool.num_experts,
             tcp_host=node_address(),

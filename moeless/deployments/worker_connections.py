@@ -1,7 +1,7 @@
-"""Keeps an engine's lines to its workers: connects, notices what broke, connects again.
+"""Maintains an engine's connections to its workers, and re-opens broken ones.
 
 Runs beside the generation thread and never computes. A worker that is away is left out of the dispatcher's look-up,
-so that its functions are taken by other instances or by the engine's own copies until it is back.
+so that other instances or the engine's own copies take its functions until it is back.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from moeless.dispatch.dispatcher import Dispatcher
 logger = logging.getLogger(__name__)
 
 _CHECK_EVERY_S = 0.2
-"""Between looks at the lines: a killed worker is back after about 2 s, so this adds a tenth."""
+"""Between checks of the channels: a killed worker is back after about 2 s, so this adds a tenth."""
 _STEADY_S = 10.0
-"""A line that lasted this long was sound."""
+"""A channel that lasted this long was sound: the next one is opened without a delay."""
 _MAX_DELAY_S = 30.0
 
 
-class WorkerLinks:
+class WorkerConnections:
     """Args:
     dispatcher: whose channels to set.
     connectors: worker → a function that opens a channel to it; may take seconds; raises DispatchError or OSError.
@@ -43,7 +43,7 @@ class WorkerLinks:
         self._not_before_s: dict[str, float] = {}
         self._stopping = threading.Event()
         self._all_connected = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="moeless-links", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="moeless-connections", daemon=True)
         if not connectors:
             self._all_connected.set()
 
@@ -58,7 +58,7 @@ class WorkerLinks:
 
     @property
     def is_alive(self) -> bool:
-        """Whether lines are being kept, if there are any to keep."""
+        """Whether the thread that maintains the connections runs, if there is anything to maintain."""
         needed = bool(self._connectors) or self._keep_alive_s is not None
         return not needed or self._stopping.is_set() or self._thread.is_alive()
 
@@ -80,8 +80,8 @@ class WorkerLinks:
                     self._dispatcher.local.pool.evict_idle(keep_alive_s=self._keep_alive_s)
             self._stopping.wait(_CHECK_EVERY_S)
 
-    def _put_off(self, worker: str) -> None:
-        """A line that broke soon after it was made (a worker that accepts but hangs) is made again later each time."""
+    def _back_off(self, worker: str) -> None:
+        """Exponential backoff for a channel that broke soon after it was opened (a worker that accepts but hangs)."""
         now_s = time.monotonic()
         lasted_s = now_s - self._connected_s[worker]
         delay_s = 0.0 if lasted_s > _STEADY_S else min(_MAX_DELAY_S, max(1.0, 2 * self._delay_s.get(worker, 0.0)))
@@ -93,7 +93,7 @@ class WorkerLinks:
         for worker in [worker for worker in channels if channels[worker].is_broken]:
             logger.warning("lost a worker worker=%s", worker)
             del channels[worker]
-            self._put_off(worker)
+            self._back_off(worker)
         if len(channels) < len(self._dispatcher.channels):
             self._dispatcher.set_channels(channels)
         for worker in self._connectors:
@@ -104,7 +104,7 @@ class WorkerLinks:
             except (DispatchError, OSError) as error:
                 logger.info("cannot reach a worker yet worker=%s reason=%s", worker, error)
                 continue
-            except Exception:  # one worker's nonsense must not keep the others from being reached
+            except Exception:  # one worker's fault must not keep the others from being reached
                 logger.exception("connecting failed worker=%s", worker)
                 continue
             self._connected_s[worker] = time.monotonic()

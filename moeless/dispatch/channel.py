@@ -51,8 +51,8 @@ class Channel(Protocol):
 class LineConfig:
     """What an engine opens a line with."""
 
-    token: str = field(repr=False)
-    """The run's token."""
+    run_secret: str = field(repr=False)
+    """The run secret."""
     engine: str
     """Who calls, for the worker's log."""
     hidden_size: int
@@ -78,8 +78,8 @@ class LineConfig:
 class PeerConfig:
     """What a worker takes lines with."""
 
-    token: str = field(repr=False)
-    """The run's token."""
+    run_secret: str = field(repr=False)
+    """The run secret."""
     max_rows: int
     """Most rows of one call."""
     num_experts: tuple[int, ...]

@@ -2,7 +2,7 @@
 
 The TCP line of tcp.py says that a call or an answer comes and, by its end, that a process died; then the process
 group is aborted, so that no kernel waits for ever. The group's store is told to the engine in the handshake. Neither
-NCCL nor the store know the run's token: as with every use of NCCL, the network between the nodes must be trusted.
+NCCL nor the store know the run secret: as with every use of NCCL, the network between the nodes must be trusted.
 """
 
 from __future__ import annotations

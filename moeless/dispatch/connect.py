@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 def connect(
     endpoint: WorkerEndpoint,
     *,
-    token: str,
+    run_secret: str,
     engine: str,
     hidden_size: int,
     top_k: int,
@@ -31,15 +31,15 @@ def connect(
     """Open the fastest line to the worker at `endpoint`.
 
     Args:
-        token: the run's token.
+        run_secret: the run's secret.
         engine: who calls, for the worker's log.
         hidden_size, top_k, dtype: what a call's rows are, and the most pairs that a row has.
         max_rows: most rows of one call.
         device: where the engine's hidden states lie.
-    Raises: HandshakeError if the worker refuses or does not know the token; TransportError if it cannot be reached.
+    Raises: HandshakeError if the worker refuses or has another run secret; TransportError if it is unreachable.
     """
     config = LineConfig(
-        token=token, engine=engine, hidden_size=hidden_size, top_k=top_k, dtype=dtype, max_rows=max_rows
+        run_secret=run_secret, engine=engine, hidden_size=hidden_size, top_k=top_k, dtype=dtype, max_rows=max_rows
     )
     here = endpoint.host_id == host_id()
     ours = torch.device(device)

@@ -1,4 +1,4 @@
-"""Both ends of a new connection prove that they know the run's token, without sending it.
+"""Both ends of a new connection prove that they know the run secret, without sending it.
 
 server → client: nonce; client → server: its proof, a nonce, what it asks for; server → client: its proof (and, for
 shared memory, descriptors). Proofs are HMAC-SHA256. Messages are length-prefixed JSON of at most 4 KiB.
@@ -60,13 +60,13 @@ class Accept(msgspec.Struct, frozen=True, kw_only=True):
     detail: dict[str, str] = {}
 
 
-def prove(token: str, role: Literal["client", "server"], nonce: str) -> str:
-    """What shows that `role` knows the token to the peer that chose `nonce`."""
-    return hmac.digest(token.encode(), f"{role}:{nonce}".encode(), "sha256").hex()
+def prove(run_secret: str, role: Literal["client", "server"], nonce: str) -> str:
+    """Proof that `role` knows the run secret, for the peer that chose `nonce`."""
+    return hmac.digest(run_secret.encode(), f"{role}:{nonce}".encode(), "sha256").hex()
 
 
-def _is_proof(proof: str, token: str, role: Literal["client", "server"], nonce: str) -> bool:
-    return hmac.compare_digest(proof.encode(), prove(token, role, nonce).encode())
+def _is_proof(proof: str, run_secret: str, role: Literal["client", "server"], nonce: str) -> bool:
+    return hmac.compare_digest(proof.encode(), prove(run_secret, role, nonce).encode())
 
 
 def send_message(sock: socket.socket, message: msgspec.Struct, fds: list[int] | None = None) -> None:
@@ -126,18 +126,18 @@ def close_all(fds: list[int]) -> None:
         os.close(fd)
 
 
-def greet(sock: socket.socket, token: str) -> Ask:
+def greet(sock: socket.socket, run_secret: str) -> Ask:
     """Server side, up to the client's proof.
 
-    Raises: HandshakeError if the client does not show the token (it is told so) or stays silent.
+    Raises: HandshakeError if the client does not prove the run secret (it gets an error) or stays silent.
     """
     sock.settimeout(HANDSHAKE_TIMEOUT_S)
     nonce = secrets.token_hex(16)
     send_message(sock, Hello(version=PROTOCOL_VERSION, nonce=nonce))
     ask, _ = receive_message(sock, Ask)
-    if not _is_proof(ask.proof, token, "client", nonce):
-        send_message(sock, Accept(error="the token is not this run's"))
-        raise HandshakeError(f"engine {ask.engine!r} did not show the run's token")
+    if not _is_proof(ask.proof, run_secret, "client", nonce):
+        send_message(sock, Accept(error="the run secret is not this run's"))
+        raise HandshakeError(f"engine {ask.engine!r} did not prove the run secret")
     return ask
 
 
@@ -161,7 +161,7 @@ def rows_bytes_of(ask: Ask) -> int:
 
 def ask_for(
     sock: socket.socket,
-    token: str,
+    run_secret: str,
     *,
     kind: TransportKind,
     engine: str,
@@ -170,7 +170,7 @@ def ask_for(
     detail: dict[str, str] | None = None,
     max_fds: int = 0,
 ) -> tuple[Accept, list[int]]:
-    """Client side, whole. Raises HandshakeError if refused or if the server does not know the token."""
+    """Client side, whole. Raises HandshakeError if refused or if the server does not know the run secret."""
     sock.settimeout(HANDSHAKE_TIMEOUT_S)
     hello, _ = receive_message(sock, Hello)
     if hello.version != PROTOCOL_VERSION:
@@ -180,7 +180,7 @@ def ask_for(
         send_message(
             sock,
             Ask(
-                proof=prove(token, "client", hello.nonce),
+                proof=prove(run_secret, "client", hello.nonce),
                 nonce=nonce,
                 kind=kind,
                 engine=engine,
@@ -195,8 +195,8 @@ def ask_for(
     reason = ""
     if accept.error:
         reason = f"worker refused: {accept.error}"
-    elif not _is_proof(accept.proof, token, "server", nonce):
-        reason = "the worker did not show the run's token"
+    elif not _is_proof(accept.proof, run_secret, "server", nonce):
+        reason = "the worker did not prove the run secret"
     elif len(fds) != max_fds:
         reason = f"the worker passed {len(fds)} descriptors instead of {max_fds}"
     if reason:

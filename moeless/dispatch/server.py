@@ -79,7 +79,7 @@ class DataPlaneServer:
 
     Args:
         compute: called in the server's thread only.
-        token: the run's token, which every peer must show.
+        run_secret: the run's secret, which every peer must prove.
         tcp_host: address to listen on; the port is free choice of the system.
         max_rows: most rows of one call.
         num_experts: experts of each layer, to check calls by.
@@ -92,7 +92,7 @@ class DataPlaneServer:
         compute: Compute,
         *,
         worker: str,
-        token: str,
+        run_secret: str,
         max_rows: int,
         num_experts: list[int],
         tcp_host: str = "127.0.0.1",
@@ -100,7 +100,7 @@ class DataPlaneServer:
         memory: DeviceMemory | None = None,
     ) -> None:
         self._compute = compute
-        self._config = PeerConfig(token=token, max_rows=max_rows, num_experts=tuple(num_experts))
+        self._config = PeerConfig(run_secret=run_secret, max_rows=max_rows, num_experts=tuple(num_experts))
         self._device = torch.device(device)
         self._memory = memory or _memory_of(self._device)
         self._epoll = select.epoll()
@@ -178,7 +178,7 @@ class DataPlaneServer:
 
     def _shake_hands(self, connection: socket.socket) -> None:
         try:
-            peer = self._make_peer(connection, greet(connection, self._config.token))
+            peer = self._make_peer(connection, greet(connection, self._config.run_secret))
         except (TransportError, OSError) as error:
             logger.warning("refused a connection reason=%s", error)
             connection.close()

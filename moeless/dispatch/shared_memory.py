@@ -59,7 +59,7 @@ class SharedMemoryChannel:
             self._socket.connect("\0" + endpoint.unix_address)
             accept, fds = ask_for(
                 self._socket,
-                config.token,
+                config.run_secret,
                 kind=self.kind,
                 engine=config.engine,
                 call_bytes=num_call_bytes,
@@ -198,7 +198,9 @@ class SharedMemoryPeer:
             for name, size in (("moeless-call", ask.call_bytes), ("moeless-answer", ask.answer_bytes)):
                 fds.append(_memfd(name, size))
             detail = self._offer(ask)
-            accept = Accept(proof=prove(config.token, "server", ask.nonce), max_rows=config.max_rows, detail=detail)
+            accept = Accept(
+                proof=prove(config.run_secret, "server", ask.nonce), max_rows=config.max_rows, detail=detail
+            )
             send_message(sock, accept, fds)
         except (OSError, TransportError) as error:
             close_all(fds)

@@ -69,7 +69,7 @@ class TcpChannel:
             _tune(self._socket)
             accept, _ = ask_for(
                 self._socket,
-                config.token,
+                config.run_secret,
                 kind=self.kind,
                 engine=config.engine,
                 call_bytes=num_call_bytes,
@@ -245,7 +245,8 @@ class TcpPeer:
             raise
         try:
             send_message(
-                sock, Accept(proof=prove(config.token, "server", ask.nonce), max_rows=config.max_rows, detail=detail)
+                sock,
+                Accept(proof=prove(config.run_secret, "server", ask.nonce), max_rows=config.max_rows, detail=detail),
             )
             self._meet()
         except (OSError, TransportError):

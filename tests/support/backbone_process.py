@@ -22,7 +22,7 @@ from moeless.functions.feed_forward import FeedForward
 from moeless.functions.pool import InstancePool
 from moeless.packages.backbone import experts_modules, load_backbone
 from moeless.packages.packed_model import PackedModel
-from tests.support.workers import MAX_ROWS, TOKEN
+from tests.support.workers import MAX_ROWS, RUN_SECRET
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def main() -> None:
         {
             name: connect(
                 endpoint,
-                token=TOKEN,
+                run_secret=RUN_SECRET,
                 engine="memory",
                 hidden_size=manifest.layers[0].layout.hidden_size,
                 top_k=manifest.top_k,

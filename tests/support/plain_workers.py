@@ -24,7 +24,7 @@ from moeless.dispatch.cuda_ipc import DeviceMemory
 from moeless.dispatch.server import DataPlaneServer
 from moeless.dispatch.wire import LayerCall, ReceivedCall
 
-TOKEN = "the run's token"
+RUN_SECRET = "the secret of this run"
 HIDDEN_SIZE = 64
 NUM_EXPERTS = 8
 TOP_K = 2
@@ -86,7 +86,7 @@ def random_call(
 def line_config(**changes: Any) -> LineConfig:
     """What an engine opens a line to a plain worker with."""
     settings = {
-        "token": TOKEN,
+        "run_secret": RUN_SECRET,
         "engine": "engine-0",
         "hidden_size": HIDDEN_SIZE,
         "top_k": TOP_K,
@@ -115,7 +115,7 @@ class PlainWorker:
 def running_worker(
     name: str = "worker-0",
     *,
-    token: str = TOKEN,
+    run_secret: str = RUN_SECRET,
     max_rows: int = MAX_ROWS,
     memory: DeviceMemory | None = None,
     device: str = "cpu",
@@ -124,7 +124,7 @@ def running_worker(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.support.plain_workers"])
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, name, token, max_rows, memory, device))
+    process = context.Process(target=_serve, args=(theirs, name, run_secret, max_rows, memory, device))
     process.start()
     theirs.close()
     try:
@@ -136,12 +136,14 @@ def running_worker(
         process.close()
 
 
-def _serve(pipe: Connection, name: str, token: str, max_rows: int, memory: DeviceMemory | None, device: str) -> None:
+def _serve(
+    pipe: Connection, name: str, run_secret: str, max_rows: int, memory: DeviceMemory | None, device: str
+) -> None:
     torch.set_num_threads(1)
     server = DataPlaneServer(
         compute,
         worker=name,
-        token=token,
+        run_secret=run_secret,
         max_rows=max_rows,
         num_experts=[NUM_EXPERTS] * 4,
         memory=memory,

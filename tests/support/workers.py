@@ -27,7 +27,7 @@ from moeless.functions.feed_forward import FeedForward
 from moeless.functions.pool import InstancePool
 from moeless.packages.packed_model import PackedModel
 
-TOKEN = "the token of this test run"
+RUN_SECRET = "the secret of this test run"
 MAX_ROWS = 512
 _REPLY_TIMEOUT_S = 60.0
 
@@ -76,7 +76,7 @@ class WorkerProcess:
             endpoint = msgspec.structs.replace(endpoint, host_id="another machine")
         channel = connect(
             endpoint,
-            token=TOKEN,
+            run_secret=RUN_SECRET,
             engine="test",
             hidden_size=manifest.layers[0].layout.hidden_size,
             top_k=manifest.top_k,
@@ -142,7 +142,7 @@ class _Worker:
         self.may_compute.set()
         self._calls_begun = 0
         self.server = DataPlaneServer(
-            self._compute, worker=name, token=TOKEN, max_rows=MAX_ROWS, num_experts=self.pool.num_experts
+            self._compute, worker=name, run_secret=RUN_SECRET, max_rows=MAX_ROWS, num_experts=self.pool.num_experts
         )
         self.server.start()
 

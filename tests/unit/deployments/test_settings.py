@@ -17,7 +17,7 @@ from moeless.deployments.settings import ServeSettings
 
 
 def settings(**changes: object) -> ServeSettings:
-    return ServeSettings(packed_path="/p", model_id="m", token="secret", **changes)  # type: ignore[arg-type]
+    return ServeSettings(packed_path="/p", model_id="m", run_secret="secret", **changes)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_recording_is_allowed_where_only_this_machine_can_call_or_the_operator_s
     assert settings(host=host, allow_recording=asked).recording_is_allowed is is_allowed
 
 
-def test_keys_and_token_are_not_shown() -> None:
+def test_keys_and_run_secret_are_not_shown() -> None:
     shown = repr(settings(api_keys=("sk-very-private",)))
     assert "secret" not in shown
     assert "sk-very-private" not in shown

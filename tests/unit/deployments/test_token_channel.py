@@ -1,4 +1,4 @@
-"""The line from engine to gateway over real ZeroMQ sockets."""
+"""The token channel, engine to gateway, over real ZeroMQ sockets."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_each_stream_gets_its_deltas_in_order() -> None:
         assert deltas[-1].finish_reason == "stop"
 
 
-def test_messages_without_the_runs_token_or_sense_are_dropped() -> None:
+def test_messages_without_the_run_secret_or_sense_are_dropped() -> None:
     async def scenario() -> list[GenerationDelta]:
         receiver = TokenReceiver("secret", "127.0.0.1")
         receiver.start()

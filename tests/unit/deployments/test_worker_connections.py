@@ -1,4 +1,4 @@
-"""Keeping lines to workers: connecting, noticing a break, connecting again."""
+"""Keeping connections to workers: connecting, noticing a break, connecting again."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from moeless.core.errors import TransportError
-from moeless.deployments.worker_connections import WorkerLinks
+from moeless.deployments.worker_connections import WorkerConnections
 
 
-class Line:
+class BreakableChannel:
     """A channel that can be broken from outside."""
 
     kind = "shm"
@@ -23,7 +23,7 @@ class Line:
 
 
 class Switchboard:
-    """The part of a dispatcher that links use, recording what it was told."""
+    """The part of a dispatcher that the connections use; keeps the channels it was given."""
 
     def __init__(self) -> None:
         self.channels: dict[str, Any] = {}
@@ -48,50 +48,50 @@ def wait_until(condition: Callable[[], bool]) -> None:
         threading.Event().wait(0.01)
 
 
-def test_a_broken_line_is_left_out_and_replaced() -> None:
+def test_a_broken_channel_is_left_out_and_replaced() -> None:
     board = Switchboard()
     refused = threading.Event()
     refused.set()
-    opened: list[Line] = []
+    opened: list[BreakableChannel] = []
 
     def connect() -> Any:
         if refused.is_set():
             raise TransportError("not yet")
-        opened.append(Line())
+        opened.append(BreakableChannel())
         return opened[-1]
 
-    links = WorkerLinks(board, {"worker-0": connect}, keep_alive_s=30.0)  # type: ignore[arg-type]
-    links.start()
-    assert not links.were_all_connected
+    connections = WorkerConnections(board, {"worker-0": connect}, keep_alive_s=30.0)  # type: ignore[arg-type]
+    connections.start()
+    assert not connections.were_all_connected
     refused.clear()
-    wait_until(lambda: links.were_all_connected)
-    assert links.is_connected("worker-0")
+    wait_until(lambda: connections.were_all_connected)
+    assert connections.is_connected("worker-0")
 
     refused.set()
     opened[0].is_broken = True
     wait_until(lambda: {} in board.history)
-    assert not links.is_connected("worker-0")
-    assert links.were_all_connected, "an engine that was ready stays ready: its own copies answer"
+    assert not connections.is_connected("worker-0")
+    assert connections.were_all_connected, "an engine that was ready stays ready: its own copies answer"
 
     refused.clear()
-    wait_until(lambda: links.is_connected("worker-0"))
+    wait_until(lambda: connections.is_connected("worker-0"))
     assert opened[1] is board.channels["worker-0"]
     wait_until(lambda: board.num_sweeps > 0)
-    links.stop()
+    connections.stop()
 
 
 def test_an_engine_without_workers_is_connected_at_once_and_keeps_its_experts() -> None:
     board = Switchboard()
-    links = WorkerLinks(board, {}, keep_alive_s=None)  # type: ignore[arg-type]
-    links.start()
-    assert links.were_all_connected
-    links.stop()
+    connections = WorkerConnections(board, {}, keep_alive_s=None)  # type: ignore[arg-type]
+    connections.start()
+    assert connections.were_all_connected
+    connections.stop()
     assert board.num_sweeps == 0
 
 
 def test_copies_beside_functions_that_are_called_by_handle_are_swept_too() -> None:
     board = Switchboard()
-    links = WorkerLinks(board, {}, keep_alive_s=30.0)  # type: ignore[arg-type]
-    links.start()
+    connections = WorkerConnections(board, {}, keep_alive_s=30.0)  # type: ignore[arg-type]
+    connections.start()
     wait_until(lambda: board.num_sweeps > 0)
-    links.stop()
+    connections.stop()

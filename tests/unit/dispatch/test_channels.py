@@ -79,12 +79,12 @@ def test_engines_that_share_a_worker_get_their_own_answers(worker: PlainWorker, 
 
 
 def test_an_engine_without_the_token_is_refused(worker: PlainWorker, open_line: Opener) -> None:
-    with pytest.raises(HandshakeError, match="the token is not this run's"):
-        open_line(worker.endpoint, token="another run's token")
+    with pytest.raises(HandshakeError, match="the run secret is not this run's"):
+        open_line(worker.endpoint, run_secret="another run's secret")
 
 
 def test_a_worker_without_the_token_is_refused(open_line: Opener) -> None:
-    with running_worker(token="another run's token") as stranger, pytest.raises(HandshakeError):
+    with running_worker(run_secret="another run's secret") as stranger, pytest.raises(HandshakeError):
         open_line(stranger.endpoint)
 
 
@@ -212,11 +212,11 @@ def test_a_hundred_connections_leave_no_descriptor_behind(open_line: Opener) -> 
         connect_once()
         ours = num_own_fds()
         with pytest.raises(HandshakeError):
-            open_line(busy.endpoint, token="wrong")
+            open_line(busy.endpoint, run_secret="wrong")
         theirs = busy.num_fds()
         for _ in range(100):
             connect_once()
         with pytest.raises(HandshakeError):
-            open_line(busy.endpoint, token="wrong")
+            open_line(busy.endpoint, run_secret="wrong")
         assert num_own_fds() <= ours
         wait_until(lambda: busy.num_fds() <= theirs)

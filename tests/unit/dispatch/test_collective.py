@@ -68,8 +68,8 @@ def test_engines_that_share_a_worker_get_their_own_answers(worker: PlainWorker) 
 
 
 def test_an_engine_without_the_token_is_refused(worker: PlainWorker) -> None:
-    with pytest.raises(HandshakeError, match="the token is not this run's"):
-        open_line(worker.endpoint, token="another run's token")
+    with pytest.raises(HandshakeError, match="the run secret is not this run's"):
+        open_line(worker.endpoint, run_secret="another run's secret")
 
 
 def test_an_error_answer_brings_no_rows_and_the_line_goes_on(worker: PlainWorker) -> None:

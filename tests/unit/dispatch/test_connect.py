@@ -12,7 +12,7 @@ import torch
 from moeless.core.errors import HandshakeError, TransportError
 from moeless.dispatch.channel import Channel, WorkerEndpoint
 from moeless.dispatch.connect import connect
-from tests.support.plain_workers import HIDDEN_SIZE, MAX_ROWS, TOKEN, TOP_K, expected, random_call, running_worker
+from tests.support.plain_workers import HIDDEN_SIZE, MAX_ROWS, RUN_SECRET, TOP_K, expected, random_call, running_worker
 
 
 @pytest.fixture(scope="module")
@@ -21,10 +21,10 @@ def endpoint() -> Iterator[WorkerEndpoint]:
         yield worker.endpoint
 
 
-def open_line(endpoint: WorkerEndpoint, *, token: str = TOKEN, device: str = "cpu") -> Channel:
+def open_line(endpoint: WorkerEndpoint, *, run_secret: str = RUN_SECRET, device: str = "cpu") -> Channel:
     return connect(
         endpoint,
-        token=token,
+        run_secret=run_secret,
         engine="engine-0",
         hidden_size=HIDDEN_SIZE,
         top_k=TOP_K,
@@ -56,8 +56,8 @@ def test_the_fastest_transport_that_reaches_the_worker(
 
 def test_a_worker_that_refuses_is_not_asked_again_over_another_transport(endpoint: WorkerEndpoint) -> None:
     nowhere_else = msgspec.structs.replace(endpoint, tcp_port=1)
-    with pytest.raises(HandshakeError, match="the token is not this run's"):
-        open_line(nowhere_else, token="wrong")
+    with pytest.raises(HandshakeError, match="the run secret is not this run's"):
+        open_line(nowhere_else, run_secret="wrong")
 
 
 def test_a_worker_that_cannot_be_reached_at_all_is_a_transport_error(endpoint: WorkerEndpoint) -> None:

@@ -19,7 +19,7 @@ from moeless.dispatch.shared_memory import SharedMemoryChannel
 from tests.support.plain_workers import (
     HANGING_LAYER,
     MAX_ROWS,
-    TOKEN,
+    RUN_SECRET,
     UNAVAILABLE_LAYER,
     PlainWorker,
     expected,
@@ -161,7 +161,9 @@ def test_a_wish_that_cannot_be_granted_is_refused_in_words(
     with socket.socket(socket.AF_UNIX) as sock:
         sock.connect("\0" + worker.endpoint.unix_address)
         with pytest.raises(HandshakeError, match=message):
-            ask_for(sock, TOKEN, kind="cuda-ipc", engine="e", call_bytes=64, answer_bytes=64, detail=detail, max_fds=4)
+            ask_for(
+                sock, RUN_SECRET, kind="cuda-ipc", engine="e", call_bytes=64, answer_bytes=64, detail=detail, max_fds=4
+            )
 
 
 def test_a_worker_without_a_device_refuses() -> None:

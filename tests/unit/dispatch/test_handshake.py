@@ -1,4 +1,4 @@
-"""Who may speak to whom: both sides must show the token, and nobody can hold the other up."""
+"""Who may speak to whom: both sides must prove the run secret, and nobody can hold the other up."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moeless.dispatch import handshake
 from moeless.dispatch.handshake import Accept, Ask, Hello, ask_for, greet, prove, receive_message, send_message
 
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-TOKEN = "the run's token"
+RUN_SECRET = "the secret of this run"
 
 
 @pytest.fixture
@@ -34,14 +34,14 @@ def other_side() -> Iterator[ThreadPoolExecutor]:
         yield executor
 
 
-def ask(sock: socket.socket, token: str = TOKEN, *, max_fds: int = 0) -> tuple[Accept, list[int]]:
-    return ask_for(sock, token, kind="shm", engine="engine-0", call_bytes=64, answer_bytes=64, max_fds=max_fds)
+def ask(sock: socket.socket, run_secret: str = RUN_SECRET, *, max_fds: int = 0) -> tuple[Accept, list[int]]:
+    return ask_for(sock, run_secret, kind="shm", engine="engine-0", call_bytes=64, answer_bytes=64, max_fds=max_fds)
 
 
-def welcome(sock: socket.socket, token: str = TOKEN, fds: list[int] | None = None) -> Ask:
+def welcome(sock: socket.socket, run_secret: str = RUN_SECRET, fds: list[int] | None = None) -> Ask:
     """A whole server side that grants everything."""
-    asked = greet(sock, token)
-    send_message(sock, Accept(proof=prove(token, "server", asked.nonce), max_rows=7), fds)
+    asked = greet(sock, run_secret)
+    send_message(sock, Accept(proof=prove(run_secret, "server", asked.nonce), max_rows=7), fds)
     return asked
 
 
@@ -58,7 +58,7 @@ def test_descriptors_come_with_the_acceptance_and_are_not_inherited(
     ends: tuple[socket.socket, socket.socket], other_side: ThreadPoolExecutor
 ) -> None:
     reading, writing = os.pipe()
-    other_side.submit(welcome, ends[1], TOKEN, [writing])
+    other_side.submit(welcome, ends[1], RUN_SECRET, [writing])
     _, fds = ask(ends[0], max_fds=1)
     os.write(fds[0], b"here")
     assert os.read(reading, 4) == b"here"
@@ -69,10 +69,10 @@ def test_descriptors_come_with_the_acceptance_and_are_not_inherited(
 def test_a_client_without_the_token_is_refused_and_told_so(
     ends: tuple[socket.socket, socket.socket], other_side: ThreadPoolExecutor
 ) -> None:
-    asked = other_side.submit(greet, ends[1], TOKEN)
-    with pytest.raises(HandshakeError, match="the token is not this run's"):
+    asked = other_side.submit(greet, ends[1], RUN_SECRET)
+    with pytest.raises(HandshakeError, match="the run secret is not this run's"):
         ask(ends[0], "a guess")
-    with pytest.raises(HandshakeError, match="engine 'engine-0' did not show the run's token"):
+    with pytest.raises(HandshakeError, match="engine 'engine-0' did not prove the run secret"):
         asked.result()
 
 
@@ -85,7 +85,7 @@ def test_a_server_without_the_token_is_noticed(
         send_message(sock, Accept(proof=asked.proof))  # the best that it can do is to send back what it got
 
     other_side.submit(pretend, ends[1])
-    with pytest.raises(HandshakeError, match="the worker did not show the run's token"):
+    with pytest.raises(HandshakeError, match="the worker did not prove the run secret"):
         ask(ends[0])
 
 
@@ -97,8 +97,8 @@ def test_a_worker_of_another_protocol_is_refused(ends: tuple[socket.socket, sock
 
 def test_a_proof_outside_ascii_is_a_wrong_proof(ends: tuple[socket.socket, socket.socket]) -> None:
     send_message(ends[0], Ask(proof="é", nonce="n", kind="shm", engine="e"))
-    with pytest.raises(HandshakeError, match="did not show the run's token"):
-        greet(ends[1], TOKEN)
+    with pytest.raises(HandshakeError, match="did not prove the run secret"):
+        greet(ends[1], RUN_SECRET)
 
 
 @pytest.mark.parametrize("num_fds", [0, 2])
@@ -108,7 +108,7 @@ def test_a_wrong_number_of_descriptors_is_refused_and_none_stays_open(
     null = os.open(os.devnull, os.O_RDONLY)
     other_side.submit(lambda: None).result()  # the thread is there
     before = psutil.Process().num_fds()
-    asked = other_side.submit(welcome, ends[1], TOKEN, [null] * num_fds)
+    asked = other_side.submit(welcome, ends[1], RUN_SECRET, [null] * num_fds)
     with pytest.raises(HandshakeError, match="descriptors instead of 3"):
         ask(ends[0], max_fds=3)
     asked.result()
@@ -132,7 +132,7 @@ def test_a_peer_that_hangs_up_halfway_is_noticed(ends: tuple[socket.socket, sock
 def test_a_silent_peer_is_given_up(ends: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(handshake, "HANDSHAKE_TIMEOUT_S", 0.05)
     with pytest.raises(HandshakeError, match="timed out"):
-        greet(ends[1], TOKEN)
+        greet(ends[1], RUN_SECRET)
 
 
 def test_a_peer_that_sends_a_byte_now_and_then_is_given_up(
@@ -167,8 +167,8 @@ def test_no_bytes_raise_anything_but_a_handshake_error(data: bytes, as_message: 
         client.sendall(struct.pack("<I", len(data)) + data if as_message else data)
         client.shutdown(socket.SHUT_WR)
         with pytest.raises(HandshakeError):
-            greet(server, TOKEN)
+            greet(server, RUN_SECRET)
 
 
 def test_the_proofs_of_the_two_roles_differ() -> None:
-    assert prove(TOKEN, "client", "n") != prove(TOKEN, "server", "n")
+    assert prove(RUN_SECRET, "client", "n") != prove(RUN_SECRET, "server", "n")

@@ -17,7 +17,7 @@ from tests.support.plain_workers import (
     HANGING_LAYER,
     HIDDEN_SIZE,
     MAX_ROWS,
-    TOKEN,
+    RUN_SECRET,
     TOP_K,
     UNAVAILABLE_LAYER,
     expected,
@@ -32,7 +32,7 @@ LONG_S = 60.0
 def open_line(endpoint: WorkerEndpoint, *, dtype: torch.dtype = torch.bfloat16) -> Channel:
     return connect(
         endpoint,
-        token=TOKEN,
+        run_secret=RUN_SECRET,
         engine="engine-0",
         hidden_size=HIDDEN_SIZE,
         top_k=TOP_K,

@@ -22,7 +22,7 @@ from moeless.dispatch.wire import ReceivedCall
 from tests.support.plain_workers import (
     MAX_ROWS,
     NUM_EXPERTS,
-    TOKEN,
+    RUN_SECRET,
     compute,
     expected,
     line_config,
@@ -34,7 +34,9 @@ LONG_S = 60.0
 
 
 def make_server(function: Callable[[ReceivedCall], torch.Tensor] = compute) -> DataPlaneServer:
-    return DataPlaneServer(function, worker="worker-0", token=TOKEN, max_rows=MAX_ROWS, num_experts=[NUM_EXPERTS] * 4)
+    return DataPlaneServer(
+        function, worker="worker-0", run_secret=RUN_SECRET, max_rows=MAX_ROWS, num_experts=[NUM_EXPERTS] * 4
+    )
 
 
 @pytest.fixture
@@ -91,7 +93,7 @@ def test_strangers_that_speak_something_else_are_hung_up_on(server: DataPlaneSer
 
 def test_a_transport_is_refused_on_the_wrong_socket(server: DataPlaneServer) -> None:
     with stranger(server) as sock, pytest.raises(HandshakeError, match="transport shm is not served on this socket"):
-        ask_for(sock, TOKEN, kind="shm", engine="e", call_bytes=64, answer_bytes=64, max_fds=4)
+        ask_for(sock, RUN_SECRET, kind="shm", engine="e", call_bytes=64, answer_bytes=64, max_fds=4)
     assert_serves(server)
 
 

@@ -15,7 +15,7 @@ from moeless.core.errors import HandshakeError
 from moeless.dispatch.handshake import ask_for, close_all
 from moeless.dispatch.shared_memory import SharedMemoryChannel
 from tests.support.plain_workers import (
-    TOKEN,
+    RUN_SECRET,
     PlainWorker,
     expected,
     line_config,
@@ -36,7 +36,7 @@ def open_line(worker: PlainWorker) -> SharedMemoryChannel:
 
 def ask_for_areas(sock: socket.socket, worker: PlainWorker, *, num_bytes: int) -> list[int]:
     sock.connect("\0" + worker.endpoint.unix_address)
-    _, fds = ask_for(sock, TOKEN, kind="shm", engine="e", call_bytes=num_bytes, answer_bytes=num_bytes, max_fds=4)
+    _, fds = ask_for(sock, RUN_SECRET, kind="shm", engine="e", call_bytes=num_bytes, answer_bytes=num_bytes, max_fds=4)
     return fds
 
 

@@ -17,7 +17,7 @@ from moeless.dispatch.wire import Frame, LayerCall
 from tests.support.plain_workers import (
     HIDDEN_SIZE,
     MAX_ROWS,
-    TOKEN,
+    RUN_SECRET,
     PlainWorker,
     expected,
     line_config,
@@ -42,7 +42,7 @@ def open_line(worker: PlainWorker, *, hidden_size: int = HIDDEN_SIZE, max_rows: 
 def plain_socket(worker: PlainWorker, *, num_bytes: int = 1 << 20) -> Iterator[socket.socket]:
     """A socket after the handshake, to send what no TcpChannel sends."""
     with socket.create_connection((worker.endpoint.tcp_host, worker.endpoint.tcp_port)) as sock:
-        ask_for(sock, TOKEN, kind="tcp", engine="plain", call_bytes=num_bytes, answer_bytes=num_bytes)
+        ask_for(sock, RUN_SECRET, kind="tcp", engine="plain", call_bytes=num_bytes, answer_bytes=num_bytes)
         sock.settimeout(LONG_S)
         yield sock
 

@@ -1,4 +1,4 @@
-"""The gateway's end of the lines to an engine, when the engine or the client goes away at a bad moment."""
+"""The gateway's end of the channels to an engine, when the engine or the client goes away at a bad moment."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import torch
 
 from moeless.core.errors import RecordingError, RequestError
 from moeless.core.recording import RecordingOptions
-from moeless.deployments.recordings import RemoteRecordings, answer
+from moeless.deployments.rpc import RemoteRecordings, answer_recording
 from moeless.engine.observing import RowSpan, StepObservers
 from moeless.engine.recording_service import LocalRecordings, Recordings
 from moeless.engine.sequence import Sequence
@@ -32,7 +32,7 @@ class Engine:
 
     async def call(self, method: str, *args: Any, timeout_s: float = 10.0) -> bytes:
         assert method == "recording"
-        return await answer(self.recordings, *args)
+        return await answer_recording(self.recordings, *args)
 
     def compute(self) -> None:
         sequence = Sequence(request("r", [1, 2, 3]), eos_ids=frozenset(), texts=TokenTexts(make_tokenizer()))

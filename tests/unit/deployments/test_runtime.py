@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moeless.deployments.deferred import DeferredReplica
+from moeless.deployments.runtime import DeferredReplica
 
 closed: list[str] = []
 
