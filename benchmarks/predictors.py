@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from moeless.cli.predict import evaluation_table
+from moeless.cli.predict_eval import evaluation_table
 from moeless_predictors.evaluation import EvaluationConfig, evaluate
 from moeless_predictors.fitting import FitConfig
 from moeless_predictors.traces import ImportOptions, RoutingTrace, concat, import_trace

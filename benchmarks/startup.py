@@ -29,7 +29,7 @@ packed = resolve_model(sys.argv[1])
 marks.append(("importing ray, engine and gateway", time.time()))
 prepare_environment()
 import threading
-from moeless.cli import _wait_until_ready
+from moeless.cli.serve import wait_until_ready
 from moeless.deployments.application import running
 settings = ServeSettings(
     packed_path=str(packed.path),
@@ -40,7 +40,7 @@ settings = ServeSettings(
 )
 with running(packed.manifest, settings, on_phase=lambda phase: marks.append((phase, time.time()))):
     marks.append(("engine reaches its workers", time.time()))
-    _wait_until_ready(f"http://127.0.0.1:{settings.port}", threading.Event())
+    wait_until_ready(f"http://127.0.0.1:{settings.port}", threading.Event())
     marks.append(("ready", time.time()))
     print("MARKS " + json.dumps(marks), flush=True)
     sys.stdin.readline()

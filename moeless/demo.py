@@ -18,7 +18,7 @@ import httpx
 import openai
 from rich.console import Console
 
-from moeless.cli import experts_table
+from moeless.cli.experts import experts_table
 from moeless.deployments.runtime import free_port
 
 MODEL = "moeless-mini"

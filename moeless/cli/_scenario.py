@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Concatenate, ParamSpec, get_ty
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from moeless.cli._console import progress_of, say_aside, stdout
 from moeless.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,9 +28,6 @@ if TYPE_CHECKING:
     from moeless.simulate.settings import ScenarioSettings
     from moeless.simulate.systems import StandardConfig
     from moeless_predictors.traces import ArrivalTrace, RoutingTrace
-
-_stdout = Console()
-_stderr = Console(stderr=True)
 
 _DEFAULT_DURATION_S = 60.0
 _RENAMED = {
@@ -219,7 +215,7 @@ def _recorded(options: ScenarioOptions, path: Path) -> ArrivalTrace:
             raise ConfigError(f"--arrivals must hold arrivals, but {path} holds {kind_of(path)}")
         imported = import_trace(path)
         for notice in imported.notices:
-            _stderr.print(f"note: {notice}", highlight=False, markup=False, soft_wrap=True)
+            say_aside(f"note: {notice}")
         if not isinstance(imported.trace, ArrivalTrace):
             raise ConfigError(f"--arrivals must hold arrivals, but {path} holds routing")
         found = imported.trace
@@ -316,15 +312,6 @@ def options_named() -> Iterator[None]:
         raise ConfigError(f"{_OPTIONS[stem]}{colon}{space}{rest}") from error
 
 
-@contextmanager
-def progress_of(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar that is moved by calls with what is done and all there is; none where nobody looks."""
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=_stderr, transient=True, disable=not _stderr.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
 def show_table(table: TextTable) -> None:
     """Print it, the first column to the left and the others to the right."""
     shown = Table(title=table.title, caption=table.note, box=SIMPLE_HEAD, padding=0, show_edge=False)
@@ -332,9 +319,4 @@ def show_table(table: TextTable) -> None:
         shown.add_column(header, justify="left" if header == table.headers[0] else "right", no_wrap=True)
     for row in table.rows:
         shown.add_row(*row)
-    _stdout.print(shown)
-
-
-def say(text: str) -> None:
-    """Print a line as it is, however long."""
-    _stdout.print(text, highlight=False, markup=False, soft_wrap=True)
+    stdout.print(shown)

@@ -9,16 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moeless.cli._console import told_in_one_line
+from moeless.cli._console import one_line_errors, progress_of, say
 from moeless.cli._scenario import (
     ScenarioOptions,
     checked_slo,
     options_named,
-    progress_of,
     read_arrivals,
     read_config,
     read_routing,
-    say,
     settings_of,
     show_table,
     with_scenario_options,
@@ -63,7 +61,7 @@ def plan_command(
     from moeless.simulate.sizing import USUAL, SizingCase, SizingConfig, checked_systems, sized, worker_memory
     from moeless.simulate.systems import routing_statistics
 
-    with told_in_one_line(), options_named():
+    with one_line_errors(), options_named():
         config = SizingConfig(slo=checked_slo(ttft_slo, tpot_slo), attainment=attainment, max_workers=max_workers)
         if worker_hour_cost is not None and not 0 < worker_hour_cost < math.inf:
             raise ConfigError(f"worker_hour_cost must be above 0 and finite, got {worker_hour_cost}")

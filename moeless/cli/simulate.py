@@ -9,16 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moeless.cli._console import told_in_one_line
+from moeless.cli._console import one_line_errors, progress_of, say
 from moeless.cli._scenario import (
     ScenarioOptions,
     checked_slo,
     options_named,
-    progress_of,
     read_arrivals,
     read_config,
     read_routing,
-    say,
     settings_of,
     show_table,
     with_scenario_options,
@@ -52,7 +50,7 @@ def simulate_command(
     from moeless.simulate.settings import described, make_scenario
     from moeless.simulate.systems import STANDARD, described_policies, standard_policies
 
-    with told_in_one_line(), options_named():
+    with one_line_errors(), options_named():
         slo = _slo(ttft_slo, tpot_slo)
         settings = settings_of(options, workers=workers, memory_per_worker=memory_per_worker)
         names = list(STANDARD) if policies is None else [name.strip() for name in policies.split(",")]

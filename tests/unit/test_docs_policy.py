@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.alias_generators import to_camel
 from typer.testing import CliRunner
 
-from moeless.cli.policy import policy_app
+from moeless.cli.app import policy_app
 from moeless.core.errors import ConfigError
 from moeless.core.policy import (
     AffinityPlacer,

@@ -12,7 +12,7 @@ import pytest
 from msgspec.structs import replace
 from typer.testing import CliRunner, Result
 
-from moeless.cli import app
+from moeless.cli.app import app
 from moeless.core.errors import ConfigError
 from moeless.simulate.recommend import CapacityReport
 from moeless.simulate.report.tables import capacity_notes, capacity_tables, plan_notes
@@ -235,7 +235,7 @@ def test_planning_needs_neither_torch_nor_ray(trace: Path) -> None:
     program = f"""
 import sys
 from typer.testing import CliRunner
-from moeless.cli import app
+from moeless.cli.app import app
 done = CliRunner().invoke(app, {["plan", str(trace), *map(str, (*SMALL, *SLO)), "--systems", "static,moeless"]!r})
 assert done.exit_code == 0, done.output
 print(*sorted({{"torch", "ray", "transformers", "matplotlib"}} & set(sys.modules)))

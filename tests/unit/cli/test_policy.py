@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from moeless.cli.policy import policy_app
+from moeless.cli.app import policy_app
 from moeless.core.errors import ConfigError
 from moeless.core.policy import policy_schema
 

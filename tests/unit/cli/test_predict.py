@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from moeless.cli.predict import predict_app
+from moeless.cli.app import predict_app
 from moeless.core.errors import ConfigError
 from moeless_predictors.predictor_set import PredictorSet
 from moeless_predictors.traces.synthetic import synthetic_trace

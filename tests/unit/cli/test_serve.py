@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from moeless import cli
+from moeless.cli.serve import BreakableStart
 from tests.families import make_checkpoint
 
 
@@ -101,7 +101,7 @@ def test_experts_of_a_server_that_is_not_there_is_one_line() -> None:
 def test_an_interrupt_breaks_off_a_start_but_not_a_server_that_answers(is_serving: bool, breaks: bool) -> None:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        start = cli._BreakableStart(lambda phase: None, is_serving=lambda: is_serving)
+        start = BreakableStart(lambda phase: None, is_serving=lambda: is_serving)
         start.begin_phase("starting engine, workers and gateway")
         with pytest.raises(KeyboardInterrupt) if breaks else nullcontext():
             signal.raise_signal(signal.SIGINT)

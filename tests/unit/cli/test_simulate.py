@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from typer.testing import CliRunner, Result
 
-from moeless.cli import app
+from moeless.cli.app import app
 from moeless.core.errors import ConfigError
 from moeless.simulate.report.results import SimulationReport
 from moeless.simulate.report.tables import comparison_tables
@@ -260,7 +260,7 @@ def test_simulating_needs_neither_torch_nor_ray(trace: Path) -> None:
     program = f"""
 import sys
 from typer.testing import CliRunner
-from moeless.cli import app
+from moeless.cli.app import app
 done = CliRunner().invoke(app, {["simulate", str(trace), *map(str, SMALL), "--policies", "static,moeless"]!r})
 assert done.exit_code == 0, done.output
 print(*sorted({{"torch", "ray", "transformers", "matplotlib"}} & set(sys.modules)))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from moeless.cli.trace import trace_app
+from moeless.cli.app import trace_app
 from moeless.core.errors import ConfigError
 from moeless_predictors.traces import PREFILL, RoutingTrace, synthetic_trace
 

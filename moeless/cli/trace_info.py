@@ -1,73 +1,24 @@
-"""`moeless trace`: make traces of other files, tell what is in one, and record (cli/record.py). docs/traces.md."""
+"""`moeless trace info`: check a trace and print its statistics. docs/traces.md."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from moeless.cli._console import told_in_one_line
-from moeless.cli.record import record
+from moeless.cli._console import one_line_errors, say, stdout
 from moeless.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from moeless_predictors.traces import ArrivalTrace, RoutingTrace
     from moeless_predictors.traces.statistics import ArrivalStatistics, RoutingStatistics
 
-trace_app = typer.Typer(no_args_is_help=True, help="Routing and arrival traces: import, record, look inside.")
-trace_app.command()(record)
-_stdout = Console()
-_stderr = Console(stderr=True)
 
-
-class Phase(StrEnum):
-    """What a model does when it routes a token: reads the prompt, or writes."""
-
-    DECODE = "decode"
-    PREFILL = "prefill"
-
-
-@trace_app.command("import")
-def import_(
-    source: Annotated[Path, typer.Argument(help="NPZ, CSV or JSON lines, also gzipped: see docs/traces.md.")],
-    out: Annotated[Path, typer.Argument(help="Trace to write.")],
-    model: Annotated[str | None, typer.Option(help="Name of the model; default: the source's name.")] = None,
-    phase: Annotated[Phase, typer.Option(help="Phase of the tokens where the source does not say.")] = Phase.DECODE,
-    num_experts: Annotated[
-        int | None, typer.Option(min=1, help="Experts of a layer; default: by the highest that the source names.")
-    ] = None,
-    origin: Annotated[
-        str | None, typer.Option(help="Where the source comes from, in words, kept in the trace; default: its name.")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Write over OUT if it exists.")] = False,
-) -> None:
-    """Make a trace of a routing file or an arrival file; which shape it has is told by its content."""
-    from moeless_predictors.traces import DECODE, PREFILL, ImportOptions, import_trace
-
-    if out.exists() and not overwrite:
-        raise ConfigError(f"OUT must not exist unless --overwrite is given, got {out}")
-    options = ImportOptions(
-        model=model,
-        phase=PREFILL if phase is Phase.PREFILL else DECODE,
-        num_experts=num_experts,
-        source=origin,
-    )
-    with told_in_one_line():
-        imported = import_trace(source, options)
-        imported.trace.save(out)
-    for notice in imported.notices:
-        _stderr.print(f"note: {notice}", highlight=False, markup=False, soft_wrap=True)
-    _say(f"{out}: {_summary(imported.trace)}")
-
-
-@trace_app.command()
-def info(
+def info_command(
     trace: Annotated[Path, typer.Argument(help="Trace that `import` or `record` wrote.")],
     json_: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
     heatmap: Annotated[Path | None, typer.Option(help="Draw the load of layers x experts into this PNG.")] = None,
@@ -76,7 +27,7 @@ def info(
     from moeless_predictors.traces import ArrivalTrace, RoutingTrace, kind_of
     from moeless_predictors.traces.statistics import arrival_statistics, routing_statistics
 
-    with told_in_one_line():
+    with one_line_errors():
         figures: dict[str, Any]
         if kind_of(trace) == "arrivals":
             if heatmap is not None:
@@ -84,23 +35,23 @@ def info(
             arrivals = ArrivalTrace.open(trace)
             of_arrivals = arrival_statistics(arrivals)
             figures = {"kind": "arrivals", "source": arrivals.source, **asdict(of_arrivals)}
-            _say(f"{trace}: {_summary(arrivals)}")
-            _stdout.print(arrivals_table(of_arrivals))
+            say(f"{trace}: {summary(arrivals)}")
+            stdout.print(arrivals_table(of_arrivals))
         else:
             routing = RoutingTrace.open(trace)
             of_routing = routing_statistics(routing)
             figures = {"kind": "routing", **asdict(routing.metadata), **asdict(of_routing)}
-            _say(f"{trace}: {_summary(routing)}")
-            _say(_columns_line(routing))
-            _stdout.print(routing_table(of_routing))
+            say(f"{trace}: {summary(routing)}")
+            say(_columns_line(routing))
+            stdout.print(routing_table(of_routing))
             if heatmap is not None:
                 from moeless_predictors.traces.plots import save_load_heatmap
 
                 save_load_heatmap(routing, heatmap)
-                _say(f"heat map: {heatmap}")
+                say(f"heat map: {heatmap}")
         if json_ is not None:
             json_.write_text(json.dumps(figures, indent=2) + "\n")
-            _say(f"figures: {json_}")
+            say(f"figures: {json_}")
 
 
 def routing_table(statistics: RoutingStatistics) -> Table:
@@ -149,7 +100,8 @@ def arrivals_table(statistics: ArrivalStatistics) -> Table:
     return table
 
 
-def _summary(trace: RoutingTrace | ArrivalTrace) -> str:
+def summary(trace: RoutingTrace | ArrivalTrace) -> str:
+    """One line on a trace: its model and size, or its number of requests."""
     from moeless_predictors.traces import ArrivalTrace
 
     if isinstance(trace, ArrivalTrace):
@@ -184,7 +136,3 @@ def _columns_line(trace: RoutingTrace) -> str:
 
 def _cell(value: float | None) -> str:
     return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.3f}"
-
-
-def _say(text: str) -> None:
-    _stdout.print(text, highlight=False, markup=False, soft_wrap=True)

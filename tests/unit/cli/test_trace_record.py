@@ -16,8 +16,8 @@ import pytest
 import uvicorn
 from typer.testing import CliRunner, Result
 
-from moeless.cli import record
-from moeless.cli.trace import trace_app
+from moeless.cli import trace_record
+from moeless.cli.app import trace_app
 from moeless.core.errors import ConfigError, MoelessError
 from moeless.core.generation import ModelInfo
 from moeless.engine.config import EngineConfig
@@ -273,7 +273,7 @@ def test_recording_goes_on_while_it_waits(
             while time.monotonic() < ends_s:
                 server.complete("and on")
 
-    monkeypatch.setattr(record.time, "sleep", wait)
+    monkeypatch.setattr(trace_record.time, "sleep", wait)
     ends_s = time.monotonic() + 0.3
     options = {"for a while": ["--seconds", 0.3], "until Ctrl-C": [], "until it is full": ["--max-tokens", 14]}[how]
     result = server.record(out, "--token-ids", *options)

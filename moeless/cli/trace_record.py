@@ -1,4 +1,4 @@
-"""`moeless trace record`: the routing of what a server computes, or of prompts in a file. Attached by cli/trace.py."""
+"""`moeless trace record`: the routing of what a server computes, or of prompts in a file. docs/serving.md."""
 
 from __future__ import annotations
 
@@ -14,12 +14,9 @@ from typing import Annotated, Any
 
 import httpx
 import typer
-from rich.console import Console
 
+from moeless.cli._console import say, stderr
 from moeless.core.errors import ConfigError, MoelessError
-
-_stdout = Console()
-_stderr = Console(stderr=True)
 
 _ENDPOINT = "/v1/traces/recording"
 _CALL_TIMEOUT_S = 30.0
@@ -36,7 +33,7 @@ class Only(StrEnum):
     DUMP = "dump"
 
 
-def record(
+def record_command(
     out: Annotated[Path | None, typer.Argument(help="Trace to write; not needed with --only start or stop.")] = None,
     prompts: Annotated[
         Path | None,
@@ -148,7 +145,7 @@ def _record_prompts(out: Path, path: Path, model: str | None, run: dict[str, Any
     from moeless.packages.source import resolve_model
 
     asked = PromptRun(**run)
-    with _stderr.status("loading the model") as status:
+    with stderr.status("loading the model") as status:
         packed = resolve_model(model)
         trace = record_prompts(
             packed,
@@ -160,7 +157,7 @@ def _record_prompts(out: Path, path: Path, model: str | None, run: dict[str, Any
         )
         with _writing(out):
             trace.save(out)
-    _say(f"{out}: {trace.num_tokens:,} tokens in {trace.num_sequences:,} sequences")
+    say(f"{out}: {trace.num_tokens:,} tokens in {trace.num_sequences:,} sequences")
 
 
 # -- a server's requests -----------------------------------------------------------------------------------------------
@@ -175,22 +172,22 @@ def _record_server(
         _wait(server, seconds)
     if only is None or only is Only.STOP:
         status = _ask(server, "POST", "/stop")
-        _say(f"recorded {status['num_tokens']:,} tokens in {status['num_steps']:,} steps")
+        say(f"recorded {status['num_tokens']:,} tokens in {status['num_steps']:,} steps")
     if only is None or only is Only.DUMP:
         assert out is not None
         num_bytes = _download(server, out)
-        _say(f"{out}: {num_bytes:,} bytes")
+        say(f"{out}: {num_bytes:,} bytes")
     if only is None:
         _ask(server, "DELETE", "")
     if only is Only.START:
-        _say(f"recording on {server.base_url}; stop it with: moeless trace record --only stop")
+        say(f"recording on {server.base_url}; stop it with: moeless trace record --only stop")
 
 
 def _wait(server: httpx.Client, seconds: float | None) -> None:
     """Until the time is over, the recording is full, or Ctrl-C."""
     ends_s = None if seconds is None else time.monotonic() + seconds
     until = "until Ctrl-C" if seconds is None else f"for {seconds:g} s"
-    with _stderr.status(f"recording {until}") as shown:
+    with stderr.status(f"recording {until}") as shown:
         try:
             while True:
                 left_s = _ASK_EVERY_S if ends_s is None else min(_ASK_EVERY_S, ends_s - time.monotonic())
@@ -272,7 +269,3 @@ def _writing(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(f"OUT must be a file that can be written, got {out}: {error.strerror}") from error
-
-
-def _say(text: str) -> None:
-    _stdout.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,52 @@
+"""`moeless trace import`: make a trace of a routing or arrival file in another format. docs/traces.md."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moeless.cli._console import one_line_errors, say, say_aside
+from moeless.cli.trace_info import summary
+from moeless.core.errors import ConfigError
+
+
+class Phase(StrEnum):
+    """Whether a token was routed while reading a prompt or while generating."""
+
+    DECODE = "decode"
+    PREFILL = "prefill"
+
+
+def import_command(
+    source: Annotated[Path, typer.Argument(help="NPZ, CSV or JSON lines, also gzipped: see docs/traces.md.")],
+    out: Annotated[Path, typer.Argument(help="Trace to write.")],
+    model: Annotated[str | None, typer.Option(help="Name of the model; default: the source's name.")] = None,
+    phase: Annotated[Phase, typer.Option(help="Phase of the tokens where the source does not say.")] = Phase.DECODE,
+    num_experts: Annotated[
+        int | None, typer.Option(min=1, help="Experts of a layer; default: by the highest that the source names.")
+    ] = None,
+    origin: Annotated[
+        str | None, typer.Option(help="Where the source comes from, in words, kept in the trace; default: its name.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Write over OUT if it exists.")] = False,
+) -> None:
+    """Make a trace of a routing file or an arrival file; which shape it has is told by its content."""
+    from moeless_predictors.traces import DECODE, PREFILL, ImportOptions, import_trace
+
+    if out.exists() and not overwrite:
+        raise ConfigError(f"OUT must not exist unless --overwrite is given, got {out}")
+    options = ImportOptions(
+        model=model,
+        phase=PREFILL if phase is Phase.PREFILL else DECODE,
+        num_experts=num_experts,
+        source=origin,
+    )
+    with one_line_errors():
+        imported = import_trace(source, options)
+        imported.trace.save(out)
+    for notice in imported.notices:
+        say_aside(f"note: {notice}")
+    say(f"{out}: {summary(imported.trace)}")
