@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, StaticCache
 from benchmarks._models import word_tokenizer
 from moeless.core.generation import GenerationDelta, GenerationRequest, SamplingParams
 from moeless.engine.config import EngineConfig
-from moeless.engine.continuous import ContinuousEngine
+from moeless.engine.transformers.continuous import ContinuousEngine
 
 Prompts = list[list[int]]
 Way = Callable[[Prompts, int], float]

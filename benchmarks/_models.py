@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from moeless.core.routing_table import LOCAL_WORKER, spread_evenly
 from moeless.dispatch.dispatcher import Dispatcher
-from moeless.engine.experts import attach_dispatcher, register_experts
+from moeless.engine.transformers.experts import attach_dispatcher, register_experts
 from moeless.functions.feed_forward import FeedForward
 from moeless.functions.pool import InstancePool
 from moeless.packages.backbone import load_backbone

@@ -35,10 +35,10 @@ from moeless.dispatch.channel import WorkerEndpoint
 from moeless.dispatch.connect import connect
 from moeless.dispatch.dispatcher import Dispatcher
 from moeless.dispatch.server import DataPlaneServer
-from moeless.engine.base import Engine
-from moeless.engine.build import build_engine
 from moeless.engine.config import EngineConfig
-from moeless.engine.experts import attach_dispatcher, register_experts
+from moeless.engine.protocol import Engine
+from moeless.engine.transformers.build import build_engine
+from moeless.engine.transformers.experts import attach_dispatcher, register_experts
 from moeless.functions.feed_forward import FeedForward
 from moeless.functions.pool import InstancePool
 from moeless.packages.backbone import load_backbone

@@ -161,7 +161,8 @@ def _open_engine(model: Any, options: argparse.Namespace, *, sampling: bool) -> 
     from tokenizers import Tokenizer, decoders, models
 
     from moeless.core.generation import GenerationDelta, GenerationRequest, SamplingParams
-    from moeless.engine import EngineConfig, build_engine
+    from moeless.engine.config import EngineConfig
+    from moeless.engine.transformers.build import build_engine
 
     # Byte-level tokens, so that detokenising is the real thing.
     tokenizer = Tokenizer(models.BPE(vocab={f"Ġt{n}": n for n in range(VOCAB_SIZE)}, merges=[]))

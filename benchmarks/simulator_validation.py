@@ -39,11 +39,11 @@ from moeless.core.routing_table import RoutingTable, spread_evenly
 from moeless.deployments.worker import MAX_ROWS
 from moeless.dispatch.connect import connect
 from moeless.dispatch.dispatcher import Dispatcher
-from moeless.engine.build import build_engine
 from moeless.engine.config import EngineConfig
-from moeless.engine.experts import attach_dispatcher, register_experts
 from moeless.engine.observing import RowSpan
 from moeless.engine.routing_recorder import RoutingRecorder
+from moeless.engine.transformers.build import build_engine
+from moeless.engine.transformers.experts import attach_dispatcher, register_experts
 from moeless.functions.feed_forward import FeedForward
 from moeless.functions.pool import InstancePool
 from moeless.packages.backbone import load_backbone

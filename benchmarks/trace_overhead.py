@@ -27,10 +27,10 @@ from rich.table import Table
 from benchmarks._models import RandomModel, random_model, random_prompts, word_tokenizer
 from moeless.core.generation import GenerationDelta, GenerationRequest, SamplingParams
 from moeless.core.recording import RecordingOptions
-from moeless.engine.build import build_engine
 from moeless.engine.config import EngineConfig
 from moeless.engine.observing import StepObservers
 from moeless.engine.routing_recorder import WRITE_EVERY, RoutingRecorder
+from moeless.engine.transformers.build import build_engine
 from moeless.packages.backbone import experts_modules
 from moeless.packages.source import resolve_model
 from moeless_predictors.traces import TraceMetadata

@@ -33,15 +33,11 @@ from moeless.deployments.worker_connections import WorkerConnections
 from moeless.dispatch.call import CallChannel
 from moeless.dispatch.channel import Channel, WorkerEndpoint
 from moeless.dispatch.connect import connect
-from moeless.dispatch.dispatcher import DispatchConfig, Dispatcher
-from moeless.engine.build import build_engine
+from moeless.dispatch.dispatcher import DispatchConfig
+from moeless.engine.assemble import AssembledEngine, Assembly, assemble_engine
 from moeless.engine.config import EngineConfig
-from moeless.engine.experts import attach_dispatcher, register_experts
 from moeless.engine.prediction import PredictionObserver, load_live_predictor
 from moeless.engine.recording_service import LocalRecordings, Recordings, trace_metadata
-from moeless.functions.feed_forward import FeedForward
-from moeless.functions.pool import InstancePool
-from moeless.packages.backbone import load_backbone
 from moeless.packages.files import dtype_of_name
 from moeless.packages.packed_model import PackedModel
 from moeless_predictors.live import LiveConfig
@@ -77,21 +73,9 @@ class EngineDeployment:
         started_s = time.perf_counter()
         packed = PackedModel.open(settings.packed_path)
         self._manifest = packed.manifest
-        dtype = dtype_of_name(settings.dtype or packed.manifest.dtype)
-        register_experts()
-        model = load_backbone(packed, dtype=dtype, device=settings.device)
-        pool = InstancePool(
-            packed, device=settings.device, dtype=dtype, capacity_bytes=_engine_capacity_bytes(packed, settings, dtype)
-        )
         by_call = settings.isolation == "function"
-        self._dispatcher = Dispatcher(
-            FeedForward(pool),
-            initial_table(packed.manifest, settings),
-            DispatchConfig(call_timeout_s=settings.call_timeout_s),
-        )
-        attach_dispatcher(model, self._dispatcher)
-        if not workers:
-            pool.start_many(packed.functions)
+        assembled = assemble_engine(packed, _tokenizer(packed), _assembly(packed, settings))
+        self._engine, self._dispatcher = assembled.engine, assembled.dispatcher
         if by_call:
             self._dispatcher.set_channels(
                 {
@@ -99,7 +83,7 @@ class EngineDeployment:
                     for name, handle in workers.items()
                 }
             )
-        connectors = {} if by_call else self._connectors(dtype)
+        connectors = {} if by_call else self._connectors(assembled.dtype)
         self._connections = WorkerConnections(
             self._dispatcher, connectors, keep_alive_s=settings.keep_alive_s if workers else None
         )
@@ -109,21 +93,7 @@ class EngineDeployment:
         self._gateway_lock = threading.Lock()
         self._swept_s = time.monotonic()
         self._cancelled_early: deque[str] = deque(maxlen=1024)
-        self._engine = build_engine(
-            model,
-            AutoTokenizer.from_pretrained(packed.backbone_path, local_files_only=True, trust_remote_code=False),
-            EngineConfig(
-                kv_cache_bytes=settings.kv_cache_bytes,
-                kv_memory_share=_KV_MEMORY_SHARE * settings.gpu_share,
-                max_batch_tokens=max(settings.max_batch_tokens, settings.max_running),
-                max_running=settings.max_running,
-                max_waiting=settings.max_waiting,
-                max_context_tokens=settings.max_context_tokens,
-                num_threads=settings.engine_threads,
-            ),
-            self._send_step,
-        )
-        self._dispatcher.set_observer(self._engine.observers)
+        self._engine.set_on_step(self._send_step)
         self._prediction: PredictionObserver | None = None
         if settings.predictors_path is not None:
             live_config = LiveConfig(distance=settings.predict_distance, max_share=settings.predict_overhead)
@@ -133,7 +103,7 @@ class EngineDeployment:
             self._engine.observers.add(self._prediction)
         self._engine.start()
         self._connections.start()
-        self._model_info = self._describe(model, packed)
+        self._model_info = self._describe(assembled, packed)
         self._status = EngineStatus(settings, packed.manifest, self._dispatcher, self._connections, workers)
         self._recordings = Recordings(
             self._engine.observers, trace_metadata(self._model_info, source=f"recorded by moeless {__version__}")
@@ -161,18 +131,18 @@ class EngineDeployment:
 
         return {name: partial(open_channel, handle) for name, handle in self._workers.items()}
 
-    def _describe(self, model: Any, packed: PackedModel) -> ModelInfo:
+    def _describe(self, assembled: AssembledEngine, packed: PackedModel) -> ModelInfo:
         return ModelInfo(
             model_id=self._settings.model_id,
             created_unix_s=int((packed.path / "manifest.json").stat().st_mtime),
             max_context_tokens=self._engine.max_context_tokens,
-            vocab_size=model.config.get_text_config().vocab_size,
+            vocab_size=assembled.vocab_size,
             tokenizer_path=str(packed.backbone_path),
             num_layers=self._manifest.num_moe_layers,
             num_experts=self._manifest.num_experts,
             top_k=self._manifest.top_k,
             hidden_size=self._manifest.layers[0].layout.hidden_size,
-            dtype=str(model.dtype).removeprefix("torch."),
+            dtype=str(assembled.dtype).removeprefix("torch."),
             device=self._settings.device,
         )
 
@@ -296,12 +266,36 @@ class _ServeCall:
             logger.info("a call that was cancelled had failed reason=%s", error)
 
 
-def _engine_capacity_bytes(packed: PackedModel, settings: ServeSettings, dtype: torch.dtype) -> int | None:
-    """Most bytes of instances in the engine's own process; None for no limit."""
+def _tokenizer(packed: PackedModel) -> Any:
+    return AutoTokenizer.from_pretrained(packed.backbone_path, local_files_only=True, trust_remote_code=False)
+
+
+def _assembly(packed: PackedModel, settings: ServeSettings) -> Assembly:
+    return Assembly(
+        engine=EngineConfig(
+            kv_cache_bytes=settings.kv_cache_bytes,
+            kv_memory_share=_KV_MEMORY_SHARE * settings.gpu_share,
+            max_batch_tokens=max(settings.max_batch_tokens, settings.max_running),
+            max_running=settings.max_running,
+            max_waiting=settings.max_waiting,
+            max_context_tokens=settings.max_context_tokens,
+            num_threads=settings.engine_threads,
+        ),
+        table=initial_table(packed.manifest, settings),
+        dispatch=DispatchConfig(call_timeout_s=settings.call_timeout_s),
+        dtype=settings.dtype,
+        device=settings.device,
+        pool_capacity_bytes=_pool_capacity_bytes(packed, settings),
+    )
+
+
+def _pool_capacity_bytes(packed: PackedModel, settings: ServeSettings) -> int | None:
+    """Maximum bytes of instances in the engine's own process; None for no limit."""
     if settings.isolation == "shared" and settings.num_workers == 0:
         return settings.worker_memory_bytes
     if settings.device == "cpu":
         return None
+    dtype = dtype_of_name(settings.dtype or packed.manifest.dtype)
     growth = dtype.itemsize / dtype_of_name(packed.manifest.dtype).itemsize
     return int(packed.manifest.function_bytes * growth) // _COPIES_SHARE
 

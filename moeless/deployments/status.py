@@ -25,7 +25,7 @@ from moeless.deployments.settings import ServeSettings
 from moeless.deployments.worker import WorkerReport
 from moeless.deployments.worker_connections import WorkerConnections
 from moeless.dispatch.dispatcher import Dispatcher
-from moeless.engine.base import EngineCounters
+from moeless.engine.protocol import EngineCounters
 from moeless.packages.files import dtype_of_name
 from moeless.packages.manifest import Manifest
 

@@ -1,22 +1,10 @@
-"""The engine: the transformers model with its experts elsewhere, batching, sampling, detokenising, streaming.
+"""The engine: batching, sampling, detokenising and streaming around a model whose experts are elsewhere.
 
-Start reading at `build.build_engine`, which picks `ContinuousEngine` (paged KV cache) or `StaticBatchEngine`.
-Importing this package imports torch.
+`protocol.py` defines what an engine offers, `transformers/` is the one there is, `assemble.py` puts it together with
+its experts. Importing this package loads neither torch nor transformers.
 """
 
-from moeless.engine.base import Engine, EngineCounters, OnStep
-from moeless.engine.build import build_engine
 from moeless.engine.config import EngineConfig
-from moeless.engine.experts import attach_dispatcher, register_experts
-from moeless.engine.local_client import LocalEngineClient
+from moeless.engine.protocol import Engine, EngineCounters, OnStep
 
-__all__ = [
-    "Engine",
-    "EngineConfig",
-    "EngineCounters",
-    "LocalEngineClient",
-    "OnStep",
-    "attach_dispatcher",
-    "build_engine",
-    "register_experts",
-]
+__all__ = ["Engine", "EngineConfig", "EngineCounters", "OnStep"]

@@ -10,7 +10,7 @@ import msgspec
 
 from moeless.core.errors import MoelessError, RequestError
 from moeless.core.generation import EngineStats, FunctionStatus, GenerationDelta, GenerationRequest, ModelInfo
-from moeless.engine.base import Engine
+from moeless.engine.protocol import Engine
 from moeless.engine.recording_service import LocalRecordings, Recordings, trace_metadata
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
-"""Watching what the model routes: who wants to know is told, step by step, which rows are whose.
+"""Passes each step's routing to observers, with the sequence that each row belongs to.
 
-The engines open a step (base.py's subclasses), the dispatcher tells of each MoE layer in it. Everything an observer
-is told comes from the generation thread. Nobody watches: nothing is computed for it.
+An engine opens a step and says which rows are whose; the dispatcher reports each MoE layer in it. All calls to
+observers come from the generation thread. Without an observer nothing is computed or copied for it.
 
 Shapes: T rows of hidden states in a step, k experts per row, H hidden.
 """
@@ -12,16 +12,28 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
-from torch import Tensor
 
-from moeless.dispatch.wire import FloatArray
-from moeless.engine.sequence import Sequence
-from moeless.functions.pool import IntArray
+if TYPE_CHECKING:  # engine.protocol imports this module and loads no torch
+    from torch import Tensor
+
+    from moeless.dispatch.wire import FloatArray
+    from moeless.functions.pool import IntArray
 
 logger = logging.getLogger(__name__)
+
+
+class RoutedSequence(Protocol):
+    """The part of an engine's sequence that observers read."""
+
+    request_id: str
+    num_prompt_tokens: int
+
+    def token_ids(self, first: int, count: int) -> list[int]:
+        """The tokens at positions `first` to `first + count`, of the prompt and what was generated after it."""
+        ...
 
 
 class RowSpan(NamedTuple):
@@ -30,7 +42,7 @@ class RowSpan(NamedTuple):
     A tuple, because a step makes one for each sequence and a frozen dataclass takes more than twice as long.
     """
 
-    sequence: Sequence
+    sequence: RoutedSequence
     first_row: int
     num_rows: int
     first_position: int
@@ -75,37 +87,37 @@ class StepObservers:
         self._watching: tuple[StepObserver, ...] = ()
 
     def add(self, observer: StepObserver) -> None:
-        """Let `observer` watch, from the next step on."""
+        """Pass routing to `observer` from the next step on."""
         with self._lock:
             self._wanted = (*self._wanted, observer)
 
     def remove(self, observer: StepObserver) -> None:
-        """Let `observer` watch no longer; the step that is under way may still be told. Unknown ones are ignored."""
+        """Stop passing routing to `observer`, perhaps only after the current step. Unknown ones are ignored."""
         with self._lock:
             self._wanted = tuple(other for other in self._wanted if other is not observer)
 
     @property
     def is_watching(self) -> bool:
-        """True inside a step that somebody watches: the dispatcher asks before it copies anything."""
+        """True inside a step that has observers: the dispatcher copies nothing otherwise."""
         return bool(self._watching)
 
     @contextmanager
     def step(self, find_spans: Callable[[], list[RowSpan]]) -> Iterator[None]:
-        """Around one forward pass. `find_spans` is called if anybody watches."""
+        """Wrap one forward pass. `find_spans` is called only if there are observers."""
         if not self._wanted:
             yield
             return
         spans = find_spans()
         self._watching = self._wanted
         try:
-            self._tell(lambda observer: observer.begin_step(spans))
+            self._notify(lambda observer: observer.begin_step(spans))
             yield
-            self._tell(lambda observer: observer.end_step())
+            self._notify(lambda observer: observer.end_step())
         finally:
             self._watching = ()
 
     def observe_layer(self, layer: int, hidden_TH: Tensor, experts_Tk: IntArray, weights_Tk: FloatArray) -> None:
-        """Called by the dispatcher if `is_watching`."""
+        """Called by the dispatcher while `is_watching`."""
         for observer in self._watching:
             try:
                 observer.observe_layer(layer, hidden_TH, experts_Tk, weights_Tk)
@@ -122,7 +134,7 @@ class StepObservers:
         for observer in self._wanted:
             self._guard(observer, forget_all)
 
-    def _tell(self, call: Callable[[StepObserver], None]) -> None:
+    def _notify(self, call: Callable[[StepObserver], None]) -> None:
         for observer in self._watching:
             self._guard(observer, call)
 
@@ -133,7 +145,7 @@ class StepObservers:
             self._take_out(observer)
 
     def _take_out(self, observer: StepObserver) -> None:
-        """It raised: whatever it is, those who wait for tokens must not suffer for it."""
+        """Remove an observer that raised: its fault must not stop generation."""
         logger.exception("observer taken out observer=%s", type(observer).__name__)
         self.remove(observer)
         self._watching = tuple(other for other in self._watching if other is not observer)

@@ -15,8 +15,8 @@ from transformers import AutoTokenizer
 from moeless.core.errors import ConfigError, MoelessError, RequestError
 from moeless.core.generation import GenerationDelta, GenerationRequest, SamplingParams
 from moeless.core.recording import RecordingOptions
+from moeless.engine.assemble import engine_in_process
 from moeless.engine.config import EngineConfig
-from moeless.engine.in_process import engine_in_process
 from moeless.engine.routing_recorder import RoutingRecorder, check_options
 from moeless.packages.packed_model import PackedModel
 from moeless_predictors.traces import RoutingTrace, TraceMetadata

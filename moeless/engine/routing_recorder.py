@@ -1,6 +1,7 @@
 """Records the routing of what an engine computes, as a trace for moeless_predictors.
 
-RoutingRecorder is the observer that copies rows while the model runs; recordings.py starts and stops it for servers.
+RoutingRecorder is the observer that copies rows while the model runs; recording_service.py starts and stops it for a
+server.
 Memory is reserved once, for a number of rows; the system hands it out page by page as rows come.
 
 Shapes: N rows recorded, T rows of a step, L MoE layers, k experts per token, H hidden size.
@@ -21,8 +22,7 @@ from torch import Tensor
 from moeless.core.errors import RequestError
 from moeless.core.recording import RecordingOptions
 from moeless.dispatch.wire import FloatArray
-from moeless.engine.observing import RowSpan, StepObservers, rows_in
-from moeless.engine.sequence import Sequence
+from moeless.engine.observing import RoutedSequence, RowSpan, StepObservers, rows_in
 from moeless.functions.pool import IntArray
 from moeless_predictors.traces import DECODE, PREFILL, RoutingTrace, TraceMetadata
 
@@ -244,7 +244,7 @@ class RoutingRecorder:
         """A later request of the same name is another sequence."""
         self._sequence_of.pop(request_id, None)
 
-    def _number(self, columns: _Columns, sequence: Sequence) -> int:
+    def _number(self, columns: _Columns, sequence: RoutedSequence) -> int:
         number = self._sequence_of.get(sequence.request_id)
         if number is None:
             number = self._sequence_of[sequence.request_id] = len(columns.prompt_lengths)

@@ -1,5 +1,7 @@
-"""Continuous batching as engine/continuous.py does it: every running sequence decodes one token a step, and what is
-left of the step's budget goes to prompts, first come, first served, in chunks.
+"""Continuous batching as engine/transformers/continuous.py does it.
+
+Every running sequence decodes one token a step, and what is left of the step's budget goes to prompts, first come,
+first served, in chunks.
 
 Shapes: R requests, n tokens decoded in a step.
 """

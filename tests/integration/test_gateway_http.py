@@ -13,10 +13,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoTokenizer
 
 from moeless.core.generation import ModelInfo
-from moeless.engine.base import Engine
-from moeless.engine.build import build_engine
 from moeless.engine.config import EngineConfig
 from moeless.engine.local_client import LocalEngineClient
+from moeless.engine.protocol import Engine
+from moeless.engine.transformers.build import build_engine
 from moeless.gateway import GatewayConfig, create_app
 from tests.families import VOCAB_SIZE, make_model, make_tokenizer
 from tests.unit.gateway.support import Gateway, gateway_for, until

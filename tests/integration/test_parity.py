@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from moeless.core.generation import GenerationDelta, GenerationRequest, SamplingParams
 from moeless.core.routing_table import LOCAL_WORKER, spread_evenly
 from moeless.dispatch.dispatcher import DispatchConfig, Dispatcher
-from moeless.engine.build import build_engine
 from moeless.engine.config import EngineConfig
-from moeless.engine.experts import attach_dispatcher, register_experts
+from moeless.engine.transformers.build import build_engine
+from moeless.engine.transformers.experts import attach_dispatcher, register_experts
 from moeless.functions.feed_forward import FeedForward
 from moeless.functions.pool import InstancePool
 from moeless.packages.backbone import load_backbone

@@ -17,7 +17,7 @@ from moeless.core.routing_table import spread_evenly
 from moeless.dispatch.channel import WorkerEndpoint
 from moeless.dispatch.connect import connect
 from moeless.dispatch.dispatcher import Dispatcher
-from moeless.engine.experts import attach_dispatcher, register_experts
+from moeless.engine.transformers.experts import attach_dispatcher, register_experts
 from moeless.functions.feed_forward import FeedForward
 from moeless.functions.pool import InstancePool
 from moeless.packages.backbone import experts_modules, load_backbone

@@ -36,7 +36,15 @@ def test_the_three_packages_carry_the_version_of_the_distribution() -> None:
 
 
 @pytest.mark.parametrize(
-    "part", ["moeless.cli", "moeless.core", "moeless.gateway", "moeless_predictors", "moeless_operators"]
+    "part",
+    [
+        "moeless.cli",
+        "moeless.core",
+        "moeless.engine.protocol",
+        "moeless.gateway",
+        "moeless_predictors",
+        "moeless_operators",
+    ],
 )
 def test_a_light_part_starts_without_torch_ray_and_transformers(part: str) -> None:
     program = f"""

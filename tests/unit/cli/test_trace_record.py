@@ -20,8 +20,8 @@ from moeless.cli import trace_record
 from moeless.cli.app import trace_app
 from moeless.core.errors import ConfigError, MoelessError
 from moeless.core.generation import ModelInfo
+from moeless.engine.assemble import engine_in_process
 from moeless.engine.config import EngineConfig
-from moeless.engine.in_process import engine_in_process
 from moeless.engine.local_client import LocalEngineClient
 from moeless.gateway import GatewayConfig, create_app
 from moeless.packages.pack import pack_checkpoint

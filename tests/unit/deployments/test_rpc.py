@@ -15,8 +15,8 @@ from moeless.core.recording import RecordingOptions
 from moeless.deployments.rpc import RemoteRecordings, answer_recording
 from moeless.engine.observing import RowSpan, StepObservers
 from moeless.engine.recording_service import LocalRecordings, Recordings
-from moeless.engine.sequence import Sequence
 from moeless.engine.text import TokenTexts
+from moeless.engine.transformers.sequence import Sequence
 from moeless_predictors.traces import RoutingTrace, TraceMetadata
 from tests.families import make_tokenizer
 from tests.unit.engine.support import request

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moeless.core.routing_table import LOCAL_WORKER, spread_evenly
 from moeless.dispatch.dispatcher import Dispatcher
-from moeless.engine.base import ThreadedEngine
-from moeless.engine.experts import attach_dispatcher, register_experts
+from moeless.engine.transformers.experts import attach_dispatcher, register_experts
+from moeless.engine.transformers.threaded_engine import ThreadedEngine
 from moeless.functions.feed_forward import FeedForward
 from moeless.functions.pool import InstancePool
 from moeless.packages.backbone import experts_modules, load_backbone
@@ -36,6 +36,7 @@ Routing = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class Family:
+    packed: PackedModel
     reference: PreTrainedModel
     backbone: PreTrainedModel
     dispatcher: Dispatcher
@@ -69,7 +70,7 @@ def family_loader(folder: Path) -> LoadFamily:
             num_layers=found.num_moe_layers,
             hidden_size=found.layers[0].layout.hidden_size,
         )
-        return Family(reference, backbone, dispatcher, metadata)
+        return Family(packed, reference, backbone, dispatcher, metadata)
 
     return load
 

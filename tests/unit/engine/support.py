@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moeless.core.generation import FinishReason, GenerationDelta, GenerationRequest, SamplingParams
-from moeless.engine.base import ThreadedEngine
-from moeless.engine.build import build_engine
 from moeless.engine.config import EngineConfig
-from moeless.engine.experts import attach_dispatcher, register_experts
+from moeless.engine.transformers.build import build_engine
+from moeless.engine.transformers.experts import attach_dispatcher, register_experts
+from moeless.engine.transformers.threaded_engine import ThreadedEngine
 from tests.families import VOCAB_SIZE, make_model, make_tokenizer
 
 DEADLINE_S = 30.0

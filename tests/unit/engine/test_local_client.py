@@ -16,9 +16,9 @@ from moeless.core.generation import (
     GenerationRequest,
     ModelInfo,
 )
-from moeless.engine.build import build_engine
 from moeless.engine.config import EngineConfig
 from moeless.engine.local_client import LocalEngineClient
+from moeless.engine.transformers.build import build_engine
 from tests.families import make_tokenizer
 from tests.unit.engine.support import assert_equal_tokens, eager_model, prompt_of, request
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from moeless.engine.base import ThreadedEngine
-from moeless.engine.continuous import ContinuousEngine
 from moeless.engine.observing import RowSpan, StepObservers
-from moeless.engine.static_batch import StaticBatchEngine
-from moeless.engine.transformers_hooks import kv_bytes_per_token
+from moeless.engine.transformers.continuous import ContinuousEngine
+from moeless.engine.transformers.hooks import kv_bytes_per_token
+from moeless.engine.transformers.static_batch import StaticBatchEngine
+from moeless.engine.transformers.threaded_engine import ThreadedEngine
 from moeless.packages.backbone import experts_modules
 from tests.unit.engine.routed import PAGED, STATIC, Family, LoadFamily, Routing, dispatched, reference_routing
 from tests.unit.engine.support import Recorder, prompt_of, request

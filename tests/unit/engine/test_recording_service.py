@@ -20,8 +20,8 @@ from moeless.core.recording import RecordingOptions
 from moeless.engine import recording_service as module
 from moeless.engine.observing import RowSpan, StepObservers
 from moeless.engine.recording_service import Recordings
-from moeless.engine.sequence import Sequence
 from moeless.engine.text import TokenTexts
+from moeless.engine.transformers.sequence import Sequence
 from moeless_predictors.traces import RoutingTrace, TraceMetadata
 from tests.families import make_tokenizer
 from tests.support.waiting import wait_until

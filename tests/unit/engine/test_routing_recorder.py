@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from moeless.core.recording import RecordingOptions
 from moeless.engine.observing import RowSpan, StepObservers
 from moeless.engine.routing_recorder import RoutingRecorder, row_bytes
-from moeless.engine.sequence import Sequence
 from moeless.engine.text import TokenTexts
-from moeless.engine.transformers_hooks import kv_bytes_per_token
+from moeless.engine.transformers.hooks import kv_bytes_per_token
+from moeless.engine.transformers.sequence import Sequence
 from moeless_predictors.traces import DECODE, PREFILL, RoutingTrace, TraceMetadata
 from tests.families import make_tokenizer
 from tests.unit.engine.routed import PAGED, STATIC, Family, LoadFamily, dispatched, reference_routing

@@ -10,10 +10,11 @@ import torch
 from transformers import ContinuousBatchingConfig, PreTrainedModel
 
 from moeless.core.errors import ConfigError
-from moeless.engine.base import OnStep, ThreadedEngine
 from moeless.engine.config import EngineConfig
-from moeless.engine.sequence import Sequence
-from moeless.engine.transformers_hooks import NO_MEMORY_CHECK, PagedBatcher, kv_bytes_per_token
+from moeless.engine.protocol import OnStep
+from moeless.engine.transformers.hooks import NO_MEMORY_CHECK, PagedBatcher, kv_bytes_per_token
+from moeless.engine.transformers.sequence import Sequence
+from moeless.engine.transformers.threaded_engine import ThreadedEngine
 
 logger = logging.getLogger(__name__)
 

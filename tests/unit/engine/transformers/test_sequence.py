@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from moeless.core.generation import GenerationDelta
-from moeless.engine.sampling import RawLogprobs
-from moeless.engine.sequence import Sequence
 from moeless.engine.text import TokenTexts
+from moeless.engine.transformers.sampling import RawLogprobs
+from moeless.engine.transformers.sequence import Sequence
 from tests.families import EOS_ID, make_tokenizer
 from tests.unit.engine.support import request
 

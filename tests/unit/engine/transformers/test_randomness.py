@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeless.engine.randomness import stream_of, uniforms
+from moeless.engine.transformers.randomness import stream_of, uniforms
 
 U64 = st.integers(0, 2**64 - 1)
 

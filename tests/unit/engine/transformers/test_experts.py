@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from moeless.engine.experts import attach_dispatcher, without_experts
+from moeless.engine.transformers.experts import attach_dispatcher, without_experts
 from tests.families import make_model
 from tests.unit.engine.support import dispatched_model, eager_model, prompt_of
 

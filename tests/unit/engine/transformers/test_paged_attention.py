@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moeless.engine.paged_attention import SpanPlan, paged_attention_forward, plan_attention
+from moeless.engine.transformers.paged_attention import SpanPlan, paged_attention_forward, plan_attention
 
 PAGE, HEAD = 4, 8
 NUM_PAGES = 200

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from moeless.core.errors import QueueFullError
-from moeless.engine.base import ThreadedEngine
+from moeless.engine.transformers.threaded_engine import ThreadedEngine
 from tests.unit.engine.support import Recorder, assert_equal_tokens, eager_model, prompt_of, request, running
 
 NUM_CLIENTS, REQUESTS_EACH = 4, 25

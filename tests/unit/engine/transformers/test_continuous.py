@@ -16,8 +16,8 @@ from moeless.core.errors import (
 )
 from moeless.core.generation import GenerationDelta
 from moeless.engine.config import EngineConfig
-from moeless.engine.continuous import ContinuousEngine
-from moeless.engine.transformers_hooks import kv_bytes_per_token
+from moeless.engine.transformers.continuous import ContinuousEngine
+from moeless.engine.transformers.hooks import kv_bytes_per_token
 from tests.families import EOS_ID, VOCAB_SIZE, make_tokenizer
 from tests.unit.engine.support import (
     Recorder,

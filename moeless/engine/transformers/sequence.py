@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from moeless.core.generation import FinishReason, GenerationDelta, GenerationRequest, TokenLogprob
-from moeless.engine.sampling import RawLogprobs, RowSampler
 from moeless.engine.text import StopMatcher, TokenTexts
+from moeless.engine.transformers.sampling import RawLogprobs, RowSampler
 
 
 class Sequence:

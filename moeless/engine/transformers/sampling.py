@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moeless.core.generation import SamplingParams
-from moeless.engine.randomness import stream_of, uniforms
+from moeless.engine.transformers.randomness import stream_of, uniforms
 
 _CDF_BLOCK = 256
 _FIRST_SORTED = 1024

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moeless.core.generation import SamplingParams
-from moeless.engine.sampling import RowSampler, sample
+from moeless.engine.transformers.sampling import RowSampler, sample
 from tests.unit.engine.support import Recorder, assert_equal_tokens, eager_model, prompt_of, request, running
 
 pytestmark = pytest.mark.gpu

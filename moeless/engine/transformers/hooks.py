@@ -12,7 +12,7 @@
 - A request that must make room is soft reset: `create_equivalent_initial_request` makes its successor.
 - `PagedAttentionCache.search_prefix_match(request_id, prompt)` returns the tokens it found in shared pages.
 
-tests/unit/engine/test_transformers_hooks.py fails, naming the line above, when transformers changes one of these.
+tests/unit/engine/transformers/test_hooks.py fails, naming the line above, when transformers changes one of these.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from transformers.generation.continuous_batching.requests import RequestState, R
 from transformers.generation.continuous_batching.utils import find_head_dim, find_num_key_value_heads
 
 from moeless.core.generation import GenerationDelta
-from moeless.engine.base import describe
 from moeless.engine.observing import RowSpan, StepObservers
-from moeless.engine.paged_attention import NAME as ATTENTION
-from moeless.engine.paged_attention import SpanPlan, plan_attention, register_attention
-from moeless.engine.sampling import RawLogprobs, sample
-from moeless.engine.sequence import Sequence
+from moeless.engine.transformers.paged_attention import NAME as ATTENTION
+from moeless.engine.transformers.paged_attention import SpanPlan, plan_attention, register_attention
+from moeless.engine.transformers.sampling import RawLogprobs, sample
+from moeless.engine.transformers.sequence import Sequence
+from moeless.engine.transformers.threaded_engine import describe
 
 __all__ = ["NO_MEMORY_CHECK", "PagedBatcher", "SequenceState", "kv_bytes_per_token"]
 

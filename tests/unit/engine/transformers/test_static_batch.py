@@ -7,9 +7,9 @@ import torch
 from transformers import PreTrainedModel
 
 from moeless.core.errors import ConfigError, ContextLengthError, FunctionUnavailableError
-from moeless.engine import static_batch
 from moeless.engine.config import EngineConfig
-from moeless.engine.static_batch import StaticBatchEngine
+from moeless.engine.transformers import static_batch
+from moeless.engine.transformers.static_batch import StaticBatchEngine
 from tests.families import make_tokenizer
 from tests.unit.engine.support import (
     Recorder,

@@ -1,4 +1,4 @@
-"""What every engine is: a protocol, the numbers it reports, and the thread that both implementations share."""
+"""The generation thread that both transformers engines share, with admission, delivery and failure around it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from collections.abc import Iterable
+from typing import Any
 
-import msgspec
 import torch
 from transformers import PreTrainedModel
 
@@ -26,61 +25,11 @@ from moeless.core.errors import (
 from moeless.core.generation import GenerationDelta, GenerationRequest
 from moeless.engine.config import EngineConfig
 from moeless.engine.observing import StepObservers
-from moeless.engine.sequence import Sequence
+from moeless.engine.protocol import EngineCounters, OnStep
 from moeless.engine.text import TokenTexts
+from moeless.engine.transformers.sequence import Sequence
 
 logger = logging.getLogger(__name__)
-
-OnStep = Callable[[list[GenerationDelta]], None]
-"""Called from the generation thread, once a step, with the deltas of all sequences of that step. Must not block."""
-
-
-class EngineCounters(msgspec.Struct, frozen=True, kw_only=True):
-    """The engine's own gauges; `requests_waiting` are held but have not been computed on yet."""
-
-    requests_running: int
-    requests_waiting: int
-    kv_cache_usage: float
-    """Share of the KV memory that sequences hold, 0 to 1. Pages kept only for reuse count as free."""
-
-
-class Engine(Protocol):
-    """Generates for many requests at once. submit, cancel, counters and stop may be called from any thread."""
-
-    max_context_tokens: int
-    """Most tokens (prompt and completion together) of one request."""
-    observers: StepObservers
-    """Who is told what each step routes, where the dispatcher tells them (Dispatcher.set_observer)."""
-
-    def start(self) -> None:
-        """Start the generation thread and return when it is ready. Raises what kept it from starting."""
-        ...
-
-    def submit(self, request: GenerationRequest) -> None:
-        """Queue a request; its deltas go to `on_step`, the last one with a finish reason.
-
-        Raises QueueFullError, ContextLengthError, RequestError or EngineStoppedError.
-        """
-        ...
-
-    def cancel(self, request_id: str) -> None:
-        """End a request with reason "cancelled" and free its memory. Unknown and ended requests are ignored."""
-        ...
-
-    def counters(self) -> EngineCounters: ...
-
-    def set_on_step(self, on_step: OnStep) -> None:
-        """Name the receiver of deltas, once, before `start`."""
-        ...
-
-    @property
-    def is_alive(self) -> bool:
-        """True while requests are taken."""
-        ...
-
-    def stop(self) -> None:
-        """Fail what is left with finish reason "error", end the thread and free the KV memory."""
-        ...
 
 
 class ThreadedEngine(ABC):

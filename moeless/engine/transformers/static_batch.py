@@ -21,12 +21,13 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from moeless.core.errors import ConfigError
-from moeless.engine.base import OnStep, ThreadedEngine, describe
 from moeless.engine.config import EngineConfig
-from moeless.engine.experts import without_experts
 from moeless.engine.observing import RowSpan
-from moeless.engine.sampling import sample
-from moeless.engine.sequence import Sequence
+from moeless.engine.protocol import OnStep
+from moeless.engine.transformers.experts import without_experts
+from moeless.engine.transformers.sampling import sample
+from moeless.engine.transformers.sequence import Sequence
+from moeless.engine.transformers.threaded_engine import ThreadedEngine, describe
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless.core.generation import SamplingParams
-from moeless.engine.randomness import uniforms
-from moeless.engine.sampling import RowSampler, sample
+from moeless.engine.transformers.randomness import uniforms
+from moeless.engine.transformers.sampling import RowSampler, sample
 
 
 def row_of(**params: Any) -> RowSampler:

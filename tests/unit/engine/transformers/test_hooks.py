@@ -1,4 +1,4 @@
-"""What transformers_hooks.py relies on in transformers. A failure here names what a new version has changed."""
+"""Checks what hooks.py relies on in transformers. A failure here names what a new version has changed."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from transformers import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import continuous_api, model_runner, requests, scheduler
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
-from moeless.engine.sequence import Sequence
 from moeless.engine.text import TokenTexts
-from moeless.engine.transformers_hooks import PagedBatcher, SequenceState, kv_bytes_per_token
+from moeless.engine.transformers.hooks import PagedBatcher, SequenceState, kv_bytes_per_token
+from moeless.engine.transformers.sequence import Sequence
 from tests.families import make_tokenizer
 from tests.unit.engine.support import eager_model, prompt_of, request
 

@@ -6,10 +6,10 @@ import threading
 import pytest
 import torch
 
-from moeless.engine.build import build_engine, paging_obstacle
 from moeless.engine.config import EngineConfig
-from moeless.engine.continuous import ContinuousEngine
-from moeless.engine.static_batch import StaticBatchEngine
+from moeless.engine.transformers.build import build_engine, paging_obstacle
+from moeless.engine.transformers.continuous import ContinuousEngine
+from moeless.engine.transformers.static_batch import StaticBatchEngine
 from tests.families import PARITY_FAMILIES, make_model, make_tokenizer
 from tests.unit.engine.support import Recorder, assert_equal_tokens, dispatched_model, prompt_of, request, running
 
@@ -48,7 +48,7 @@ def test_choosing_asks_no_expert_and_leaves_the_model_as_it_was() -> None:
 
 
 def test_attention_that_pages_get_wrong_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from moeless.engine import paged_attention
+    from moeless.engine.transformers import paged_attention
 
     model = make_model("mixtral")
     model.set_experts_implementation("eager")
@@ -64,7 +64,7 @@ def test_attention_that_pages_get_wrong_is_noticed(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_choice_is_logged_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="moeless.engine.build"):
+    with caplog.at_level(logging.INFO, logger="moeless.engine.transformers.build"):
         build_engine(make_model("qwen3_next"), make_tokenizer(), EngineConfig())
         build_engine(make_model("mixtral"), make_tokenizer(), EngineConfig())
     first, second = (record.getMessage() for record in caplog.records)

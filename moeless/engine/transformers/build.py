@@ -10,14 +10,14 @@ import torch
 from transformers import ContinuousBatchingConfig, PreTrainedModel
 
 from moeless.core.generation import GenerationRequest, SamplingParams, TokenLogprob
-from moeless.engine.base import Engine, OnStep
 from moeless.engine.config import EngineConfig
-from moeless.engine.continuous import ContinuousEngine
-from moeless.engine.experts import without_experts
-from moeless.engine.sequence import Sequence
-from moeless.engine.static_batch import StaticBatchEngine
+from moeless.engine.protocol import Engine, OnStep
 from moeless.engine.text import TokenTexts
-from moeless.engine.transformers_hooks import NO_MEMORY_CHECK, PagedBatcher
+from moeless.engine.transformers.continuous import ContinuousEngine
+from moeless.engine.transformers.experts import without_experts
+from moeless.engine.transformers.hooks import NO_MEMORY_CHECK, PagedBatcher
+from moeless.engine.transformers.sequence import Sequence
+from moeless.engine.transformers.static_batch import StaticBatchEngine
 
 logger = logging.getLogger(__name__)
 
