@@ -92,6 +92,10 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     request_id: str
     prompt_token_ids: list[int]
     sampling: SamplingParams
+    continues_prompt: bool = True
+    """Whether the text goes on from the prompt's, as a completion's does, or begins anew, as a chat's answer does."""
+    end_of_turn_ids: tuple[int, ...] = ()
+    """Further end-of-sequence tokens: those that end a turn in the model's chat template."""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
@@ -102,6 +106,8 @@ class TokenLogprob(msgspec.Struct, frozen=True):
     logprob: float
     top: list[tuple[int, str, bytes, float]] = []
     """(token id, text, bytes, log-probability), likeliest first."""
+    text_offset: int = 0
+    """Characters of the generated text before this token; those within a character count from its beginning."""
     rank: int = 0
     """1 for the likeliest token, 2 for the next; 0 where it was not determined."""
 

@@ -17,7 +17,6 @@ import torch
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
-from transformers import AutoTokenizer
 
 from moeless import __version__
 from moeless.core.errors import EngineStoppedError, MoelessError, TransportError, WorkerTimeoutError
@@ -40,6 +39,7 @@ from moeless.engine.prediction import PredictionObserver, load_live_predictor
 from moeless.engine.recording_service import LocalRecordings, Recordings, trace_metadata
 from moeless.packages.files import dtype_of_name
 from moeless.packages.packed_model import PackedModel
+from moeless.text.tokenizer import Tokenizer
 from moeless_predictors.live import LiveConfig
 from moeless_predictors.threads import keep_to_one_blas_thread
 
@@ -74,7 +74,7 @@ class EngineDeployment:
         packed = PackedModel.open(settings.packed_path)
         self._manifest = packed.manifest
         by_call = settings.isolation == "function"
-        assembled = assemble_engine(packed, _tokenizer(packed), _assembly(packed, settings))
+        assembled = assemble_engine(packed, Tokenizer.load(packed.backbone_path), _assembly(packed, settings))
         self._engine, self._dispatcher = assembled.engine, assembled.dispatcher
         if by_call:
             self._dispatcher.set_channels(
@@ -264,10 +264,6 @@ class _ServeCall:
             self._response.cancel()
         except (RayError, RayServeException) as error:
             logger.info("a call that was cancelled had failed reason=%s", error)
-
-
-def _tokenizer(packed: PackedModel) -> Any:
-    return AutoTokenizer.from_pretrained(packed.backbone_path, local_files_only=True, trust_remote_code=False)
 
 
 def _assembly(packed: PackedModel, settings: ServeSettings) -> Assembly:

@@ -8,9 +8,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
-
-from transformers import AutoTokenizer
 
 from moeless.core.errors import ConfigError, MoelessError, RequestError
 from moeless.core.generation import GenerationDelta, GenerationRequest, SamplingParams
@@ -19,6 +16,7 @@ from moeless.engine.assemble import engine_in_process
 from moeless.engine.config import EngineConfig
 from moeless.engine.routing_recorder import RoutingRecorder, check_options
 from moeless.packages.packed_model import PackedModel
+from moeless.text.tokenizer import Tokenizer
 from moeless_predictors.traces import RoutingTrace, TraceMetadata
 
 OnProgress = Callable[[int, int], None]
@@ -68,8 +66,8 @@ def record_prompts(
     """
     if not prompts:
         raise ConfigError("prompts must be at least one, got none")
-    tokenizer: Any = AutoTokenizer.from_pretrained(packed.backbone_path, local_files_only=True, trust_remote_code=False)
-    token_lists = [_encode(tokenizer, prompt, chat=run.chat) for prompt in prompts]
+    tokenizer = Tokenizer.load(packed.backbone_path)
+    token_lists = _encode(tokenizer, prompts, chat=run.chat)
     manifest = packed.manifest
     metadata = TraceMetadata(
         model=manifest.model_id,
@@ -145,11 +143,11 @@ class _Answers:
             raise MoelessError(self._error)
 
 
-def _encode(tokenizer: Any, prompt: str, *, chat: bool) -> list[int]:
+def _encode(tokenizer: Tokenizer, prompts: list[str], *, chat: bool) -> list[list[int]]:
     if not chat:
-        return list(tokenizer(prompt)["input_ids"])
-    if not tokenizer.chat_template:
+        return [tokenizer.encode_prompt(prompt) for prompt in prompts]
+    if tokenizer.chat_template is None:
         raise ConfigError("chat needs a model with a chat template, this one has none")
-    message = {"role": "user", "content": prompt}
-    text = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    traits = tokenizer.probe_template()
+    chats = ([{"role": "user", "content": prompt}] for prompt in prompts)
+    return [tokenizer.encode_chat(tokenizer.render_chat(messages, traits)) for messages in chats]

@@ -10,8 +10,12 @@ from typing import Any, Protocol
 from tokenizers import Tokenizer
 
 from moeless.core.errors import ConfigError
+from moeless.text.length_bound import byte_chars
+from moeless.text.tokenizer_files import panics_as_errors
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_CONTEXT_TOKENS = 8
+"""Tokens of the prompt that a completion's first tokens are decoded beside."""
 
 
 class Decoder(Protocol):
@@ -35,7 +39,7 @@ class TokenTexts:
 
     def __init__(self, tokenizer: Any) -> None:
         """Args:
-        tokenizer: a `tokenizers.Tokenizer`, or a transformers tokenizer that is built on one.
+        tokenizer: a `tokenizers.Tokenizer`, or what is built on one (`moeless.text`'s, or one of transformers).
         """
         backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
         if not isinstance(backend, Tokenizer):
@@ -43,7 +47,13 @@ class TokenTexts:
                 f"tokenizer must be a tokenizers.Tokenizer or be built on one, got {type(tokenizer).__name__}"
             )
         self._tokenizer = backend
-        self._special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
+        added = backend.get_added_tokens_decoder()
+        self._added = {i: str(token.content) for i, token in added.items()}
+        self._special = {i for i, token in added.items() if token.special}
+        self._special_ids = {self._added[i]: i for i in self._special}
+        eos_id = getattr(tokenizer, "eos_token_id", None)
+        self.eos_ids: frozenset[int] = frozenset() if eos_id is None else frozenset([eos_id])
+        """What the tokenizer itself names as the end of a sequence."""
         self._is_byte_level = _is_byte_level(backend.decoder)
         self._bytes: dict[int, bytes] = {}
 
@@ -57,14 +67,27 @@ class TokenTexts:
     def is_special(self, token_id: int) -> bool:
         return token_id in self._special
 
-    def new_decoder(self) -> Decoder:
-        """A decoder for one sequence. Special tokens add no text."""
-        return ByteLevelDecoder(self) if self._is_byte_level else WindowDecoder(self._tokenizer)
+    def special_id(self, text: str) -> int | None:
+        """The special token that is written `text`."""
+        return self._special_ids.get(text)
+
+    def new_decoder(self, before: Sequence[int] = ()) -> Decoder:
+        """A decoder for one sequence. Special tokens add no text.
+
+        Args:
+            before: the tokens that the text goes on from, if any; without them it begins as a text does, which for
+                SentencePiece means without the first word's space.
+        """
+        if self._is_byte_level:
+            return ByteLevelDecoder(self)
+        return WindowDecoder(self._tokenizer, before[-_CONTEXT_TOKENS:])
 
     def _find_bytes(self, token_id: int) -> bytes:
         token = self._tokenizer.id_to_token(token_id)
         if token is None:
             return b""
+        if token_id in self._added:
+            return self._added[token_id].encode()
         if self._is_byte_level:
             if all(char in _BYTE_OF_CHAR for char in token):
                 return bytes(_BYTE_OF_CHAR[char] for char in token)
@@ -101,29 +124,34 @@ class WindowDecoder:
 
     __slots__ = ("_ids", "_num_emitted", "_shown", "_tokenizer")
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._num_emitted = 0
-        self._shown = ""
+        self._ids: list[int] = list(before)
+        self._num_emitted = len(self._ids)
+        self._shown = self._text().rstrip(_REPLACEMENT) if before else ""
         """Text of the first `_num_emitted` ids of the window, which has been emitted."""
 
     def feed(self, token_id: int) -> str:
         self._ids.append(token_id)
-        text: str = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        text = self._text()
         if text.endswith(_REPLACEMENT) or len(text) <= len(self._shown):
             return ""
         piece = text[len(self._shown) :]
         del self._ids[: self._num_emitted]
         self._num_emitted = len(self._ids)
-        self._shown = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        self._shown = self._text()
         return piece
 
     def flush(self) -> str:
-        text: str = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        text = self._text()
         piece = text[len(self._shown) :]
         self._shown = text
         return piece
+
+    def _text(self) -> str:
+        with panics_as_errors("the tokenizer cannot decode its tokens"):
+            text: str = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        return text
 
 
 class StopMatcher:
@@ -173,11 +201,4 @@ def _is_byte_level(decoder: Any) -> bool:
     return [part["type"] for part in parts] == ["ByteLevel"]
 
 
-def _byte_of_char() -> dict[str, int]:
-    """GPT-2's map: printable bytes stand for themselves, the others for characters from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
-
-
-_BYTE_OF_CHAR = _byte_of_char()
+_BYTE_OF_CHAR = {char: byte for byte, char in enumerate(byte_chars())}

@@ -16,7 +16,8 @@ from moeless.core.errors import ContextLengthError, ModelNotFoundError, RequestE
 from moeless.core.generation import GenerationRequest, ModelInfo, SamplingParams
 from moeless.gateway.config import GatewayConfig
 from moeless.gateway.schemas import ChatCompletionRequest, CompletionRequest, SamplingFields
-from moeless.gateway.tokenizer import Tokenizer
+from moeless.text.template_probe import TemplateTraits
+from moeless.text.tokenizer import Tokenizer
 
 DEFAULT_COMPLETION_TOKENS = 16
 """What /v1/completions generates when max_tokens is absent, as OpenAI's does."""
@@ -32,6 +33,7 @@ class ServedModel:
 
     info: ModelInfo
     tokenizer: Tokenizer
+    traits: TemplateTraits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +63,8 @@ class _Draft:
     default_max_tokens: int | None
     """None: whatever the context leaves."""
     logprobs: int | None
+    is_chat: bool = False
+    end_of_turn_ids: tuple[int, ...] = ()
 
 
 class Admission:
@@ -76,23 +80,20 @@ class Admission:
         _check_at_most(len(body.messages), self._config.max_messages, "messages", "messages")
         max_tokens, max_tokens_field = _chat_max_tokens(body)
         logprobs = self._chat_logprobs(body)
-        messages = [
-            # OpenAI renamed the role; templates know it by its first name.
-            {"role": "system" if message.role == "developer" else message.role, "content": message.text()}
-            for message in body.messages
-        ]
+        messages = [message.for_template() for message in body.messages]
 
         def tokenize() -> list[int]:
-            return model.tokenizer.encode_chat(model.tokenizer.render_chat(messages))
+            return model.tokenizer.encode_chat(model.tokenizer.render_chat(messages, model.traits))
 
-        num_chars = sum(len(message["content"]) for message in messages)
         draft = _Draft(
-            prompts=[await self._tokenize(tokenize, num_chars)],
+            prompts=[await self._tokenize(tokenize, _INLINE_CHARS + 1)],
             prompt_field="messages",
             max_tokens=max_tokens,
             max_tokens_field=max_tokens_field,
             default_max_tokens=None,
             logprobs=logprobs,
+            is_chat=True,
+            end_of_turn_ids=model.traits.end_of_turn_ids,
         )
         return self._admit(body, model.info, request_id, draft)
 
@@ -150,7 +151,15 @@ class Admission:
                     logit_bias=logit_bias,
                 )
                 sequence_id = f"{request_id}-{len(sequences)}"
-                sequences.append(GenerationRequest(request_id=sequence_id, prompt_token_ids=prompt, sampling=sampling))
+                sequences.append(
+                    GenerationRequest(
+                        request_id=sequence_id,
+                        prompt_token_ids=prompt,
+                        sampling=sampling,
+                        continues_prompt=not draft.is_chat,
+                        end_of_turn_ids=draft.end_of_turn_ids,
+                    )
+                )
         return AdmittedRequest(
             request_id=request_id,
             model_id=info.model_id,

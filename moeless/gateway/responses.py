@@ -40,19 +40,10 @@ def _chat_token(text: str, data: bytes, logprob: float) -> dict[str, Any]:
     return {"token": text, "logprob": max(logprob, _MIN_LOGPROB), "bytes": list(data)}
 
 
-def completion_logprobs(tokens: Sequence[TokenLogprob], first_offset: int) -> dict[str, Any]:
-    """`choices[].logprobs` of /v1/completions; offsets count characters of the generated text.
-
-    Args:
-        tokens: in the order of their generation.
-        first_offset: characters of the tokens that earlier chunks of a stream had.
-    """
-    offsets = []
-    for token in tokens:
-        offsets.append(first_offset)
-        first_offset += len(token.token)
+def completion_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
+    """`choices[].logprobs` of /v1/completions; offsets count characters of the generated text."""
     return {
-        "text_offset": offsets,
+        "text_offset": [token.text_offset for token in tokens],
         "token_logprobs": [max(token.logprob, _MIN_LOGPROB) for token in tokens],
         "tokens": [token.token for token in tokens],
         "top_logprobs": [_top_of(token) for token in tokens],
@@ -142,7 +133,7 @@ def completion_response(response: WholeResponse, created_unix_s: int) -> bytes:
         {
             "index": index,
             "text": "".join(choice.texts),
-            "logprobs": completion_logprobs(choice.logprobs, 0) if response.request.wants_logprobs else None,
+            "logprobs": completion_logprobs(choice.logprobs) if response.request.wants_logprobs else None,
             "finish_reason": choice.finish_reason,
         }
         for index, choice in enumerate(response.choices)
@@ -261,7 +252,6 @@ class CompletionChunks(_Chunks):
     def __init__(self, request: AdmittedRequest, created_unix_s: int) -> None:
         super().__init__("text_completion", request, created_unix_s)
         self._text_heads = [self._head + b'{"index":%d,"text":' % index for index in range(len(request.sequences))]
-        self._offsets = [0] * len(request.sequences)
 
     def opening(self) -> bytes:
         return b""
@@ -274,8 +264,7 @@ class CompletionChunks(_Chunks):
             tokens = _logprobs_of(deltas)
             if not (text or tokens or reason):
                 return b""
-            logprobs = _to_json(completion_logprobs(tokens, self._offsets[index]))
-            self._offsets[index] += sum(len(token.token) for token in tokens)
+            logprobs = _to_json(completion_logprobs(tokens))
         elif not (text or reason):
             return b""
         return (

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 
@@ -21,6 +21,12 @@ def _refuse_value(value: object) -> None:
 def _refuse_true(value: bool | None) -> bool | None:
     if value:
         raise PydanticCustomError("unsupported", "is not supported by this server, only false is")
+    return value
+
+
+def _refuse_nonempty(value: list[Any] | None) -> list[Any] | None:
+    if value:
+        raise PydanticCustomError("unsupported", "is not supported by this server unless it is empty")
     return value
 
 
@@ -51,16 +57,22 @@ class TextPart(_Body):
 
     type: Literal["text"]
     text: str
+    cache_control: dict[str, Any] | None = None
+    """Accepted without effect."""
 
 
 def _content_kind(value: object) -> str | None:
+    if value is None:
+        return "<none>"
     if isinstance(value, str):
         return "<text>"
     return "<parts>" if isinstance(value, list) else None
 
 
 Content = Annotated[
-    Annotated[str, Tag("<text>")] | Annotated[list[TextPart], Field(min_length=1, fail_fast=True), Tag("<parts>")],
+    Annotated[None, Tag("<none>")]
+    | Annotated[str, Tag("<text>")]
+    | Annotated[list[TextPart], Field(min_length=1, fail_fast=True), Tag("<parts>")],
     Discriminator(
         _content_kind,
         custom_error_type="content_type",
@@ -70,22 +82,70 @@ Content = Annotated[
 """The tags stand in angle brackets so that body.py can drop them from error paths."""
 
 
+class CalledFunction(_Body):
+    """What an earlier answer called; the arguments are JSON text, as the model wrote it."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(_Body):
+    """One call of an earlier answer."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = None
+    """Accepted without effect; streams number calls."""
+
+
 class Message(_Body):
     """One message of a chat. The null-only fields are what clients send back from an earlier answer."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
-    name: Unsupported = None
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    name: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
+    tool_call_id: str | None = None
+    content: Annotated[Content, Field(validate_default=True)] = None
+    """Stands behind the fields that its validator looks at."""
     refusal: Unsupported = None
-    annotations: Unsupported = None
+    annotations: Annotated[list[Any] | None, AfterValidator(_refuse_nonempty)] = None
     audio: Unsupported = None
     function_call: Unsupported = None
-    tool_calls: Unsupported = None
-    tool_call_id: Unsupported = None
 
-    def text(self) -> str:
-        """The content as one string; parts are joined."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+    @field_validator("content")
+    @classmethod
+    def _check_content(cls, content: Content, info: ValidationInfo) -> Content:
+        if content is None and "tool_calls" in info.data and not info.data["tool_calls"]:
+            raise PydanticCustomError(
+                "content_missing", "is required; only an assistant's message with tool_calls may lack it"
+            )
+        return content
+
+    @field_validator("tool_calls", "tool_call_id")
+    @classmethod
+    def _check_role(cls, value: object, info: ValidationInfo) -> object:
+        owner = "tool" if info.field_name == "tool_call_id" else "assistant"
+        if value and info.data.get("role", owner) != owner:
+            raise PydanticCustomError("message_role", "may only stand in a message of role {owner}", {"owner": owner})
+        return value
+
+    def for_template(self) -> dict[str, Any]:
+        """The message as chat templates know it: fields that were not sent are absent, but for content."""
+        # OpenAI renamed the role; templates know it by its first name.
+        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role}
+        if isinstance(self.content, list):
+            message["content"] = [{"type": "text", "text": part.text} for part in self.content]
+        else:
+            message["content"] = self.content
+        for field in ("name", "reasoning_content", "tool_call_id"):
+            value = getattr(self, field)
+            if value is not None:
+                message[field] = value
+        if self.tool_calls:
+            message["tool_calls"] = [call.model_dump(exclude={"index"}, exclude_none=True) for call in self.tool_calls]
+        return message
 
 
 def _stop_kind(value: object) -> str | None:

@@ -18,7 +18,8 @@ from moeless.gateway.config import GatewayConfig
 from moeless.gateway.errors import EngineStartingError
 from moeless.gateway.metrics import GatewayMetrics, ModelMetrics
 from moeless.gateway.streams import WritePacer
-from moeless.gateway.tokenizer import Tokenizer
+from moeless.text.template_probe import TemplateTraits
+from moeless.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,8 @@ class GatewayService:
                     client = await self._source()
                 info = await client.model_info()
                 tokenizer = await asyncio.to_thread(Tokenizer.load, Path(info.tokenizer_path))
+                has_template = tokenizer.chat_template is not None
+                traits = await asyncio.to_thread(tokenizer.probe_template) if has_template else TemplateTraits()
             except Exception as error:
                 # The engine may be starting for minutes: one line for each new reason, not for each try.
                 if repr(error) != last_error:
@@ -76,7 +79,7 @@ class GatewayService:
                 continue
             self._client = client
             self._model_metrics = ModelMetrics(self.metrics, info.model_id)
-            self._model = ServedModel(info=info, tokenizer=tokenizer)
+            self._model = ServedModel(info=info, tokenizer=tokenizer, traits=traits)
             logger.info("engine reached model=%s context=%d", info.model_id, info.max_context_tokens)
 
     def model(self) -> ServedModel:

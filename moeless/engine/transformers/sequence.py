@@ -19,7 +19,9 @@ class Sequence:
         "_logprobs",
         "_matcher",
         "_new_tokens",
+        "_num_chars",
         "_stop_reason",
+        "_stop_strings",
         "_text",
         "_texts",
         "error",
@@ -44,12 +46,16 @@ class Sequence:
         self.generated_token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.error: str | None = None
-        self._eos_ids = frozenset() if sampling.ignore_eos else eos_ids
+        self._eos_ids = frozenset() if sampling.ignore_eos else eos_ids.union(request.end_of_turn_ids)
         self._texts = texts
-        self._decoder = texts.new_decoder()
+        self._stop_strings = {id_: stop for stop in sampling.stop if (id_ := texts.special_id(stop)) is not None}
+        """By the special tokens that they are; those add no text in which they could be found."""
+        self._decoder = texts.new_decoder(request.prompt_token_ids if request.continues_prompt else ())
         self._matcher = StopMatcher(sampling.stop) if sampling.stop else None
         self._text = ""
         self._new_tokens = 0
+        self._num_chars = 0
+        """Characters decoded, also those that are held back."""
         self._logprobs: list[TokenLogprob] = []
         self._stop_reason: str | None = None
 
@@ -64,9 +70,14 @@ class Sequence:
         if token_id in self._eos_ids:
             self._end("stop")
             return True
+        if token_id in self._stop_strings:
+            self._end("stop")
+            self._stop_reason = self._stop_reason or self._stop_strings[token_id]
+            return True
         if logprobs is not None:
             self._logprobs.append(self._describe(logprobs))
         text = self._decoder.feed(token_id)
+        self._num_chars += len(text)
         if text and self._take_text(text):
             return True
         if self.num_generated >= self.max_tokens:
@@ -137,4 +148,6 @@ class Sequence:
         for token_id, logprob in zip(raw.top_ids, raw.top_logprobs, strict=True):
             other = self._texts.bytes_of(token_id)
             top.append((token_id, other.decode(errors="replace"), other, logprob))
-        return TokenLogprob(raw.token_id, data.decode(errors="replace"), data, raw.logprob, top)
+        return TokenLogprob(
+            raw.token_id, data.decode(errors="replace"), data, raw.logprob, top, text_offset=self._num_chars
+        )

@@ -46,7 +46,7 @@ class ThreadedEngine(ABC):
         self._config = config
         self._on_step = on_step
         self._texts = TokenTexts(tokenizer)
-        self._eos_ids = eos_token_ids(model)
+        self._eos_ids = eos_token_ids(model) | self._texts.eos_ids
         text_config: Any = model.config.get_text_config()
         self._vocab_size = int(text_config.vocab_size)
         positions = getattr(text_config, "max_position_embeddings", None)
@@ -282,11 +282,11 @@ def describe(error: Exception) -> str:
 
 
 def eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
-    """Every end-of-sequence id of the generation config, or of the model's config if that has none."""
+    """Every end-of-sequence id of the generation config, or of the model's config if that has none; -1 is none."""
     generation_config: Any = model.generation_config
     ids = generation_config.eos_token_id if generation_config is not None else None
     if ids is None:
         ids = getattr(model.config.get_text_config(), "eos_token_id", None)
     if ids is None:
         return frozenset()
-    return frozenset([ids] if isinstance(ids, int) else ids)
+    return frozenset(i for i in ([ids] if isinstance(ids, int) else ids) if i >= 0)

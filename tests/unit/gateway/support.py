@@ -188,16 +188,21 @@ def saying(*texts: str, reason: FinishReason = "stop") -> Script:
 
     async def script(request: GenerationRequest) -> AsyncIterator[GenerationDelta]:
         for position, text in enumerate(texts):
-            logprobs = [token_logprob(text, request.sampling.logprobs)] if request.sampling.logprobs is not None else []
+            logprobs = []
+            if request.sampling.logprobs is not None:
+                offset = sum(map(len, texts[:position]))
+                logprobs = [token_logprob(text, request.sampling.logprobs, text_offset=offset)]
             is_last = position == len(texts) - 1
             yield delta(request, text, logprobs=logprobs, finish_reason=reason if is_last else None)
 
     return script
 
 
-def token_logprob(text: str, num_top: int) -> TokenLogprob:
+def token_logprob(text: str, num_top: int, *, text_offset: int = 0) -> TokenLogprob:
     top = [(rank, f"t{rank}", b"t%d" % rank, -0.5 * (rank + 1)) for rank in range(num_top)]
-    return TokenLogprob(token_id=1, token=text, token_bytes=text.encode(), logprob=-0.5, top=top)
+    return TokenLogprob(
+        token_id=1, token=text, token_bytes=text.encode(), logprob=-0.5, top=top, text_offset=text_offset
+    )
 
 
 def failing(error: Exception, *before: str) -> Script:

@@ -16,7 +16,7 @@ from moeless.core.generation import SamplingParams
 from moeless.gateway import GatewayConfig
 from moeless.gateway.admission import Admission, AdmittedRequest, ServedModel, seed_of_choice
 from moeless.gateway.schemas import ChatCompletionRequest, CompletionRequest
-from moeless.gateway.tokenizer import Tokenizer
+from moeless.text.tokenizer import Tokenizer
 from tests.unit.gateway.support import chat, completion, model_info
 
 pytestmark = pytest.mark.anyio
@@ -25,7 +25,9 @@ pytestmark = pytest.mark.anyio
 class Admitter:
     def __init__(self, folder: Path, executor: ThreadPoolExecutor) -> None:
         self.tokenizer = Tokenizer.load(folder)
-        self.model = ServedModel(info=model_info(folder), tokenizer=self.tokenizer)
+        self.model = ServedModel(
+            info=model_info(folder), tokenizer=self.tokenizer, traits=self.tokenizer.probe_template()
+        )
         self.admission = Admission(GatewayConfig(), executor)
 
     async def chat(self, content: object = "hi", **fields: object) -> AdmittedRequest:
@@ -44,7 +46,7 @@ async def admit(tokenizer_folder: Path) -> AsyncIterator[Admitter]:
 
 
 def text_of(admit: Admitter, token_ids: list[int]) -> str:
-    return admit.tokenizer._backend.decode(token_ids, skip_special_tokens=False)
+    return admit.tokenizer.backend_tokenizer.decode(token_ids, skip_special_tokens=False)
 
 
 async def test_a_chat_is_rendered_and_gets_no_second_bos(admit: Admitter) -> None:

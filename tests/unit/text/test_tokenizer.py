@@ -1,4 +1,4 @@
-"""The gateway's tokens and chat prompts are those of transformers."""
+"""Tokens and chat prompts are those of transformers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from moeless.core.errors import ConfigError, RequestError
-from moeless.gateway.tokenizer import Tokenizer
+from moeless.text.tokenizer import Tokenizer
 from tests.unit.gateway.support import CHATML, write_tokenizer
 
 USER = {"role": "user", "content": "What is <b>2 + 2</b>?\n"}
