@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from moeless.core.errors import ConfigError
+from moeless.core.errors import ConfigError, RequestError
 from moeless.engine.text import StopMatcher, TokenTexts, WindowDecoder
+from moeless.text.tokenizer import Tokenizer as ModelTokenizer
 from tests.families import VOCAB_SIZE, make_tokenizer
 
 BYTE_LEVEL = make_tokenizer()
@@ -83,6 +87,25 @@ def test_a_sentencepiece_character_in_bytes_comes_whole() -> None:
     assert rest == ""
 
 
+@pytest.mark.parametrize(
+    ("before", "tokens", "text"),
+    [
+        (["▁the"], ["▁cat", "s"], " cats"),
+        (["<s>", "▁the"], ["▁cat"], " cat"),
+        (["▁the", "</s>"], ["▁cat"], " cat"),
+        (["<s>"], ["▁cat"], "cat"),
+        ([], ["▁cat"], "cat"),
+        (["▁the"] * 20, ["▁cat"], " cat"),
+        (["▁the"], ["s", "▁cat"], "s cat"),
+        (["▁the", "<0xC3>"], ["<0xA9>", "s"], "és"),
+    ],
+)
+def test_a_completion_keeps_the_space_of_its_first_word(before: list[str], tokens: list[str], text: str) -> None:
+    decoder = TokenTexts(SENTENCEPIECE).new_decoder([SENTENCEPIECE.token_to_id(token) for token in before])
+    pieces = [decoder.feed(SENTENCEPIECE.token_to_id(token)) for token in tokens]
+    assert "".join(pieces) + decoder.flush() == text
+
+
 def test_the_window_forgets_what_is_settled() -> None:
     decoder = WindowDecoder(SENTENCEPIECE)
     for _ in range(1000):
@@ -102,6 +125,66 @@ def test_bytes_of_special_unknown_and_sentencepiece_tokens() -> None:
     texts = TokenTexts(SENTENCEPIECE)
     assert texts.bytes_of(SENTENCEPIECE.token_to_id("<0x98>")) == b"\x98"
     assert texts.bytes_of(SENTENCEPIECE.token_to_id("▁cat")) == b" cat"
+
+
+def test_bytes_of_an_added_token_are_its_text_not_bytes_that_look_like_it() -> None:
+    tokenizer = Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens([AddedToken("é")])
+    assert TokenTexts(tokenizer).bytes_of(1) == "é".encode()
+
+
+CLASSES = ["LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "GemmaTokenizer", "Qwen2Tokenizer", None]
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize(
+    ("backend", "text"),
+    [(BYTE_LEVEL.backend_tokenizer, "the gate\n of é"), (SENTENCEPIECE, "the cats é")],
+    ids=["byte level", "SentencePiece"],
+)
+def test_text_is_decoded_by_the_file_whatever_its_class(
+    tmp_path: Path, name: str | None, backend: Tokenizer, text: str
+) -> None:
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name} if name else {}))
+    (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
+    if backend is SENTENCEPIECE:
+        ids = [token_id for piece in ("▁the", "▁cat", "s", "▁é") for token_id in sentencepiece_tokens(piece)]
+    else:
+        ids = ModelTokenizer.load(tmp_path).encode_chat(text)
+    pieces, rest = streamed(ModelTokenizer.load(tmp_path), ids)
+    assert "".join(pieces) + rest == text
+    token_bytes = [TokenTexts(ModelTokenizer.load(tmp_path)).bytes_of(i) for i in ids]
+    assert b"".join(token_bytes).decode().removeprefix(" ") == text
+
+
+def test_the_tokenizers_own_end_token_is_known(tmp_path: Path) -> None:
+    BYTE_LEVEL.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|user|>"}))
+    assert TokenTexts(ModelTokenizer.load(tmp_path)).eos_ids == {BYTE_LEVEL.convert_tokens_to_ids("<|user|>")}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|nowhere|>"}))
+    assert TokenTexts(ModelTokenizer.load(tmp_path)).eos_ids == set()
+
+
+def test_a_panic_of_the_tokenizer_is_an_error() -> None:
+    class PanickingTokenizer:
+        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+            raise panic()
+
+    with pytest.raises(RequestError, match="the tokenizer cannot decode its tokens"):
+        WindowDecoder(PanickingTokenizer()).feed(1)  # type: ignore[arg-type]
+
+
+def panic() -> BaseException:
+    """A panic as Rust's raise it: from a tokenizer whose expression needs more steps than its engine allows."""
+    tokenizer = Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"(a|a)*(a|aa)*b|(?=(a+a+)+c)x"), "isolated")
+    try:
+        tokenizer.encode("a" * 36)
+    except BaseException as error:
+        return error
+    raise AssertionError("the tokenizer did not panic")
 
 
 def test_a_tokenizer_of_another_kind_is_refused() -> None:

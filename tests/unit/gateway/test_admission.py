@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moeless.core.errors import ContextLengthError
 from moeless.core.generation import SamplingParams
 from moeless.gateway import GatewayConfig
 from moeless.gateway.admission import Admission, AdmittedRequest, ServedModel, seed_of_choice
@@ -82,6 +83,30 @@ async def test_absent_fields_get_openais_defaults(admit: Admitter) -> None:
 async def test_a_chat_without_a_limit_may_fill_the_context(admit: Admitter) -> None:
     admitted = await admit.chat("hi")
     assert admitted.sequences[0].sampling.max_tokens == 256 - admitted.num_prompt_tokens
+
+
+@pytest.mark.parametrize("num_tokens", [256, 257])
+async def test_a_prompt_that_fills_the_context_is_refused_without_max_tokens(admit: Admitter, num_tokens: int) -> None:
+    with pytest.raises(ContextLengthError, match=f"'prompt' has {num_tokens} tokens") as raised:
+        await admit.completion([1] * num_tokens)
+    assert raised.value.code == "context_length_exceeded"
+    empty = (await admit.chat("")).num_prompt_tokens
+    with pytest.raises(ContextLengthError, match=f"'messages' has {num_tokens} tokens"):
+        await admit.chat("x" * (num_tokens - empty))
+
+
+async def test_a_prompt_that_leaves_one_token_gets_it(admit: Admitter) -> None:
+    assert (await admit.completion([1] * 255)).sequences[0].sampling.max_tokens == 1
+    empty = (await admit.chat("")).num_prompt_tokens
+    assert (await admit.chat("x" * (255 - empty))).sequences[0].sampling.max_tokens == 1
+
+
+async def test_a_chats_answer_begins_anew_and_ends_as_the_template_ends_turns(admit: Admitter) -> None:
+    chat_request = (await admit.chat("hi")).sequences[0]
+    im_end = admit.tokenizer.backend_tokenizer.token_to_id("<|im_end|>")
+    assert (chat_request.continues_prompt, chat_request.end_of_turn_ids) == (False, (im_end,))
+    completion_request = (await admit.completion("hi")).sequences[0]
+    assert (completion_request.continues_prompt, completion_request.end_of_turn_ids) == (True, ())
 
 
 async def test_the_default_of_completions_shrinks_to_what_is_left(admit: Admitter) -> None:

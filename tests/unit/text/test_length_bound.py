@@ -11,9 +11,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from moeless.text.length_bound import LengthBound
 
-CORPUS = [
-    "The gate of a layer reads a token 2024 and names the experts 1999 that work.    \n\n café naïve 12 345"
-]
+CORPUS = ["The gate of a layer reads a token 2024 and names the experts 1999 that work.    \n\n café naïve 12 345"]
 SPECIAL = [
     AddedToken("<|end|>", special=True, normalized=False),
     AddedToken("<|reserved_special_token_777|>", special=True, normalized=False),

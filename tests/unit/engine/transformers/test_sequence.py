@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from moeless.core.generation import GenerationDelta
@@ -95,3 +96,52 @@ def test_an_end_from_outside_drops_what_is_held_back(reason: Any) -> None:
     seq.finish(reason, "why")
     delta = seq.take_delta()
     assert (delta.text, delta.num_tokens, delta.finish_reason, delta.error) == ("", 0, reason, "why")
+
+
+def test_a_stop_string_that_is_a_special_token_ends_the_sequence() -> None:
+    user_id = TOKENIZER.convert_tokens_to_ids("<|user|>")
+    deltas = run(sequence(stop=("END", "<|user|>")), [*ids_of("abE"), user_id])
+    assert "".join(delta.text for delta in deltas) == "abE"
+    assert (deltas[-1].finish_reason, deltas[-1].stop_reason) == ("stop", "<|user|>")
+
+
+def test_a_special_token_that_is_no_stop_string_is_hidden() -> None:
+    user_id = TOKENIZER.convert_tokens_to_ids("<|user|>")
+    deltas = run(sequence(stop=("<|system|>",)), [*ids_of("ab"), user_id, *ids_of("c")])
+    assert "".join(delta.text for delta in deltas) == "abc"
+
+
+def of_a_chat(*end_of_turn_ids: int, **sampling: Any) -> Sequence:
+    params: dict[str, Any] = {"ignore_eos": False, "max_tokens": 50}
+    asked = msgspec.structs.replace(request("r", [7], **(params | sampling)), end_of_turn_ids=end_of_turn_ids)
+    return Sequence(asked, eos_ids=frozenset({EOS_ID}), texts=TEXTS)
+
+
+def test_the_templates_end_of_a_turn_ends_the_sequence() -> None:
+    user_id = TOKENIZER.convert_tokens_to_ids("<|user|>")
+    assert run(of_a_chat(user_id), [*ids_of("x"), user_id])[-1].finish_reason == "stop"
+    assert run(of_a_chat(user_id), [*ids_of("x"), EOS_ID])[-1].finish_reason == "stop"
+    ignoring = run(of_a_chat(user_id, ignore_eos=True, max_tokens=2), [user_id, user_id])
+    assert ignoring[-1].finish_reason == "length"
+
+
+def test_offsets_count_whole_characters_and_no_hidden_tokens() -> None:
+    user_id = TOKENIZER.convert_tokens_to_ids("<|user|>")
+    seq = sequence(logprobs=0)
+    ids = [*ids_of("a"), user_id, *ids_of("é"), *ids_of("b")]
+    assert len(ids) == 5
+    for token_id in ids:
+        seq.advance(token_id, RawLogprobs(token_id, -0.1, [], []))
+    delta = seq.take_delta()
+    assert delta.text == "aéb"
+    assert [token.text_offset for token in delta.logprobs] == [0, 1, 1, 1, 2]
+
+
+def test_offsets_go_on_from_delta_to_delta() -> None:
+    seq = sequence(logprobs=0, stop=("def",))
+    offsets = []
+    for token_id in ids_of("abdxy"):
+        seq.advance(token_id, RawLogprobs(token_id, -0.1, [], []))
+        offsets += [token.text_offset for token in seq.take_delta().logprobs]
+    texts = [TEXTS.bytes_of(i).decode() for i in ids_of("abdxy")]
+    assert offsets == [sum(map(len, texts[:n])) for n in range(len(texts))]
