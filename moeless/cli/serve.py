@@ -34,7 +34,7 @@ def serve_command(
     ] = None,
     served_model_name: Annotated[str | None, typer.Option(help="Name in the API; default: the model's.")] = None,
     max_model_len: Annotated[
-        int | None, typer.Option(help="Most tokens of prompt and completion; default: the model's.")
+        int | None, typer.Option(help="Maximum tokens of prompt and completion; default: the model's.")
     ] = None,
     max_running: Annotated[int, typer.Option(help="Sequences decoded together.")] = 64,
     max_waiting: Annotated[int, typer.Option(help="Requests held beyond that; more are answered 429.")] = 256,
@@ -71,11 +71,13 @@ def serve_command(
         raise ConfigError("--allow-tracing is now --allow-recording (and --no-allow-recording)")
     from moeless.deployments.runtime import prepare_environment
     from moeless.deployments.settings import ServeSettings
+    from moeless.packages.context_length import check_context
     from moeless.packages.source import resolve_model
 
     with PackingProgress() as (progress, on_progress):
         packed = resolve_model(model, on_progress=on_progress)
         progress.stop()
+    check_context(packed, max_model_len)
     if "MOELESS_TOKEN" in os.environ:
         raise ConfigError("MOELESS_TOKEN is no longer read; set MOELESS_RUN_SECRET instead")
     on_device = _device(device)
@@ -90,7 +92,7 @@ def serve_command(
         host=host,
         port=port,
         api_keys=tuple(api_key or ()),
-        max_context_tokens=max_model_len,
+        max_model_len=max_model_len,
         max_running=max_running,
         max_waiting=max_waiting,
         kv_cache_bytes=_bytes("kv-cache-gb", kv_cache_gb),

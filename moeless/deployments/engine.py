@@ -274,7 +274,7 @@ def _assembly(packed: PackedModel, settings: ServeSettings) -> Assembly:
             max_batch_tokens=max(settings.max_batch_tokens, settings.max_running),
             max_running=settings.max_running,
             max_waiting=settings.max_waiting,
-            max_context_tokens=settings.max_context_tokens,
+            max_model_len=settings.max_model_len,
             num_threads=settings.engine_threads,
         ),
         table=initial_table(packed.manifest, settings),

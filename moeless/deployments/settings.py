@@ -33,7 +33,7 @@ class ServeSettings:
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str, ...] = field(default=(), repr=False)
-    max_context_tokens: int | None = None
+    max_model_len: int | None = None
     max_running: int = 64
     max_waiting: int = 256
     max_batch_tokens: int = 512
@@ -96,7 +96,7 @@ class ServeSettings:
             "max_batch_tokens",
             "function_max_replicas",
             "num_threads",
-            "max_context_tokens",
+            "max_model_len",
             "predict_distance",
         ):
             value = getattr(self, name)

@@ -15,7 +15,7 @@ class EngineConfig:
 
     kv_cache_bytes: int | None = None
     """Memory for KV pages. None: 1 GiB on a CPU, `kv_memory_share` of the free memory on an accelerator; in either
-    case no more than `max_running` sequences of `max_context_tokens` need."""
+    case no more than `max_running` sequences of `max_model_len` need."""
     kv_memory_share: float = 0.8
     """Of an accelerator's free memory, taken at start when `kv_cache_bytes` is None."""
     page_size: int = 32
@@ -28,8 +28,8 @@ class EngineConfig:
     """Sequences in one step."""
     max_waiting: int = 256
     """Requests held beyond `max_running`; one more is refused with QueueFullError."""
-    max_context_tokens: int | None = None
-    """Prompt and completion together. None: what the model's positions allow."""
+    max_model_len: int | None = None
+    """Maximum tokens of prompt and completion together. None: the model's context length."""
     num_threads: int | None = None
     """torch threads of the generation thread. None leaves torch's own choice."""
 
@@ -41,7 +41,7 @@ class EngineConfig:
             raise ConfigError(f"page_size must be at least 4, got {self.page_size}")
         if self.max_waiting < 0:
             raise ConfigError(f"max_waiting must be at least 0, got {self.max_waiting}")
-        for name in ("kv_cache_bytes", "max_context_tokens", "num_threads"):
+        for name in ("kv_cache_bytes", "max_model_len", "num_threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")

@@ -46,7 +46,7 @@ def engine(folder: Path) -> Iterator[Engine]:
     model.set_experts_implementation("eager")
     config = EngineConfig(
         kv_cache_bytes=1 << 22, max_running=MAX_RUNNING, max_waiting=MAX_WAITING, max_batch_tokens=64,
-        max_context_tokens=CONTEXT, num_threads=1,
+        max_model_len=CONTEXT, num_threads=1,
     )  # fmt: skip
     engine = build_engine(model, AutoTokenizer.from_pretrained(folder), config)
     yield engine

@@ -168,7 +168,7 @@ def generate(model: PreTrainedModel, prompts: list[list[int]]) -> list[list[int]
     """The greedy tokens of our engine, all prompts at once."""
     deltas: queue.SimpleQueue[GenerationDelta] = queue.SimpleQueue()
     config = EngineConfig(
-        kv_cache_bytes=1 << 20, page_size=8, max_batch_tokens=32, max_running=4, max_context_tokens=96, num_threads=1
+        kv_cache_bytes=1 << 20, page_size=8, max_batch_tokens=32, max_running=4, max_model_len=96, num_threads=1
     )
     engine = build_engine(model, make_tokenizer(), config, lambda step: [deltas.put(delta) for delta in step])
     engine.start()

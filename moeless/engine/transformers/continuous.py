@@ -42,13 +42,7 @@ class ContinuousEngine(ThreadedEngine):
             auto_switch_to_flash=False,
         )
         self._batcher = PagedBatcher(self._model, batching, self.observers)
-        if self._batcher.max_request_tokens < self.max_context_tokens:
-            logger.info(
-                "context limited by KV memory max_context_tokens=%d->%d",
-                self.max_context_tokens,
-                self._batcher.max_request_tokens,
-            )
-            self.max_context_tokens = self._batcher.max_request_tokens
+        self._limit_context_to(self._batcher.max_request_tokens)
         logger.info(
             "continuous batching ready pages=%d page_size=%d max_running=%d prefix_sharing=%s",
             self._batcher.num_blocks,

@@ -75,7 +75,7 @@ class StaticBatchEngine(ThreadedEngine):
         self._capacity_tokens = budget // token_bytes
         if self._capacity_tokens < 2:
             raise ConfigError(f"kv_cache_bytes must hold at least two tokens of {token_bytes} bytes, got {budget}")
-        self.max_context_tokens = min(self.max_context_tokens, self._capacity_tokens)
+        self._limit_context_to(self._capacity_tokens)
         logger.info(
             "static batching ready capacity_tokens=%d max_running=%d joins_at_any_step=%s",
             self._capacity_tokens,

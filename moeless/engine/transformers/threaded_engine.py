@@ -28,6 +28,7 @@ from moeless.engine.observing import StepObservers
 from moeless.engine.protocol import EngineCounters, OnStep
 from moeless.engine.text import TokenTexts
 from moeless.engine.transformers.sequence import Sequence
+from moeless.packages.context_length import limit_context
 
 logger = logging.getLogger(__name__)
 
@@ -47,13 +48,8 @@ class ThreadedEngine(ABC):
         self._on_step = on_step
         self._texts = TokenTexts(tokenizer)
         self._eos_ids = eos_token_ids(model) | self._texts.eos_ids
-        text_config: Any = model.config.get_text_config()
-        self._vocab_size = int(text_config.vocab_size)
-        positions = getattr(text_config, "max_position_embeddings", None)
-        limits = [limit for limit in (config.max_context_tokens, positions) if limit is not None]
-        if not limits:
-            raise ConfigError("max_context_tokens must be set: the model's config has no max_position_embeddings")
-        self.max_context_tokens: int = min(limits)
+        self._vocab_size = int(model.config.get_text_config().vocab_size)
+        self.max_context_tokens = limit_context(model.config, config.max_model_len)
 
         self._lock = threading.Lock()
         self._live: dict[str, Sequence] = {}
@@ -155,6 +151,21 @@ class ThreadedEngine(ABC):
             return 1.0
         return min(60.0, max(1.0, math.ceil((times[-1] - times[0]) / (len(times) - 1))))
 
+    def _limit_context_to(self, num_tokens: int) -> None:
+        """Lower the context to the tokens that the KV memory holds.
+
+        Raises: ConfigError if the user set a longer one.
+        """
+        if num_tokens >= self.max_context_tokens:
+            return
+        if self._config.max_model_len is not None:
+            raise ConfigError(
+                f"--max-model-len must be at most {num_tokens}, the tokens that the KV memory holds (--kv-cache-gb), "
+                f"got {self._config.max_model_len}"
+            )
+        logger.warning("context limited by KV memory tokens=%d->%d", self.max_context_tokens, num_tokens)
+        self.max_context_tokens = num_tokens
+
     # -- the generation thread -------------------------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -242,7 +253,7 @@ class ThreadedEngine(ABC):
 
     @abstractmethod
     def _open(self) -> None:
-        """Allocate the KV memory. May lower `max_context_tokens` to what fits it."""
+        """Allocate the KV memory, and pass the tokens that fit in it to `_limit_context_to`."""
 
     @abstractmethod
     def _close(self) -> None:

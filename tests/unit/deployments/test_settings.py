@@ -31,7 +31,7 @@ def settings(**changes: object) -> ServeSettings:
         ("device", "cuda:1", "device"),
         ("num_threads", 0, "num_threads"),
         ("max_waiting", -1, "max_waiting"),
-        ("max_context_tokens", 0, "max_context_tokens"),
+        ("max_model_len", 0, "max_model_len"),
         ("max_running", 0, "max_running"),
         ("call_timeout_s", 0.0, "call_timeout_s"),
         ("function_idle_s", -1.0, "function_idle_s"),

@@ -16,7 +16,7 @@ from moeless.engine.config import EngineConfig
         ({"max_batch_tokens": 0}, "max_batch_tokens must be at least 1, got 0"),
         ({"max_waiting": -1}, "max_waiting must be at least 0, got -1"),
         ({"kv_cache_bytes": 0}, "kv_cache_bytes must be at least 1, got 0"),
-        ({"max_context_tokens": 0}, "max_context_tokens must be at least 1, got 0"),
+        ({"max_model_len": 0}, "max_model_len must be at least 1, got 0"),
         ({"num_threads": 0}, "num_threads must be at least 1, got 0"),
         ({"kv_memory_share": 1.5}, r"kv_memory_share must be in \(0, 1\], got 1.5"),
         ({"max_batch_tokens": 8, "max_running": 9}, r"max_batch_tokens must be at least max_running \(9\), got 8"),

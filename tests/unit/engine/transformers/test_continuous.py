@@ -246,7 +246,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
 
 def test_prompt_and_completion_beyond_the_context_are_refused_with_both_numbers() -> None:
     recorder = Recorder()
-    with running(MODEL, recorder, max_context_tokens=100) as engine:
+    with running(MODEL, recorder, max_model_len=100) as engine:
         assert engine.max_context_tokens == 100
         with pytest.raises(ContextLengthError, match=r"prompt \(60 tokens\).*max_tokens \(41\).*101.*context of 100"):
             engine.submit(request("r", prompt_of(60), max_tokens=41))
@@ -255,9 +255,18 @@ def test_prompt_and_completion_beyond_the_context_are_refused_with_both_numbers(
     assert answer.num_tokens == 40
 
 
-def test_the_models_positions_bound_the_context() -> None:
-    with running(MODEL, Recorder(), max_context_tokens=10**6) as engine:
+def test_a_context_beyond_the_models_positions_is_refused() -> None:
+    with running(MODEL, Recorder()) as engine:
         assert engine.max_context_tokens == 512
+    with pytest.raises(ConfigError, match="--max-model-len must be at most 512, .* got 513"):
+        ContinuousEngine(MODEL, make_tokenizer(), EngineConfig(max_model_len=513))
+
+
+def test_a_context_beyond_the_pages_is_refused_if_it_was_set() -> None:
+    config = EngineConfig(max_model_len=100, kv_cache_bytes=pool_of(64), page_size=16)
+    engine = ContinuousEngine(MODEL, make_tokenizer(), config, lambda deltas: None)
+    with pytest.raises(ConfigError, match=r"--max-model-len must be at most 64, the tokens that the KV memory .* 100"):
+        engine.start()
 
 
 def test_a_request_that_could_never_fit_the_pages_is_refused() -> None:
