@@ -50,6 +50,7 @@ def gateway_deployment(settings: ServeSettings) -> Any:
             api_keys=settings.api_keys,
             cors_allow_origins=settings.cors_allow_origins,
             allow_recording=settings.recording_is_allowed,
+            request_id_sent_by_proxy=True,
         )
         return create_app(cast(EngineSource, reach_engine), config)
 

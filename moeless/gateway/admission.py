@@ -12,10 +12,12 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import TypeVar
 
+from msgspec import structs
+
 from moeless.core.errors import ContextLengthError, ModelNotFoundError, RequestError
 from moeless.core.generation import GenerationRequest, ModelInfo, SamplingParams
 from moeless.gateway.config import GatewayConfig
-from moeless.gateway.schemas import ChatCompletionRequest, CompletionRequest, SamplingFields
+from moeless.gateway.schemas import ChatCompletionRequest, CompletionRequest, SamplingFields, fields_without_effect
 from moeless.text.template_probe import TemplateTraits
 from moeless.text.tokenizer import Tokenizer
 
@@ -36,6 +38,15 @@ class ServedModel:
     traits: TemplateTraits
 
 
+@dataclass(frozen=True, slots=True)
+class EchoedPrompt:
+    """A prompt that the completion begins with."""
+
+    text: str
+    first_token: str
+    """Text of the first token, which has no log-probability."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdmittedRequest:
     """One HTTP request as the engine will see it: a sequence for each choice, in the order of the choices."""
@@ -47,9 +58,20 @@ class AdmittedRequest:
     """n: choices for each prompt."""
     num_prompt_tokens: int
     """Each prompt once, however many choices it gets."""
-    wants_logprobs: bool
+    num_logprobs: int | None
+    """None: no log-probabilities."""
     is_stream: bool
     include_usage: bool
+    wants_continuous_usage: bool = False
+    wants_prompt_logprobs: bool = False
+    echoes: list[EchoedPrompt] | None = None
+    """By prompt; None where prompts are not repeated."""
+    ignored_fields: tuple[str, ...] = ()
+    """Fields of the body that were accepted without effect."""
+
+    def echo_of(self, index: int) -> EchoedPrompt | None:
+        """What the choice `index` begins with."""
+        return None if self.echoes is None else self.echoes[index // self.num_choices]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +87,7 @@ class _Draft:
     logprobs: int | None
     is_chat: bool = False
     end_of_turn_ids: tuple[int, ...] = ()
+    echoes: list[EchoedPrompt] | None = None
 
 
 class Admission:
@@ -109,14 +132,22 @@ class Admission:
             )
         if body.logprobs is not None:
             _check_at_most(body.logprobs, self._config.max_logprobs, "logprobs", "log-probabilities a token")
+        prompts = await self._prompts(body, model)
         draft = _Draft(
-            prompts=await self._prompts(body, model),
+            prompts=prompts,
             prompt_field="prompt",
             max_tokens=body.max_tokens,
             max_tokens_field="max_tokens",
             default_max_tokens=DEFAULT_COMPLETION_TOKENS,
             logprobs=body.logprobs,
+            echoes=await self._echoes(body, prompts, model) if body.echo else None,
         )
+        if body.max_tokens == 0 and not body.echo and body.prompt_logprobs is None:
+            raise RequestError(
+                "'max_tokens' must be at least 1 unless 'echo' or 'prompt_logprobs' is set, got 0.",
+                param="max_tokens",
+                code="invalid_value",
+            )
         return self._admit(body, model.info, request_id, draft)
 
     def _admit(self, body: SamplingFields, info: ModelInfo, request_id: str, draft: _Draft) -> AdmittedRequest:
@@ -124,51 +155,56 @@ class Admission:
         _check_at_most(num_choices, self._config.max_n, "n", "choices")
         num_sequences = len(draft.prompts) * num_choices
         _check_at_most(num_sequences, self._config.max_sequences, "n", "sequences (prompts × n)")
-        if body.stream_options is not None and not body.stream:
-            raise RequestError(
-                "'stream_options' is only allowed when 'stream' is true.",
-                param="stream_options",
-                code="invalid_value",
-            )
-        stop = self._stop(body)
-        logit_bias = self._logit_bias(body, info)
+        _check_stream(body)
         sequences: list[GenerationRequest] = []
         for prompt in draft.prompts:
             _check_prompt(prompt, info, draft.prompt_field)
-            max_tokens = _max_tokens_within_context(prompt, info, draft)
+            sampling = self._sampling(body, info, draft, _max_tokens_within_context(prompt, info, draft))
             for choice in range(num_choices):
-                sampling = SamplingParams(
-                    max_tokens=max_tokens,
-                    temperature=1.0 if body.temperature is None else body.temperature,
-                    top_p=1.0 if body.top_p is None else body.top_p,
-                    top_k=max(0, body.top_k or 0),
-                    seed=None if body.seed is None else seed_of_choice(body.seed, choice),
-                    presence_penalty=body.presence_penalty or 0.0,
-                    frequency_penalty=body.frequency_penalty or 0.0,
-                    stop=stop,
-                    logprobs=draft.logprobs,
-                    ignore_eos=bool(body.ignore_eos),
-                    logit_bias=logit_bias,
+                seed = None if body.seed is None else seed_of_choice(body.seed, choice)
+                sequence = GenerationRequest(
+                    request_id=f"{request_id}-{len(sequences)}",
+                    prompt_token_ids=prompt,
+                    sampling=structs.replace(sampling, seed=seed),
+                    continues_prompt=not draft.is_chat,
+                    end_of_turn_ids=draft.end_of_turn_ids,
                 )
-                sequence_id = f"{request_id}-{len(sequences)}"
-                sequences.append(
-                    GenerationRequest(
-                        request_id=sequence_id,
-                        prompt_token_ids=prompt,
-                        sampling=sampling,
-                        continues_prompt=not draft.is_chat,
-                        end_of_turn_ids=draft.end_of_turn_ids,
-                    )
-                )
+                sequences.append(sequence)
+        options = body.stream_options
         return AdmittedRequest(
             request_id=request_id,
             model_id=info.model_id,
             sequences=sequences,
             num_choices=num_choices,
             num_prompt_tokens=sum(map(len, draft.prompts)),
-            wants_logprobs=draft.logprobs is not None,
+            num_logprobs=draft.logprobs,
             is_stream=bool(body.stream),
-            include_usage=bool(body.stream_options and body.stream_options.include_usage),
+            include_usage=bool(options and options.include_usage),
+            wants_continuous_usage=bool(options and options.include_usage and options.continuous_usage_stats),
+            wants_prompt_logprobs=body.prompt_logprobs is not None,
+            echoes=draft.echoes,
+            ignored_fields=tuple(fields_without_effect(body)),
+        )
+
+    def _sampling(self, body: SamplingFields, info: ModelInfo, draft: _Draft, max_tokens: int) -> SamplingParams:
+        """Sampling parameters without the seed, which choices do not share."""
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=1.0 if body.temperature is None else body.temperature,
+            top_p=1.0 if body.top_p is None else body.top_p,
+            top_k=max(0, body.top_k or 0),
+            min_p=body.min_p or 0.0,
+            presence_penalty=body.presence_penalty or 0.0,
+            frequency_penalty=body.frequency_penalty or 0.0,
+            repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+            min_tokens=_min_tokens(body, max_tokens),
+            stop=self._stop(body),
+            stop_token_ids=self._stop_token_ids(body, info),
+            include_stop_string=bool(body.include_stop_str_in_output),
+            logprobs=draft.logprobs,
+            prompt_logprobs=self._prompt_logprobs(body, draft),
+            ignore_eos=bool(body.ignore_eos),
+            logit_bias=self._logit_bias(body, info),
         )
 
     async def _prompts(self, body: CompletionRequest, model: ServedModel) -> list[list[int]]:
@@ -185,6 +221,25 @@ class Admission:
         return await self._tokenize(
             lambda: [model.tokenizer.encode_prompt(text) for text in texts], sum(map(len, texts))
         )
+
+    async def _echoes(
+        self, body: CompletionRequest, prompts: list[list[int]], model: ServedModel
+    ) -> list[EchoedPrompt]:
+        """Prompts that came as text are repeated as they are, token ids as their text without special tokens."""
+        decode = model.tokenizer.decode
+        parts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+        given = [part for part in parts if isinstance(part, str)]
+        for prompt in prompts:
+            _check_prompt(prompt, model.info, "prompt")
+
+        def echo() -> list[EchoedPrompt]:
+            texts = given or [decode(prompt) for prompt in prompts]
+            return [
+                EchoedPrompt(text, decode(prompt[:1], with_special_tokens=True))
+                for text, prompt in zip(texts, prompts, strict=True)
+            ]
+
+        return await self._tokenize(echo, sum(map(len, prompts)))
 
     async def _tokenize(self, work: Callable[[], Result], num_chars: int) -> Result:
         if num_chars <= _INLINE_CHARS:
@@ -214,6 +269,27 @@ class Admission:
                     code="invalid_value",
                 )
         return stop
+
+    def _stop_token_ids(self, body: SamplingFields, info: ModelInfo) -> tuple[int, ...]:
+        token_ids = tuple(body.stop_token_ids or ())
+        _check_at_most(len(token_ids), self._config.max_stop_token_ids, "stop_token_ids", "token ids")
+        if token_ids and max(token_ids) >= info.vocab_size:
+            raise RequestError(
+                f"A token id in 'stop_token_ids' must be below the vocabulary's size {info.vocab_size}, "
+                f"got {max(token_ids)}.",
+                param="stop_token_ids",
+                code="invalid_value",
+            )
+        return token_ids
+
+    def _prompt_logprobs(self, body: SamplingFields, draft: _Draft) -> int | None:
+        """How many the engine must compute, for the field itself and for an echo with log-probabilities."""
+        wanted = [] if body.prompt_logprobs is None else [body.prompt_logprobs]
+        num_wanted = body.prompt_logprobs or 0
+        _check_at_most(num_wanted, self._config.max_logprobs, "prompt_logprobs", "log-probabilities a token")
+        if draft.echoes is not None and draft.logprobs is not None:
+            wanted.append(draft.logprobs)
+        return max(wanted, default=None)
 
     def _logit_bias(self, body: SamplingFields, info: ModelInfo) -> dict[int, float]:
         entries = body.logit_bias or {}
@@ -255,6 +331,28 @@ def _check_at_most(value: int, limit: int, field: str, what: str) -> None:
         raise RequestError(
             f"'{field}' may ask for at most {limit} {what}, got {value}.", param=field, code="limit_exceeded"
         )
+
+
+def _check_stream(body: SamplingFields) -> None:
+    if body.stream_options is not None and not body.stream:
+        raise RequestError(
+            "'stream_options' is only allowed when 'stream' is true.", param="stream_options", code="invalid_value"
+        )
+    if body.prompt_logprobs is not None and body.stream:
+        raise RequestError(
+            "'prompt_logprobs' is only allowed when 'stream' is false.", param="prompt_logprobs", code="invalid_value"
+        )
+
+
+def _min_tokens(body: SamplingFields, max_tokens: int) -> int:
+    min_tokens = body.min_tokens or 0
+    if min_tokens > max_tokens:
+        raise RequestError(
+            f"'min_tokens' may be at most the number of tokens to generate, {max_tokens}, got {min_tokens}.",
+            param="min_tokens",
+            code="invalid_value",
+        )
+    return min_tokens
 
 
 def _check_prompt(prompt: list[int], info: ModelInfo, field: str) -> None:

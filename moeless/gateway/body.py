@@ -55,7 +55,7 @@ def _request_error(details: ErrorDetails) -> RequestError:
             return RequestError(f"The body is not valid JSON: {details['ctx']['error']}.", code="invalid_json")
         case "missing":
             return RequestError(f"'{param}' is required.", param=param, code="missing_required_parameter")
-        case "extra_forbidden":
+        case "extra_forbidden" | "none_required":  # an extra field must be null, see schemas.py
             return RequestError(f"'{param}' is not known here.", param=param, code="unknown_parameter")
         case "unsupported":
             return RequestError(f"'{param}' {rule}.", param=param, code="unsupported_parameter")

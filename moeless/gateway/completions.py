@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 from fastapi import APIRouter, Request, Response
@@ -15,6 +15,7 @@ from moeless.gateway.admission import AdmittedRequest
 from moeless.gateway.body import read_body, schema_of
 from moeless.gateway.errors import describe, encode_error
 from moeless.gateway.metrics import SequenceObserver
+from moeless.gateway.request_id import current_request_id
 from moeless.gateway.responses import (
     ChatChunks,
     ChunkEncoder,
@@ -97,7 +98,7 @@ class _GenerationResponse(Response):
         try:
             await until_disconnect(receive, work)
         except ClientGoneError:
-            logger.info("client gone request=%s", self._admitted.request_id)
+            logger.info("client gone request=%s completion=%s", current_request_id(), self._admitted.request_id)
 
     async def _send_whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         created_unix_s = int(time.time())
@@ -105,7 +106,7 @@ class _GenerationResponse(Response):
         response = Response(
             self._endpoint.whole(whole, created_unix_s),
             media_type="application/json",
-            headers={"x-request-id": self._admitted.request_id},
+            headers=_ignored_header(self._admitted),
         )
         await response(scope, receive, send)
 
@@ -117,7 +118,7 @@ class _GenerationResponse(Response):
     async def _send_chunks(self, send: Send, chunks: ChunkEncoder) -> None:
         async with self._streams as streams:
             await streams.wait(_START_WAIT_S)
-            await send(_stream_start(self._admitted.request_id))
+            await send(_stream_start(_ignored_header(self._admitted)))
             try:
                 await _send_body(send, chunks.opening())
                 while batch := await streams.take():
@@ -130,7 +131,12 @@ class _GenerationResponse(Response):
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
 
-def _stream_start(request_id: str) -> Message:
+def _ignored_header(admitted: AdmittedRequest) -> dict[str, str]:
+    """Names the fields that the client sent and that changed nothing."""
+    return {"x-moeless-ignored": ", ".join(admitted.ignored_fields)} if admitted.ignored_fields else {}
+
+
+def _stream_start(headers: Mapping[str, str]) -> Message:
     return {
         "type": "http.response.start",
         "status": 200,
@@ -139,7 +145,7 @@ def _stream_start(request_id: str) -> Message:
             (b"cache-control", b"no-cache"),
             # Asks nginx not to hold events back.
             (b"x-accel-buffering", b"no"),
-            (b"x-request-id", request_id.encode()),
+            *((name.encode(), value.encode()) for name, value in headers.items()),
         ],
     }
 

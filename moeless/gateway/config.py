@@ -15,6 +15,8 @@ class GatewayConfig:
     """Origins a browser may call from; empty sends no CORS headers at all."""
     allow_recording: bool = False
     """Whether clients may record what the engine routes for everybody (recording.py)."""
+    request_id_sent_by_proxy: bool = False
+    """Whether a proxy in front puts x-request-id into requests and responses, as Ray Serve's does (request_id.py)."""
     max_body_bytes: int = 2 * 1024 * 1024
     """Room for some 300,000 token ids written as JSON; a wrong field in a body of this size costs half a second."""
     max_messages: int = 2048
@@ -26,8 +28,9 @@ class GatewayConfig:
     max_stop: int = 16
     max_stop_chars: int = 256
     """The engine holds back this much text while a stop string may be forming."""
+    max_stop_token_ids: int = 64
     max_logprobs: int = 20
-    """OpenAI's own limit for top_logprobs."""
+    """OpenAI's own limit for top_logprobs; also for prompt_logprobs."""
     max_logit_bias: int = 1024
     """Entries of logit_bias; each costs a write in every decoding step."""
     max_writes_per_s: int = 300

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-import uuid
 from collections.abc import Mapping
 
 import msgspec
@@ -23,6 +22,7 @@ from moeless.core.errors import (
     QueueFullError,
     RequestError,
 )
+from moeless.gateway.request_id import current_request_id
 
 logger = logging.getLogger(__name__)
 
@@ -78,12 +78,12 @@ _CODE_OF_STATUS = {404: "not_found", 405: "method_not_allowed", 413: "request_to
 
 
 def describe(error: Exception) -> tuple[int, ErrorBody]:
-    """HTTP status and body of an error. What is not meant for clients is logged with an id, and only that told."""
+    """HTTP status and body of an error. One that is not meant for clients goes to the log, under the request's id."""
     status = error.http_status if isinstance(error, MoelessError) else 500
     if not isinstance(error, _FOR_CLIENTS):
-        error_id = uuid.uuid4().hex
-        logger.error("internal error id=%s", error_id, exc_info=error)
-        message = f"The server had an internal error; its log has the details under the id {error_id}."
+        request_id = current_request_id()
+        logger.error("internal error request=%s", request_id, exc_info=error)
+        message = f"The server had an internal error; its log has the details under the id {request_id}."
         return 500, ErrorBody(message=message, type="internal_error", code="internal_error")
     return status, ErrorBody(
         message=str(error),

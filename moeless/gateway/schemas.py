@@ -1,15 +1,27 @@
-"""The bodies of POST /v1/chat/completions and /v1/completions, as far as types and fixed ranges go.
+"""The bodies of POST /v1/chat/completions and /v1/completions: types and fixed ranges.
 
-Strict: a string is no number, and a field that is not here is refused by name. Fields of OpenAI's API that we do
-not serve are listed as Unsupported, so that the answer can say so. Limits that an operator sets, and what depends
-on the model, are admission.py's.
+Strict: a string is no number, and a field that is not here is refused by name unless it is null. Fields of OpenAI's
+and vLLM's APIs that would change the output and are not served are listed as Unsupported, so that the error can say
+so; harmless ones are marked with NO_EFFECT, and named in the response. Limits that an operator sets,
+and what depends on the model, are admission.py's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
 
 
@@ -24,25 +36,63 @@ def _refuse_true(value: bool | None) -> bool | None:
     return value
 
 
-def _refuse_nonempty(value: list[Any] | None) -> list[Any] | None:
-    if value:
-        raise PydanticCustomError("unsupported", "is not supported by this server unless it is empty")
+def _refuse_false(value: bool | None) -> bool | None:
+    if value is False:
+        raise PydanticCustomError("unsupported", "is not supported by this server, only true is")
     return value
 
 
-Unsupported = Annotated[Any, AfterValidator(_refuse_value)]
+def _refuse_entries(value: list[Any] | None) -> list[Any] | None:
+    if value:
+        raise PydanticCustomError("unsupported", "is not supported by this server, only an empty list is")
+    return value
+
+
+def _refuse_other_than(neutral: float) -> Callable[[float | None], float | None]:
+    def check(value: float | None) -> float | None:
+        if value is not None and value != neutral:
+            raise PydanticCustomError("unsupported", f"is not supported by this server, only {neutral:g} is")
+        return value
+
+    return check
+
+
+def _refuse_forced_tools(value: Any) -> Any:
+    if value is not None and value not in ("none", "auto"):
+        raise PydanticCustomError("unsupported", "is not supported by this server, only 'none' and 'auto' are")
+    return value
+
+
+NO_EFFECT = "no effect"
+"""Marks fields that are accepted and change nothing in the output."""
+
+Unsupported = Annotated[Any, AfterValidator(_refuse_value), WithJsonSchema({"type": "null"})]
 """Known to OpenAI's API, refused here unless null."""
-OnlyFalse = Annotated[bool | None, AfterValidator(_refuse_true)]
+OnlyFalse = Annotated[bool | None, AfterValidator(_refuse_true), WithJsonSchema({"enum": [False, None]})]
+OnlyTrue = Annotated[bool | None, AfterValidator(_refuse_false), WithJsonSchema({"enum": [True, None]})]
+OnlyEmptyList = Annotated[
+    list[Any] | None,
+    AfterValidator(_refuse_entries),
+    WithJsonSchema({"anyOf": [{"type": "array", "maxItems": 0}, {"type": "null"}]}),
+]
+OnlyZero = Annotated[int | None, AfterValidator(_refuse_other_than(0)), WithJsonSchema({"enum": [0, None]})]
+OnlyOne = Annotated[float | None, AfterValidator(_refuse_other_than(1)), WithJsonSchema({"enum": [1, None]})]
+NoForcedTools = Annotated[Any, AfterValidator(_refuse_forced_tools), WithJsonSchema({"enum": ["none", "auto", None]})]
 
 
 class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+    __pydantic_extra__: dict[str, None] = Field(init=False)
+    """A field that is not known must be null, which is the same as leaving it out."""
 
 
 class StreamOptions(_Body):
     """`stream_options`."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    """Extension, as in vLLM: usage so far in every chunk; needs include_usage."""
     include_obfuscation: OnlyFalse = None
 
 
@@ -57,8 +107,7 @@ class TextPart(_Body):
 
     type: Literal["text"]
     text: str
-    cache_control: dict[str, Any] | None = None
-    """Accepted without effect."""
+    cache_control: Annotated[dict[str, Any] | None, NO_EFFECT] = None
 
 
 def _content_kind(value: object) -> str | None:
@@ -95,8 +144,8 @@ class ToolCall(_Body):
     id: str | None = None
     type: Literal["function"] = "function"
     function: CalledFunction
-    index: int | None = None
-    """Accepted without effect; streams number calls."""
+    index: Annotated[int | None, NO_EFFECT] = None
+    """Streams number calls."""
 
 
 class Message(_Body):
@@ -110,7 +159,7 @@ class Message(_Body):
     content: Annotated[Content, Field(validate_default=True)] = None
     """Stands behind the fields that its validator looks at."""
     refusal: Unsupported = None
-    annotations: Annotated[list[Any] | None, AfterValidator(_refuse_nonempty)] = None
+    annotations: OnlyEmptyList = None
     audio: Unsupported = None
     function_call: Unsupported = None
 
@@ -169,28 +218,43 @@ Stop = Annotated[
 
 
 class SamplingFields(_Body):
-    """What both endpoints have in common."""
+    """Fields of both endpoints."""
 
     model: str
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
-    """Extension, as in vLLM: 0 and -1 mean no limit."""
+    """Extension, as in vLLM: 0 and -1 mean no limit. So are the next seven."""
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)] | None = None
+    include_stop_str_in_output: bool | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0)] | None = None
+    ignore_eos: bool | None = None
+    """Generate max_tokens tokens whatever the model says. For benchmarks."""
     n: Annotated[int, Field(ge=1)] | None = None
     stop: Stop = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
-    ignore_eos: bool | None = None
-    """Extension, as in vLLM: generate max_tokens tokens whatever the model says. For benchmarks."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None
-    """Accepted; it names the end user and changes nothing in the answer. So do the next two."""
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
+
+    length_penalty: Annotated[OnlyOne, NO_EFFECT] = None
+    metadata: Annotated[dict[str, Any] | None, NO_EFFECT] = None
+    priority: Annotated[OnlyZero, NO_EFFECT] = None
+    prompt_cache_key: Annotated[str | None, NO_EFFECT] = None
+    safety_identifier: Annotated[str | None, NO_EFFECT] = None
+    service_tier: Annotated[str | None, NO_EFFECT] = None
+    skip_special_tokens: Annotated[OnlyTrue, NO_EFFECT] = None
+    spaces_between_special_tokens: Annotated[bool | None, NO_EFFECT] = None
+    """Special tokens are never in the text, so neither are spaces between them."""
+    store: Annotated[bool | None, NO_EFFECT] = None
+    use_beam_search: Annotated[OnlyFalse, NO_EFFECT] = None
+    user: Annotated[str | None, NO_EFFECT] = None
 
 
 class ChatCompletionRequest(SamplingFields):
@@ -202,21 +266,19 @@ class ChatCompletionRequest(SamplingFields):
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
     response_format: TextFormat | None = None
     modalities: list[Literal["text"]] | None = None
-    store: OnlyFalse = None
-    service_tier: Literal["auto", "default"] | None = None
+
+    function_call: Annotated[NoForcedTools, NO_EFFECT] = None
+    functions: Annotated[OnlyEmptyList, NO_EFFECT] = None
+    parallel_tool_calls: Annotated[bool | None, NO_EFFECT] = None
+    prompt_cache_options: Annotated[dict[str, Any] | None, NO_EFFECT] = None
+    prompt_cache_retention: Annotated[str | None, NO_EFFECT] = None
+    tool_choice: Annotated[NoForcedTools, NO_EFFECT] = None
+    tools: Annotated[OnlyEmptyList, NO_EFFECT] = None
 
     audio: Unsupported = None
-    function_call: Unsupported = None
-    functions: Unsupported = None
-    metadata: Unsupported = None
     moderation: Unsupported = None
-    parallel_tool_calls: Unsupported = None
     prediction: Unsupported = None
-    prompt_cache_options: Unsupported = None
-    prompt_cache_retention: Unsupported = None
     reasoning_effort: Unsupported = None
-    tool_choice: Unsupported = None
-    tools: Unsupported = None
     verbosity: Unsupported = None
     web_search_options: Unsupported = None
 
@@ -252,7 +314,22 @@ class CompletionRequest(SamplingFields):
     """Body of POST /v1/completions."""
 
     prompt: Prompt
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    """0 only scores or repeats the prompt."""
     best_of: Annotated[int, Field(ge=1)] | None = None
     logprobs: Annotated[int, Field(ge=0)] | None = None
-    echo: OnlyFalse = None
+    echo: bool | None = None
     suffix: Unsupported = None
+
+
+def fields_without_effect(body: SamplingFields) -> list[str]:
+    """Paths of the fields that the client sent, other than null, and that change nothing."""
+    names = [
+        name
+        for name, field in type(body).model_fields.items()
+        if NO_EFFECT in field.metadata and getattr(body, name) is not None
+    ]
+    options = body.stream_options
+    if options is not None and options.continuous_usage_stats and not options.include_usage:
+        names.append("stream_options.continuous_usage_stats")
+    return names

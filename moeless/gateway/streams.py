@@ -19,6 +19,7 @@ from moeless.core.errors import EngineStoppedError, QueueFullError, RequestError
 from moeless.core.generation import EngineClient, GenerationDelta, GenerationRequest
 from moeless.gateway.errors import GenerationFailedError
 from moeless.gateway.metrics import SequenceObserver
+from moeless.gateway.request_id import current_request_id
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +146,12 @@ class SequenceStreams:
             raise
         except Exception as error:
             if is_complete:
-                logger.warning("engine stream failed after its end request=%s", request.request_id, exc_info=True)
+                logger.warning(
+                    "engine stream failed after its end request=%s sequence=%s",
+                    current_request_id(),
+                    request.request_id,
+                    exc_info=True,
+                )
                 return
             if not isinstance(error, RequestError | QueueFullError):
                 observer.on_end("error")

@@ -87,6 +87,14 @@ class Tokenizer:
         """
         return self._encode(rendered, max_tokens, add_special_tokens=False)
 
+    def decode(self, token_ids: Sequence[int], *, with_special_tokens: bool = False) -> str:
+        """The text of token ids."""
+        # As with encoding, a batch lets other threads run.
+        texts: list[str] = self.backend_tokenizer.decode_batch(
+            [list(token_ids)], skip_special_tokens=not with_special_tokens
+        )
+        return texts[0]
+
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],

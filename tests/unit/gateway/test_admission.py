@@ -128,6 +128,12 @@ async def test_every_parameter_reaches_the_engine(admit: Admitter) -> None:
         top_logprobs=3,
         ignore_eos=True,
         logit_bias={"5": -100},
+        min_p=0.125,
+        repetition_penalty=1.5,
+        min_tokens=4,
+        stop_token_ids=[7, 8],
+        include_stop_str_in_output=True,
+        prompt_logprobs=2,
     )
     assert admitted.sequences[0].sampling == SamplingParams(
         max_tokens=9,
@@ -141,8 +147,14 @@ async def test_every_parameter_reaches_the_engine(admit: Admitter) -> None:
         logprobs=3,
         ignore_eos=True,
         logit_bias={5: -100.0},
+        min_p=0.125,
+        repetition_penalty=1.5,
+        min_tokens=4,
+        stop_token_ids=(7, 8),
+        include_stop_string=True,
+        prompt_logprobs=2,
     )
-    assert admitted.wants_logprobs
+    assert admitted.num_logprobs == 3
 
 
 async def test_logprobs_without_top_are_those_of_the_sampled_token(admit: Admitter) -> None:
@@ -154,6 +166,34 @@ async def test_logprobs_without_top_are_those_of_the_sampled_token(admit: Admitt
 @pytest.mark.parametrize("top_k", [-1, 0, None])
 async def test_top_k_without_a_limit_is_zero(admit: Admitter, top_k: int | None) -> None:
     assert (await admit.chat(top_k=top_k)).sequences[0].sampling.top_k == 0
+
+
+async def test_an_echo_with_log_probabilities_wants_those_of_the_prompt(admit: Admitter) -> None:
+    assert (await admit.completion("ab", echo=True)).sequences[0].sampling.prompt_logprobs is None
+    assert (await admit.completion("ab", echo=True, logprobs=3)).sequences[0].sampling.prompt_logprobs == 3
+    both = await admit.completion("ab", echo=True, logprobs=3, prompt_logprobs=5)
+    assert both.sequences[0].sampling.prompt_logprobs == 5
+    assert (await admit.completion("ab", logprobs=3)).sequences[0].sampling.prompt_logprobs is None
+
+
+async def test_a_prompt_can_be_scored_without_generating(admit: Admitter) -> None:
+    for fields in ({"echo": True}, {"prompt_logprobs": 0}):
+        assert (await admit.completion("ab", max_tokens=0, **fields)).sequences[0].sampling.max_tokens == 0
+
+
+async def test_fields_without_effect_are_listed(admit: Admitter) -> None:
+    admitted = await admit.chat(
+        user="ann", metadata={"a": "b"}, store=True, tools=[], temperature=1, seed=None, service_tier=None,
+        stream=True, stream_options={"continuous_usage_stats": True},
+    )  # fmt: skip
+    assert set(admitted.ignored_fields) == {
+        "user",
+        "metadata",
+        "store",
+        "tools",
+        "stream_options.continuous_usage_stats",
+    }
+    assert (await admit.chat(temperature=1)).ignored_fields == ()
 
 
 async def test_choices_share_the_prompt_and_differ_in_id_and_seed(admit: Admitter) -> None:

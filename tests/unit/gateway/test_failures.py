@@ -162,7 +162,7 @@ async def test_an_internal_error_is_500_with_an_id_and_no_internals(
     assert response.status_code == 500
     assert error["type"] == "internal_error"
     assert "secret" not in response.text
-    [record] = [record for record in caplog.records if "internal error id=" in record.getMessage()]
+    [record] = [record for record in caplog.records if "internal error request=" in record.getMessage()]
     assert record.getMessage().rpartition("=")[2] in error["message"]
     assert record.exc_info is not None
     assert record.exc_info[1] is failure

@@ -189,7 +189,7 @@ async def test_completion_logprobs_have_offsets_into_the_text(engine: ScriptedEn
     assert logprobs.tokens == ["ab", "c", "def"]
     assert logprobs.text_offset == [0, 2, 3]
     assert logprobs.token_logprobs == [-0.5] * 3
-    assert logprobs.top_logprobs == [{"t0": -0.5}] * 3
+    assert logprobs.top_logprobs == [{"t0": -0.5, text: -0.5} for text in ("ab", "c", "def")]
     offsets = [offset for part in streamed if part for offset in part.text_offset or []]
     assert offsets == [0, 2, 3]
 
@@ -253,3 +253,42 @@ async def test_every_character_survives_the_stream(engine: ScriptedEngine) -> No
         )
         got = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
     assert got == text
+
+
+@pytest.mark.parametrize(("path", "body"), [("/v1/chat/completions", chat()), ("/v1/completions", completion())])
+async def test_continuous_usage_counts_in_every_chunk(
+    engine: ScriptedEngine, path: str, body: dict[str, object]
+) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    async with gateway_for(create_app(engine, GatewayConfig())) as gateway:
+        chunks = chunks_of(await gateway.events(path, body | {"stream": True, "stream_options": options}))
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts)
+    assert counts[-1] == 2
+    assert all(chunk["usage"]["prompt_tokens"] == len(engine.requests[0].prompt_token_ids) for chunk in chunks)
+    assert chunks[-1]["choices"] == []
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_fields_without_effect_are_named_in_a_header(engine: ScriptedEngine, stream: bool) -> None:
+    async with gateway_for(create_app(engine, GatewayConfig())) as gateway:
+        body = chat(stream=stream, metadata={"run": "7"}, store=True, parallel_tool_calls=False)
+        response = await gateway.http.post("/v1/chat/completions", json=body)
+        plain = await gateway.http.post("/v1/chat/completions", json=chat(stream=stream))
+    assert response.status_code == plain.status_code == 200
+    assert set(response.headers["x-moeless-ignored"].split(", ")) == {"metadata", "store", "parallel_tool_calls"}
+    assert "x-moeless-ignored" not in plain.headers
+
+
+async def test_a_stop_token_is_named_beside_the_reason(engine: ScriptedEngine) -> None:
+    async def stopping(request: GenerationRequest) -> AsyncIterator[GenerationDelta]:
+        yield delta(request, "a", finish_reason="stop", stop_reason=7)
+
+    engine.script = stopping
+    async with gateway_for(create_app(engine, GatewayConfig())) as gateway:
+        whole = (await gateway.http.post("/v1/completions", json=completion(stop_token_ids=[7]))).json()
+        chat_chunks = chunks_of(await gateway.events("/v1/chat/completions", chat(stream=True)))
+        chunks = chunks_of(await gateway.events("/v1/completions", completion(stream=True)))
+    assert whole["choices"][0]["stop_reason"] == 7
+    assert chat_chunks[-1]["choices"][0]["stop_reason"] == 7
+    assert chunks[-1]["choices"][0]["stop_reason"] == 7
