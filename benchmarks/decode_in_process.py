@@ -19,7 +19,7 @@ import torch
 
 from benchmarks._decoding import Batched, Prompts, Way, compare, decode_statically, in_turns
 from benchmarks._models import IMPLEMENTATIONS, random_model, random_prompts
-from moeless.packages.files import dtype_of_name
+from moeless.packages.tensor_files import dtype_of_name
 
 PROMPT_LENGTH = 16
 LOOPS = ("continuous", "static")

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks._decoding import Batched, Prompts, Way, compare, generate, in_turns
 from benchmarks._models import CONFIGS, IMPLEMENTATIONS, random_model, random_prompts
-from moeless.packages.files import dtype_of_name
+from moeless.packages.tensor_files import dtype_of_name
 
 PROMPT_LENGTH = 32
 

@@ -37,7 +37,6 @@ from moeless.engine.assemble import AssembledEngine, Assembly, assemble_engine
 from moeless.engine.config import EngineConfig
 from moeless.engine.prediction import PredictionObserver, load_live_predictor
 from moeless.engine.recording_service import LocalRecordings, Recordings, trace_metadata
-from moeless.packages.files import dtype_of_name
 from moeless.packages.packed_model import PackedModel
 from moeless.text.tokenizer import Tokenizer
 from moeless_predictors.live import LiveConfig

@@ -26,8 +26,8 @@ from moeless.deployments.worker import WorkerReport
 from moeless.deployments.worker_connections import WorkerConnections
 from moeless.dispatch.dispatcher import Dispatcher
 from moeless.engine.protocol import EngineCounters
-from moeless.packages.files import dtype_of_name
 from moeless.packages.manifest import Manifest
+from moeless.packages.tensor_files import dtype_of_name
 
 logger = logging.getLogger(__name__)
 

@@ -23,8 +23,8 @@ from moeless.dispatch.server import DataPlaneServer
 from moeless.dispatch.wire import ReceivedCall
 from moeless.functions.feed_forward import FeedForward
 from moeless.functions.pool import InstancePool
-from moeless.packages.files import dtype_of_name
 from moeless.packages.packed_model import PackedModel
+from moeless.packages.tensor_files import dtype_of_name
 
 logger = logging.getLogger(__name__)
 

@@ -21,9 +21,9 @@ from moeless.engine.transformers.experts import attach_dispatcher, register_expe
 from moeless.functions.feed_forward import FeedForward
 from moeless.functions.pool import InstancePool
 from moeless.packages.backbone import load_backbone
-from moeless.packages.files import dtype_of_name
 from moeless.packages.manifest import Manifest
 from moeless.packages.packed_model import PackedModel
+from moeless.packages.tensor_files import dtype_of_name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,9 +12,9 @@ from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from moeless.core.errors import PackageError
-from moeless.packages.files import dtype_of_name
 from moeless.packages.layout import experts_modules, named_experts_modules
 from moeless.packages.packed_model import PackedModel
+from moeless.packages.tensor_files import dtype_of_name
 from moeless.packages.transformers_loader import TensorLoader, build_on_meta, causal_lm_class
 
 __all__ = ["EXPERTS_IMPLEMENTATION", "experts_modules", "load_backbone"]

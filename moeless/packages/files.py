@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from safetensors.torch import save
-
-_ALIGNMENT_BYTES = 64
+ProgressCallback = Callable[[int, int, str], None]
+"""(packages done, packages in all, name of the one just written)."""
 
 
 def write_durably(path: Path, data: bytes) -> str:
@@ -37,29 +35,6 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def encode_tensors(tensors: Mapping[str, torch.Tensor]) -> bytes:
-    """A safetensors file whose data starts on a cache line.
-
-    A mapped tensor is as aligned as its offset in the file. safetensors aligns the header to 8 bytes; the format
-    allows spaces after it, so more are added here.
-    """
-    data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={"format": "pt"})
-    header_bytes = int.from_bytes(data[:8], "little")
-    padding = -(8 + header_bytes) % _ALIGNMENT_BYTES
-    header_end = 8 + header_bytes
-    return b"".join(
-        [(header_bytes + padding).to_bytes(8, "little"), data[8:header_end], b" " * padding, data[header_end:]]
-    )
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """For torch.bfloat16 "bfloat16"."""
-    return str(dtype).removeprefix("torch.")
-
-
-def dtype_of_name(name: str) -> torch.dtype:
-    """Inverse of dtype_name. Raises ValueError."""
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"dtype must be the name of a torch dtype, got {name!r}")
-    return dtype
+def lies_inside(folder: Path, file: Path) -> bool:
+    """Whether `file`, its links followed, is in `folder` or below it."""
+    return Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder))

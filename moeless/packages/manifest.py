@@ -17,6 +17,8 @@ FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 BACKBONE_DIR = "backbone"
 FUNCTIONS_DIR = "functions"
+MAX_MANIFEST_BYTES = 256 << 20
+"""61 layers of 256 experts take 8 MB."""
 
 
 class TensorEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -107,6 +109,9 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_NAME
     try:
+        size = path.stat().st_size
+        if size > MAX_MANIFEST_BYTES:
+            raise PackageError(f"{path}: must have at most {MAX_MANIFEST_BYTES} bytes, has {size}")
         data = path.read_bytes()
     except OSError as error:
         raise PackageError(f"{path}: cannot be read ({error.strerror}); is this a packed model?") from error
@@ -117,7 +122,7 @@ def read_manifest(folder: Path) -> Manifest:
                 f"{path}: format_version must be {FORMAT_VERSION}, got {version}; pack the checkpoint again"
             )
         manifest = msgspec.json.decode(data, type=Manifest)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise PackageError(f"{path}: not a manifest ({error})") from error
     _check_consistency(manifest, path)
     return manifest
@@ -138,5 +143,5 @@ def _check_consistency(manifest: Manifest, path: Path) -> None:
             raise PackageError(f"{path}: {entry.name!r} is not the name of layer {entry.layer}, expert {entry.expert}")
     for file in manifest.files:
         relative = PurePosixPath(file)
-        if relative.is_absolute() or ".." in relative.parts:
+        if relative.is_absolute() or ".." in relative.parts or "\0" in file:
             raise PackageError(f"{path}: file must lie inside the packed folder, got {file!r}")

@@ -1,7 +1,7 @@
-"""Write a packed folder: the backbone, one package per routed expert, and the manifest last.
+"""Make a packed folder of a checkpoint: the backbone, one package per routed expert, and the manifest.
 
-Called by `moeless pack` and by source.resolve_model. Memory: one MoE layer's experts, or one backbone shard, at a
-time. Everything goes into a sibling folder that is renamed at the end, so a folder under its final name is whole.
+Called by `moeless pack` and by source.resolve_model. Everything goes into a sibling folder that is renamed at the end,
+so a folder under its final name is whole. torch is imported only once the checkpoint has passed its inspection.
 """
 
 from __future__ import annotations
@@ -9,39 +9,19 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from filelock import FileLock, Timeout
 
 from moeless.core.errors import PackageError
-from moeless.core.expert import FunctionId
 from moeless.packages.cache import fingerprint, lock_path
-from moeless.packages.checkpoint import COMPANION_FILES, Checkpoint, open_checkpoint, weights_dtype
-from moeless.packages.conversion import CheckpointConverter
-from moeless.packages.files import dtype_name, encode_tensors, sync_folder, write_durably
-from moeless.packages.layout import ExpertsModule, describe_experts, parameter_names, require_experts, top_k_of
-from moeless.packages.manifest import (
-    BACKBONE_DIR,
-    FUNCTIONS_DIR,
-    MANIFEST_NAME,
-    FileEntry,
-    FunctionEntry,
-    LayerEntry,
-    Manifest,
-    TensorEntry,
-    encode_manifest,
-    read_manifest,
-)
-from moeless.packages.transformers_loader import build_on_meta
+from moeless.packages.files import ProgressCallback, sync_folder
+from moeless.packages.inspection import inspect_checkpoint
+from moeless.packages.manifest import MANIFEST_NAME, Manifest, read_manifest
 
 logger = logging.getLogger(__name__)
-
-ProgressCallback = Callable[[int, int, str], None]
-"""(packages done, packages in all, name of the one just written)."""
 
 MAX_SHARD_BYTES = 1 << 30
 """Backbone files of about 1 GiB: small enough to hold one in memory, large enough to be few."""
@@ -66,14 +46,17 @@ def pack_checkpoint(
 
     """
     source, out = source.expanduser().resolve(), out.expanduser().resolve()
-    checkpoint = open_checkpoint(source)
+    files = inspect_checkpoint(source)
     source_fingerprint = fingerprint(source)
     try:
         with _exclusive(out), _partial_folder(out) as partial:
             existing = _existing_pack(out, source_fingerprint)
             if existing is not None:
                 return existing
-            writer = _PackWriter(partial, checkpoint, on_progress or _ignore_progress)
+            from moeless.packages.checkpoint import open_checkpoint
+            from moeless.packages.pack_writer import PackWriter
+
+            writer = PackWriter(partial, open_checkpoint(source, files), on_progress or _ignore_progress)
             manifest = writer.write(model_id or source.name, source_fingerprint, max_shard_bytes)
             os.replace(partial, out)
             sync_folder(out.parent)
@@ -121,106 +104,5 @@ def _existing_pack(out: Path, source_fingerprint: str) -> Manifest | None:
     return manifest
 
 
-@dataclass
-class _PackWriter:
-    folder: Path
-    checkpoint: Checkpoint
-    on_progress: ProgressCallback
-    total: int = 0
-    done: int = 0
-    functions: list[FunctionEntry] = field(default_factory=list)
-
-    def write(self, model_id: str, source_fingerprint: str, max_shard_bytes: int) -> Manifest:
-        checkpoint = self.checkpoint
-        with checkpoint.open_tensors() as tensors, torch.no_grad():
-            dtype = weights_dtype(checkpoint.config, tensors)
-            model = build_on_meta(checkpoint.model_class, checkpoint.config, dtype)
-            modules = require_experts(model)
-            layers = [
-                _describe_layer(index, name, module, checkpoint.config.model_type)
-                for index, (name, module) in enumerate(modules.items())
-            ]
-            converter = CheckpointConverter(model, tensors, dtype)
-            converter.check()
-            self.total = sum(layer.num_experts for layer in layers) + 1
-            self._write_functions(converter, layers)
-            backbone = self._write_backbone(converter, list(modules), max_shard_bytes)
-        manifest = Manifest(
-            model_id=model_id,
-            model_type=checkpoint.config.model_type,
-            architecture=checkpoint.model_class.__name__,
-            dtype=dtype_name(dtype),
-            source_fingerprint=source_fingerprint,
-            num_moe_layers=len(layers),
-            num_experts=max(layer.num_experts for layer in layers),
-            top_k=max(layer.top_k for layer in layers),
-            layers=layers,
-            functions=self.functions,
-            backbone=backbone,
-        )
-        for folder in (self.folder / FUNCTIONS_DIR, self.folder / BACKBONE_DIR):
-            sync_folder(folder)
-        write_durably(self.folder / MANIFEST_NAME, encode_manifest(manifest))
-        sync_folder(self.folder)
-        return manifest
-
-    def _write_functions(self, converter: CheckpointConverter, layers: list[LayerEntry]) -> None:
-        (self.folder / FUNCTIONS_DIR).mkdir()
-        for layer in layers:
-            stacked = converter.load_module(layer.module)
-            names = parameter_names(layer.layout)
-            for expert in range(layer.num_experts):
-                weights = {name: stacked[parameter][expert] for name, parameter in names.items()}
-                self.functions.append(self._write_function(FunctionId(layer.layer, expert), weights))
-                self._report(self.functions[-1].name)
-
-    def _write_function(self, function: FunctionId, weights: Mapping[str, torch.Tensor]) -> FunctionEntry:
-        file = f"{FUNCTIONS_DIR}/{function}.safetensors"
-        return FunctionEntry(
-            name=str(function),
-            layer=function.layer,
-            expert=function.expert,
-            file=file,
-            tensors={
-                name: TensorEntry(shape=tuple(tensor.shape), dtype=dtype_name(tensor.dtype))
-                for name, tensor in weights.items()
-            },
-            bytes=sum(tensor.numel() * tensor.element_size() for tensor in weights.values()),
-            sha256=write_durably(self.folder / file, encode_tensors(weights)),
-        )
-
-    def _write_backbone(
-        self, converter: CheckpointConverter, experts: list[str], max_shard_bytes: int
-    ) -> list[FileEntry]:
-        (self.folder / BACKBONE_DIR).mkdir()
-        entries = []
-        for index, shard in enumerate(converter.load_rest(experts, max_shard_bytes), start=1):
-            entries.append(self._write_backbone_file(f"backbone-{index:05d}.safetensors", encode_tensors(shard)))
-        for name in ("config.json", *COMPANION_FILES):
-            file = self.checkpoint.path / name
-            if file.is_file():
-                entries.append(self._write_backbone_file(name, file.read_bytes()))
-        self._report(BACKBONE_DIR)
-        return entries
-
-    def _write_backbone_file(self, name: str, data: bytes) -> FileEntry:
-        file = f"{BACKBONE_DIR}/{name}"
-        return FileEntry(file=file, bytes=len(data), sha256=write_durably(self.folder / file, data))
-
-    def _report(self, label: str) -> None:
-        self.done += 1
-        self.on_progress(self.done, self.total, label)
-
-
-def _describe_layer(index: int, name: str, module: ExpertsModule, family: str) -> LayerEntry:
-    return LayerEntry(
-        layer=index,
-        module=name,
-        num_experts=module.down_proj.shape[0],
-        top_k=top_k_of(module, family),
-        layout=describe_experts(module, family),
-    )
-
-
-def _ignore_progress(done: int, total: int, label: str) -> None:
+def _ignore_progress(*_: object) -> None:
     """The default `on_progress`."""

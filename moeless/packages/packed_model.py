@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from moeless.core.errors import ChecksumError, PackageError
 from moeless.core.expert import ExpertLayout, FunctionId
-from moeless.packages.files import sha256_of
+from moeless.packages.files import lies_inside, sha256_of
 from moeless.packages.manifest import BACKBONE_DIR, FileEntry, FunctionEntry, Manifest, read_manifest
 from moeless.packages.weights import FunctionWeights
 
@@ -30,7 +30,7 @@ class PackedModel:
         """Read the manifest of the packed folder `path`.
 
         Raises:
-            PackageError: no manifest, a bad one, or one that names a file that is not there.
+            PackageError: no manifest, a bad one, or one that names a file that is not there or outside of the folder.
 
         """
         path = Path(path).expanduser().absolute()
@@ -38,6 +38,10 @@ class PackedModel:
         for file in manifest.files:
             if not (path / file).is_file():
                 raise PackageError(f"packed model {path} lacks {file}; delete the folder and pack the checkpoint again")
+            if not lies_inside(path, path / file):
+                raise PackageError(
+                    f"packed model {path}: {file} must lie inside the folder, but a link leads out of it"
+                )
         return cls(path, manifest)
 
     @property

@@ -13,10 +13,11 @@ from moeless.bundled import BUNDLED_MODEL_NAME, bundled_model_path
 from moeless.core.errors import CheckpointError
 from moeless.packages.cache import packed_dir
 from moeless.packages.manifest import MANIFEST_NAME
-from moeless.packages.packed_model import PackedModel
+from moeless.packages.pack import pack_checkpoint
 
 if TYPE_CHECKING:
-    from moeless.packages.pack import ProgressCallback
+    from moeless.packages.files import ProgressCallback
+    from moeless.packages.packed_model import PackedModel
 
 _HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
@@ -36,15 +37,14 @@ def resolve_model(name: str, *, on_progress: ProgressCallback | None = None) -> 
 
     """
     folder = Path(name).expanduser()
-    if name and (folder / MANIFEST_NAME).is_file():
-        return PackedModel.open(folder)
-    checkpoint, model_id = locate_checkpoint(name)
-    out = packed_dir(checkpoint)
-    if not (out / MANIFEST_NAME).is_file():
-        from moeless.packages.pack import pack_checkpoint  # imports transformers: seconds that a cached pack saves
+    if not (name and (folder / MANIFEST_NAME).is_file()):
+        checkpoint, model_id = locate_checkpoint(name)
+        folder = packed_dir(checkpoint)
+        if not (folder / MANIFEST_NAME).is_file():
+            pack_checkpoint(checkpoint, folder, on_progress=on_progress, model_id=model_id)
+    from moeless.packages.packed_model import PackedModel  # imports torch, which a refusal does without
 
-        pack_checkpoint(checkpoint, out, on_progress=on_progress, model_id=model_id)
-    return PackedModel.open(out)
+    return PackedModel.open(folder)
 
 
 def locate_checkpoint(name: str) -> tuple[Path, str]:

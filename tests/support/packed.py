@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from moeless.core.expert import ExpertLayout, FunctionId
-from moeless.packages.files import dtype_name, encode_tensors, write_durably
+from moeless.packages.files import write_durably
 from moeless.packages.manifest import (
     FUNCTIONS_DIR,
     MANIFEST_NAME,
@@ -19,6 +19,7 @@ from moeless.packages.manifest import (
     encode_manifest,
 )
 from moeless.packages.packed_model import PackedModel
+from moeless.packages.tensor_files import dtype_name, encode_tensors
 
 
 def layout(**changes: object) -> ExpertLayout:

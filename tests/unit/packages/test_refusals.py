@@ -187,3 +187,19 @@ def test_parts_beside_the_language_model_are_left_out(checkpoint: Path, caplog: 
     edit_tensors(checkpoint, lambda tensors: tensors.update(extra))
     pack_checkpoint(checkpoint, checkpoint.parent / "packed")
     assert "ignored tensors=2 first=model.layers.2.eh_proj.weight" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("source", "packed_as"),
+    [
+        ("model.layers.1.block_sparse_moe.experts.2.w3.weight", "model.layers.1.mlp.experts.gate_up_proj[2]"),
+        ("model.layers.0.self_attn.k_proj.weight", "model.layers.0.self_attn.k_proj.weight"),
+    ],
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_is_named_with_its_tensor(
+    checkpoint: Path, source: str, packed_as: str, value: float
+) -> None:
+    edit_tensors(checkpoint, lambda tensors: tensors[source].view(-1)[3:4].fill_(value))
+    message = refusal(checkpoint)
+    assert message.startswith(f"tensor {packed_as} must be finite, holds {value} at [")
