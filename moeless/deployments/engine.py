@@ -38,6 +38,7 @@ from moeless.engine.config import EngineConfig
 from moeless.engine.prediction import PredictionObserver, load_live_predictor
 from moeless.engine.recording_service import LocalRecordings, Recordings, trace_metadata
 from moeless.packages.packed_model import PackedModel
+from moeless.packages.tensor_files import dtype_of_name
 from moeless.text.tokenizer import Tokenizer
 from moeless_predictors.live import LiveConfig
 from moeless_predictors.threads import keep_to_one_blas_thread
