@@ -64,6 +64,10 @@ class TokenTexts:
             known = self._bytes[token_id] = self._find_bytes(token_id)
         return known
 
+    def token_ids(self) -> frozenset[int]:
+        """Every id that stands for a token."""
+        return frozenset(self._tokenizer.get_vocab(with_added_tokens=True).values())
+
     def is_special(self, token_id: int) -> bool:
         return token_id in self._special
 
@@ -178,6 +182,13 @@ class StopMatcher:
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], None
+
+    def skip(self, text: str) -> str:
+        """As `feed` where no stop string may end yet: complete ones are text like any other."""
+        text = self._held + text
+        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
 
     def flush(self) -> str:
         """What was held back, when the sequence has ended without a stop string."""

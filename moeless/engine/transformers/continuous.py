@@ -41,7 +41,7 @@ class ContinuousEngine(ThreadedEngine):
             use_cuda_graph=False,
             auto_switch_to_flash=False,
         )
-        self._batcher = PagedBatcher(self._model, batching, self.observers)
+        self._batcher = PagedBatcher(self._model, batching, self.observers, self._vocabulary)
         self._limit_context_to(self._batcher.max_request_tokens)
         logger.info(
             "continuous batching ready pages=%d page_size=%d max_running=%d prefix_sharing=%s",

@@ -38,9 +38,8 @@ from moeless.core.generation import GenerationDelta
 from moeless.engine.observing import RowSpan, StepObservers
 from moeless.engine.transformers.paged_attention import NAME as ATTENTION
 from moeless.engine.transformers.paged_attention import SpanPlan, plan_attention, register_attention
-from moeless.engine.transformers.sampling import RawLogprobs, sample
+from moeless.engine.transformers.sampling import Sampled, Vocabulary, sample
 from moeless.engine.transformers.sequence import Sequence
-from moeless.engine.transformers.threaded_engine import describe
 
 __all__ = ["NO_MEMORY_CHECK", "PagedBatcher", "SequenceState", "kv_bytes_per_token"]
 
@@ -53,7 +52,10 @@ class SequenceState(RequestState):  # type: ignore[misc]
     """transformers' bookkeeping of a request, with the decisions left to our `Sequence`."""
 
     sequence: Sequence | None = None
-    raw_logprobs: RawLogprobs | None = None
+    sampled: Sampled | None = None
+    """What the step sampled for its rows."""
+    row: int = 0
+    """The request's row of `sampled`."""
 
     @classmethod
     def of(cls, sequence: Sequence) -> SequenceState:
@@ -68,12 +70,9 @@ class SequenceState(RequestState):  # type: ignore[misc]
     def update_and_check_completion(self, token_id: int, logprob: float | None) -> bool:  # noqa: ARG002
         assert self.sequence is not None
         self.generated_tokens.append(token_id)
-        try:
-            ended = self.sequence.advance(token_id, self.raw_logprobs)
-        except Exception as error:  # one sequence's text must not fail the whole batch
-            self.sequence.finish("error", describe(error))
-            ended = True
-        self.raw_logprobs = None
+        assert self.sampled is not None
+        ended = self.sequence.take(self.sampled, self.row)
+        self.sampled = None
         if ended:
             self.status = RequestStatus.FINISHED
             return True
@@ -98,6 +97,7 @@ class _SamplingRunner(ModelRunner):  # type: ignore[misc]
     """Samples with our sampler, each row with its sequence's own parameters; tells observers whose rows are whose."""
 
     observers: StepObservers
+    vocabulary: Vocabulary | None
 
     def compute_batch(self, model: nn.Module, batch_data: dict[str, Any]) -> None:
         ios = self.inputs_and_outputs
@@ -128,11 +128,13 @@ class _SamplingRunner(ModelRunner):  # type: ignore[misc]
         if not states:
             return
         rows = [state.sequence.sampler for state in states]
-        tokens_B, logprobs = sample(scores[0, : len(rows)], rows)
-        output_ids[0, : len(rows)].copy_(tokens_B)
-        if logprobs is not None:
-            for state, raw in zip(states, logprobs, strict=True):
-                state.raw_logprobs = raw
+        sampled = sample(scores[0, : len(rows)], rows, self.vocabulary)
+        output_ids[0, : len(rows)].copy_(torch.tensor(sampled.token_ids))
+        for row, state in enumerate(states):
+            state.sampled, state.row = sampled, row
+        for row in sampled.errors:
+            # What such a request left in its pages must not be found by a prompt that begins alike.
+            self.cache.free_blocks(states[row].request_id, no_cache=True)
 
 
 class _DeltaRouter(OutputRouter):  # type: ignore[misc]
@@ -161,7 +163,11 @@ class PagedBatcher:
     """transformers' continuous batching, driven step by step by the caller's thread."""
 
     def __init__(
-        self, model: PreTrainedModel, config: ContinuousBatchingConfig, observers: StepObservers | None = None
+        self,
+        model: PreTrainedModel,
+        config: ContinuousBatchingConfig,
+        observers: StepObservers | None = None,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         """Args:
         model: gets our attention, and its own back at `close`.
@@ -174,7 +180,7 @@ class PagedBatcher:
         self._router = _DeltaRouter()
         self._batch: list[Any] | None = None
         try:
-            self._processor = self._create_processor(config, observers or StepObservers())
+            self._processor = self._create_processor(config, observers or StepObservers(), vocabulary)
         except BaseException:
             self.close()
             raise
@@ -248,7 +254,9 @@ class PagedBatcher:
     def close(self) -> None:
         self._model.set_attn_implementation(self._original_attention)
 
-    def _create_processor(self, config: ContinuousBatchingConfig, observers: StepObservers) -> ContinuousBatchProcessor:
+    def _create_processor(
+        self, config: ContinuousBatchingConfig, observers: StepObservers, vocabulary: Vocabulary | None
+    ) -> ContinuousBatchProcessor:
         manager = _Manager(self._model, GenerationConfig(do_sample=False), config)
         manager.output_router = self._router
         processor: ContinuousBatchProcessor = manager._create_batch_processor()
@@ -261,6 +269,7 @@ class PagedBatcher:
             return_logprobs=False,
         )
         processor.model_runner.observers = observers
+        processor.model_runner.vocabulary = vocabulary
         return processor
 
     def _extend_write_indices(

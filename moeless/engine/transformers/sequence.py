@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+
+from moeless.core.errors import MoelessError
 from moeless.core.generation import FinishReason, GenerationDelta, GenerationRequest, TokenLogprob
 from moeless.engine.text import StopMatcher, TokenTexts
-from moeless.engine.transformers.sampling import RawLogprobs, RowSampler
+from moeless.engine.transformers.row_sampler import RowSampler
+from moeless.engine.transformers.sampling import RawLogprobs, Sampled
+
+logger = logging.getLogger(__name__)
 
 
 class Sequence:
@@ -16,10 +22,13 @@ class Sequence:
     __slots__ = (
         "_decoder",
         "_eos_ids",
+        "_includes_stop",
         "_logprobs",
         "_matcher",
+        "_min_tokens",
         "_new_tokens",
         "_num_chars",
+        "_stop_ids",
         "_stop_reason",
         "_stop_strings",
         "_text",
@@ -42,11 +51,14 @@ class Sequence:
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.num_cached_tokens = 0
         self.max_tokens = sampling.max_tokens
-        self.sampler = RowSampler(sampling)
+        self._eos_ids = frozenset() if sampling.ignore_eos else eos_ids.union(request.end_of_turn_ids)
+        self._stop_ids = frozenset(sampling.stop_token_ids)
+        self.sampler = RowSampler(sampling, prompt=request.prompt_token_ids, ending_ids=self._eos_ids | self._stop_ids)
         self.generated_token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.error: str | None = None
-        self._eos_ids = frozenset() if sampling.ignore_eos else eos_ids.union(request.end_of_turn_ids)
+        self._min_tokens = sampling.min_tokens
+        self._includes_stop = sampling.include_stop_string
         self._texts = texts
         self._stop_strings = {id_: stop for stop in sampling.stop if (id_ := texts.special_id(stop)) is not None}
         """By the special tokens that they are; those add no text in which they could be found."""
@@ -57,21 +69,46 @@ class Sequence:
         self._num_chars = 0
         """Characters decoded, also those that are held back."""
         self._logprobs: list[TokenLogprob] = []
-        self._stop_reason: str | None = None
+        self._stop_reason: str | int | None = None
+
+    def take(self, sampled: Sampled, row: int) -> bool:
+        """Add what a step sampled for this sequence, its row. Returns True if the sequence has ended.
+
+        Never raises: a fault in one sequence must not fail the whole batch, so it ends this one with an error.
+        """
+        error = sampled.errors.get(row)
+        if error is None:
+            try:
+                return self.advance(sampled.token_ids[row], None if sampled.logprobs is None else sampled.logprobs[row])
+            except Exception as fault:
+                error = describe(fault)
+        logger.warning("sequence failed request=%s error=%s", self.request_id, error)
+        self.finish("error", error)
+        return True
 
     def advance(self, token_id: int, logprobs: RawLogprobs | None = None) -> bool:
         """Add a sampled token. Returns True if the sequence has ended.
 
-        The end-of-sequence token counts as generated but adds neither text nor log-probabilities.
+        A token that ends the sequence counts as generated but adds no log-probabilities, and text only if
+        `include_stop_string` asks for it. With max_tokens 0 the token is not added: the prompt was all.
         """
+        if self.max_tokens == 0:
+            self._end("length")
+            return True
         self.generated_token_ids.append(token_id)
         self._new_tokens += 1
         self.sampler.commit(token_id)
-        if token_id in self._eos_ids:
-            self._end("stop")
+        if token_id in self._eos_ids or token_id in self._stop_ids:
+            if token_id not in self._eos_ids:
+                self._stop_reason = token_id
+            last = self._decoder.feed(token_id) if self._includes_stop else ""
+            if not (last and self._take_text(last)):
+                self._end("stop")
             return True
-        if token_id in self._stop_strings:
+        if token_id in self._stop_strings and self.num_generated > self._min_tokens:
             self._end("stop")
+            if self._includes_stop and self._stop_reason is None:
+                self._text += self._stop_strings[token_id]
             self._stop_reason = self._stop_reason or self._stop_strings[token_id]
             return True
         if logprobs is not None:
@@ -126,10 +163,15 @@ class Sequence:
         if self._matcher is None:
             self._text += text
             return False
+        if self.num_generated <= self._min_tokens:
+            self._text += self._matcher.skip(text)
+            return False
         certain, stop = self._matcher.feed(text)
         self._text += certain
         if stop is None:
             return False
+        if self._includes_stop:
+            self._text += stop
         self.finish_reason = "stop"
         self._stop_reason = stop
         return True
@@ -149,5 +191,16 @@ class Sequence:
             other = self._texts.bytes_of(token_id)
             top.append((token_id, other.decode(errors="replace"), other, logprob))
         return TokenLogprob(
-            raw.token_id, data.decode(errors="replace"), data, raw.logprob, top, text_offset=self._num_chars
+            raw.token_id,
+            data.decode(errors="replace"),
+            data,
+            raw.logprob,
+            top,
+            text_offset=self._num_chars,
+            rank=raw.rank,
         )
+
+
+def describe(error: Exception) -> str:
+    """The message of an error of ours; of others their type too."""
+    return str(error) if isinstance(error, MoelessError) else f"{type(error).__name__}: {error}"

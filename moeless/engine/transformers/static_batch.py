@@ -27,7 +27,7 @@ from moeless.engine.protocol import OnStep
 from moeless.engine.transformers.experts import without_experts
 from moeless.engine.transformers.sampling import sample
 from moeless.engine.transformers.sequence import Sequence
-from moeless.engine.transformers.threaded_engine import ThreadedEngine, describe
+from moeless.engine.transformers.threaded_engine import ThreadedEngine
 
 logger = logging.getLogger(__name__)
 
@@ -194,16 +194,11 @@ class StaticBatchEngine(ThreadedEngine):
 
     def _accept(self, batch: _Batch, logits_BV: Tensor) -> None:
         """Sample for every row of a batch that has just been computed, and merge what goes on into the running one."""
-        tokens_B, logprobs = sample(logits_BV, [sequence.sampler for sequence in batch.sequences])
-        batch.next_ids = tokens_B.tolist()
+        sampled = sample(logits_BV, [sequence.sampler for sequence in batch.sequences], self._vocabulary)
+        batch.next_ids = sampled.token_ids
         keep: list[bool] = []
         for row, sequence in enumerate(batch.sequences):
-            try:
-                ended = sequence.advance(batch.next_ids[row], None if logprobs is None else logprobs[row])
-            except Exception as error:  # one sequence's text must not fail the whole batch
-                sequence.finish("error", describe(error))
-                ended = True
-            keep.append(not ended)
+            keep.append(not sequence.take(sampled, row))
             self._outbox.append(sequence.take_delta())
         running, self._batch = self._batch, batch
         if running is not None:  # a merge that fails half-way spoils both

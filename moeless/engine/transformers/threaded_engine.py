@@ -18,7 +18,6 @@ from moeless.core.errors import (
     ConfigError,
     ContextLengthError,
     EngineStoppedError,
-    MoelessError,
     QueueFullError,
     RequestError,
 )
@@ -27,7 +26,8 @@ from moeless.engine.config import EngineConfig
 from moeless.engine.observing import StepObservers
 from moeless.engine.protocol import EngineCounters, OnStep
 from moeless.engine.text import TokenTexts
-from moeless.engine.transformers.sequence import Sequence
+from moeless.engine.transformers.sampling import Vocabulary
+from moeless.engine.transformers.sequence import Sequence, describe
 from moeless.packages.context_length import limit_context
 
 logger = logging.getLogger(__name__)
@@ -49,6 +49,7 @@ class ThreadedEngine(ABC):
         self._texts = TokenTexts(tokenizer)
         self._eos_ids = eos_token_ids(model) | self._texts.eos_ids
         self._vocab_size = int(model.config.get_text_config().vocab_size)
+        self._vocabulary = Vocabulary(self._texts.token_ids() | self._eos_ids, self._vocab_size)
         self.max_context_tokens = limit_context(model.config, config.max_model_len)
 
         self._lock = threading.Lock()
@@ -128,13 +129,12 @@ class ThreadedEngine(ABC):
             raise RequestError("prompt must hold at least one token, got none", param="prompt")
         if min(prompt) < 0 or max(prompt) >= self._vocab_size:
             raise RequestError(f"prompt tokens must be in [0, {self._vocab_size}), got {min(prompt)} to {max(prompt)}")
-        if sampling.max_tokens < 1:
-            raise RequestError(f"max_tokens must be at least 1, got {sampling.max_tokens}", param="max_tokens")
-        for token_id in sampling.logit_bias:
-            if not 0 <= token_id < self._vocab_size:
-                raise RequestError(
-                    f"logit_bias tokens must be in [0, {self._vocab_size}), got {token_id}", param="logit_bias"
-                )
+        for field, token_ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
+            for token_id in token_ids:
+                if not 0 <= token_id < self._vocab_size:
+                    raise RequestError(
+                        f"{field} tokens must be in [0, {self._vocab_size}), got {token_id}", param=field
+                    )
         total = len(prompt) + sampling.max_tokens
         if total > self.max_context_tokens:
             raise ContextLengthError(
@@ -285,11 +285,6 @@ class ThreadedEngine(ABC):
     @abstractmethod
     def _kv_usage(self) -> float:
         """Share of the KV memory held. Called from any thread."""
-
-
-def describe(error: Exception) -> str:
-    """The message of an error of ours; of others their type too."""
-    return str(error) if isinstance(error, MoelessError) else f"{type(error).__name__}: {error}"
 
 
 def eos_token_ids(model: PreTrainedModel) -> frozenset[int]:

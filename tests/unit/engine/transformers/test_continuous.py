@@ -285,7 +285,7 @@ def test_a_request_that_could_never_fit_the_pages_is_refused() -> None:
     [
         (request("r", []), "prompt must hold at least one token"),
         (request("r", [3, VOCAB_SIZE]), r"prompt tokens must be in \[0, 320\), got 3 to 320"),
-        (request("r", [3], max_tokens=0), "max_tokens must be at least 1, got 0"),
+        (request("r", [3], stop_token_ids=(320,)), r"stop_token_ids tokens must be in \[0, 320\), got 320"),
         (request("r", [3], logit_bias={400: 1.0}), r"logit_bias tokens must be in \[0, 320\), got 400"),
     ],
 )

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from moeless.core.generation import SamplingParams
-from moeless.engine.transformers.sampling import RowSampler, sample
+from moeless.engine.transformers.row_sampler import RowSampler
+from moeless.engine.transformers.sampling import sample
 from tests.unit.engine.support import Recorder, assert_equal_tokens, eager_model, prompt_of, request, running
 
 pytestmark = pytest.mark.gpu
@@ -36,6 +37,7 @@ def test_greedy_tokens_are_the_models_own(family: str) -> None:
         {"seed": 3},
         {"seed": 3, "top_p": 0.8},
         {"seed": 3, "top_k": 9},
+        {"seed": 3, "min_p": 0.05, "repetition_penalty": 1.3},
         {"seed": 3, "logit_bias": {5: 2.0}, "presence_penalty": 1.0, "logprobs": 4},
     ],
 )
@@ -46,6 +48,5 @@ def test_a_token_is_the_same_on_either_device(params: dict[str, Any]) -> None:
         rows = [RowSampler(SamplingParams(max_tokens=9, **params)) for _ in range(6)]
         for row in rows:
             row.commit(11)
-        tokens, _ = sample(logits.to(device), rows)
-        chosen.append(tokens.tolist())
+        chosen.append(sample(logits.to(device), rows).token_ids)
     assert chosen[0] == chosen[1]

@@ -15,6 +15,7 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 
 from moeless.engine.text import TokenTexts
 from moeless.engine.transformers.hooks import PagedBatcher, SequenceState, kv_bytes_per_token
+from moeless.engine.transformers.sampling import Sampled
 from moeless.engine.transformers.sequence import Sequence
 from tests.families import make_tokenizer
 from tests.unit.engine.support import eager_model, prompt_of, request
@@ -138,6 +139,7 @@ def test_a_soft_reset_request_keeps_its_sequence_and_its_tokens() -> None:
     ours = sequence("r", 6, max_tokens=9)
     state = SequenceState.of(ours)
     state.status = requests.RequestStatus.DECODING
+    state.sampled = Sampled([40])
     assert not state.update_and_check_completion(40, None)
     successor = state.create_equivalent_initial_request()
     assert successor.sequence is ours
