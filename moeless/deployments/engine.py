@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,9 +18,10 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentRes
 
 from moeless import __version__
 from moeless.core.errors import EngineStoppedError, MoelessError, TransportError, WorkerTimeoutError
-from moeless.core.generation import GenerationDelta, GenerationRequest, ModelInfo
+from moeless.core.generation import ModelInfo
 from moeless.deployments.application import initial_table
-from moeless.deployments.rpc import Pulse, SubmitReply, answer_recording
+from moeless.deployments.gateways import Gateways
+from moeless.deployments.rpc import CancelCall, Pulse, PulseCall, SubmitCall, SubmitReply, answer_recording
 from moeless.deployments.runtime import bind_to
 from moeless.deployments.settings import ServeSettings
 from moeless.deployments.status import EngineStatus
@@ -46,9 +45,6 @@ from moeless_predictors.threads import keep_to_one_blas_thread
 logger = logging.getLogger(__name__)
 
 _ENDPOINT_TIMEOUT_S = 10.0
-_GATEWAY_SILENCE_S = 30.0
-"""A gateway that has not asked for the engine's pulse (each second) for this long is gone; its requests end."""
-
 _KV_MEMORY_SHARE = 0.8
 """Of the GPU memory that is free once the backbone is loaded, times the engine's share of the GPU."""
 _COPIES_SHARE = 8
@@ -88,12 +84,8 @@ class EngineDeployment:
             self._dispatcher, connectors, keep_alive_s=settings.keep_alive_s if workers else None
         )
         self._sender = TokenSender(settings.run_secret)
-        self._gateway_of: dict[str, str] = {}
-        self._gateway_seen_s: dict[str, float] = {}
-        self._gateway_lock = threading.Lock()
-        self._swept_s = time.monotonic()
-        self._cancelled_early: deque[str] = deque(maxlen=1024)
-        self._engine.set_on_step(self._send_step)
+        self._gateways = Gateways(self._sender, self._engine.cancel)
+        self._engine.set_on_step(self._gateways.send_step)
         self._prediction: PredictionObserver | None = None
         if settings.predictors_path is not None:
             live_config = LiveConfig(distance=settings.predict_distance, max_share=settings.predict_overhead)
@@ -151,35 +143,31 @@ class EngineDeployment:
     async def model_info(self) -> bytes:
         return msgspec.msgpack.encode(self._model_info)
 
-    async def submit(self, request: bytes, gateway: str) -> bytes:
-        """Queue a GenerationRequest whose deltas go to the token channel at `gateway`. Answers a SubmitReply."""
-        decoded = msgspec.msgpack.decode(request, type=GenerationRequest)
-        with self._gateway_lock:
-            self._gateway_of[decoded.request_id] = gateway
-            self._gateway_seen_s.setdefault(gateway, time.monotonic())
+    async def submit(self, call: bytes) -> bytes:
+        """A SubmitCall; returns a SubmitReply."""
+        decoded = msgspec.msgpack.decode(call, type=SubmitCall)
         try:
-            if decoded.request_id in self._cancelled_early:
-                raise EngineStoppedError("the request was cancelled before it arrived")
             if not self._connections.were_all_connected:
                 raise EngineStoppedError("the engine is starting: not every worker is connected yet")
-            self._engine.submit(decoded)
+            self._gateways.admit(decoded)
+            try:
+                self._engine.submit(decoded.request)
+            except MoelessError:
+                self._gateways.release(decoded.request.request_id)
+                raise
         except MoelessError as error:
-            with self._gateway_lock:
-                self._gateway_of.pop(decoded.request_id, None)
             return msgspec.msgpack.encode(SubmitReply.of_error(error, incarnation=self._incarnation))
         return msgspec.msgpack.encode(SubmitReply(incarnation=self._incarnation))
 
-    async def cancel(self, request_id: str) -> None:
-        if request_id not in self._gateway_of:
-            self._cancelled_early.append(request_id)  # it may have overtaken its submit
-        self._engine.cancel(request_id)
+    async def cancel(self, call: bytes) -> None:
+        """A CancelCall."""
+        self._gateways.cancel(msgspec.msgpack.decode(call, type=CancelCall))
 
-    async def pulse(self, gateway: str) -> bytes:
-        """Asked by every gateway once a second. Answers a Pulse."""
-        with self._gateway_lock:
-            self._gateway_seen_s[gateway] = time.monotonic()
+    async def pulse(self, call: bytes) -> bytes:
+        """A PulseCall, from every gateway once a second; returns a Pulse."""
+        unknown = self._gateways.hear(msgspec.msgpack.decode(call, type=PulseCall))
         is_ready = self._engine.is_alive and self._connections.were_all_connected
-        return msgspec.msgpack.encode(Pulse(incarnation=self._incarnation, is_ready=is_ready))
+        return msgspec.msgpack.encode(Pulse(incarnation=self._incarnation, is_ready=is_ready, unknown=unknown))
 
     async def recording(self, call: bytes) -> bytes:
         """A RecordingCall; answers a RecordingReply."""
@@ -198,43 +186,6 @@ class EngineDeployment:
             raise EngineStoppedError("the generation thread ended")
         if not self._connections.is_alive:
             raise EngineStoppedError("the thread that keeps the worker connections ended")
-
-    # ---- inside -----------------------------------------------------------------------------------------------
-
-    def _send_step(self, deltas: list[GenerationDelta]) -> None:
-        """In the generation thread: one message for each gateway that this step concerns."""
-        by_gateway: dict[str, list[GenerationDelta]] = {}
-        with self._gateway_lock:
-            for delta in deltas:
-                gateway = self._gateway_of.get(delta.request_id)
-                if gateway is None:
-                    continue
-                by_gateway.setdefault(gateway, []).append(delta)
-                if delta.finish_reason is not None:
-                    del self._gateway_of[delta.request_id]
-        for gateway, theirs in by_gateway.items():
-            if not self._sender.send(gateway, theirs):
-                self._end_requests_of(gateway)  # their streams have a hole now
-        if time.monotonic() - self._swept_s > 1.0:
-            self._sweep_gateways()
-
-    def _sweep_gateways(self) -> None:
-        """In the generation thread: end the requests of gateways that fell silent, and close the channels to them."""
-        self._swept_s = now_s = time.monotonic()
-        with self._gateway_lock:
-            silent = [g for g, seen_s in self._gateway_seen_s.items() if now_s - seen_s > _GATEWAY_SILENCE_S]
-            for gateway in silent:
-                del self._gateway_seen_s[gateway]
-        for gateway in silent:
-            self._end_requests_of(gateway)
-            self._sender.forget(gateway)
-
-    def _end_requests_of(self, gateway: str) -> None:
-        with self._gateway_lock:
-            orphans = [request_id for request_id, owner in self._gateway_of.items() if owner == gateway]
-        logger.warning("gateway does not take its tokens address=%s requests=%d", gateway, len(orphans))
-        for request_id in orphans:
-            self._engine.cancel(request_id)
 
     def close(self) -> None:
         """End every request and hang up on workers and gateways."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import contextvars
 import logging
+import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import msgspec
@@ -18,7 +20,7 @@ from ray.serve.handle import DeploymentHandle
 
 from moeless.core.errors import EngineStoppedError
 from moeless.core.generation import EngineStats, FunctionStatus, GenerationDelta, GenerationRequest, ModelInfo
-from moeless.deployments.rpc import Pulse, RemoteRecordings, SubmitReply
+from moeless.deployments.rpc import CancelCall, GatewayName, Pulse, PulseCall, RemoteRecordings, SubmitCall, SubmitReply
 from moeless.deployments.runtime import node_address
 from moeless.deployments.settings import ServeSettings
 from moeless.deployments.token_channel import TokenReceiver
@@ -63,37 +65,44 @@ class RemoteEngineClient:
     def __init__(self, handle: DeploymentHandle[Any], receiver: TokenReceiver) -> None:
         self._handle = handle
         self._receiver = receiver
+        self._name = GatewayName(address=receiver.address, life=secrets.token_hex(8))
         self.recordings = RemoteRecordings(self._call)
-        self._incarnation_of: dict[str, str] = {}
+        self._last_number = 0
+        self._open: dict[int, _OpenRequest] = {}
+        self._left: list[int] = []
+        self._has_left = asyncio.Event()
         self._pulse: Pulse | None = None
         receiver.start()
-        self._watcher = asyncio.get_running_loop().create_task(self._watch())
+        # Serve cancels with a request every call made in its context, the one that cancels it at the engine too. These
+        # tasks have an empty context.
+        loop = asyncio.get_running_loop()
+        self._tasks = [
+            loop.create_task(work, context=contextvars.Context()) for work in (self._watch(), self._cancel_left())
+        ]
 
     async def model_info(self) -> ModelInfo:
         return msgspec.msgpack.decode(await self._call("model_info"), type=ModelInfo)
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationDelta]:
-        request_id = request.request_id
-        self._receiver.open_stream(request_id)
+        self._last_number = number = self._last_number + 1
+        opened = self._open[number] = _OpenRequest(request.request_id)
+        self._receiver.open_stream(request.request_id)
         ended = False  # a submit that is given up half-way may have reached the engine
         try:
-            reply = msgspec.msgpack.decode(
-                await self._call("submit", msgspec.msgpack.encode(request), self._receiver.address), type=SubmitReply
-            )
+            call = SubmitCall(gateway=self._name, number=number, request=request)
+            reply = msgspec.msgpack.decode(await self._call("submit", msgspec.msgpack.encode(call)), type=SubmitReply)
             ended = bool(reply.kind)
             reply.raise_error()
-            self._incarnation_of[request_id] = reply.incarnation
-            async for delta in self._receiver.deltas(request_id):
+            opened.incarnation = reply.incarnation
+            async for delta in self._receiver.deltas(request.request_id):
                 ended = delta.finish_reason is not None
                 yield delta
         finally:
-            self._receiver.close_stream(request_id)
-            self._incarnation_of.pop(request_id, None)
+            self._receiver.close_stream(request.request_id)
+            del self._open[number]
             if not ended:
-                self._handle.cancel.remote(request_id)
-
-    async def cancel(self, request_id: str) -> None:
-        await self._call("cancel", request_id)
+                self._left.append(number)
+                self._has_left.set()
 
     async def stats(self) -> EngineStats:
         return msgspec.msgpack.decode(await self._call("stats"), type=EngineStats)
@@ -105,9 +114,9 @@ class RemoteEngineClient:
         return self._pulse is not None and self._pulse.is_ready
 
     async def close(self) -> None:
-        self._watcher.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._watcher
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.wait(self._tasks)
         await self._receiver.close()
 
     async def _call(self, method: str, *args: object, timeout_s: float = _CALL_TIMEOUT_S) -> Any:
@@ -118,19 +127,56 @@ class RemoteEngineClient:
         except (RayError, RayServeException, TimeoutError) as error:
             raise EngineStoppedError(f"the engine cannot be reached: {type(error).__name__}") from error
 
+    async def _cancel_left(self) -> None:
+        """Cancel at the engine what clients have left; one call for all that left since the last."""
+        while True:
+            await self._has_left.wait()
+            self._has_left.clear()
+            left, self._left = self._left, []
+            try:
+                await self._call("cancel", msgspec.msgpack.encode(CancelCall(gateway=self._name, numbers=left)))
+            except Exception as error:  # the next pulse does not name them, which ends them too
+                logger.warning("cancelling failed requests=%d reason=%s", len(left), error)
+
     async def _watch(self) -> None:
-        """Notice when the engine died and came back: the streams of its former life will never end by themselves."""
+        """Name to the engine what is still read, and end the streams that it does not generate any more."""
         heard_s = time.monotonic()
         while True:
             try:
-                pulse = msgspec.msgpack.decode(await self._call("pulse", self._receiver.address), type=Pulse)
-                lost = [i for i, incarnation in self._incarnation_of.items() if incarnation != pulse.incarnation]
-                self._receiver.fail_streams(lost, "the engine was restarted")
-                self._pulse = pulse
+                await self._exchange_pulse()
                 heard_s = time.monotonic()
-            except Exception as error:  # whatever it is, the next pulse is asked for
+            except Exception as error:  # whatever it is, the next pulse is sent
                 logger.warning("no pulse from the engine reason=%s", error)
                 self._pulse = None
                 if time.monotonic() - heard_s > _ENGINE_SILENCE_S:
                     self._receiver.fail_streams(self._receiver.open_streams, "the engine does not answer")
             await asyncio.sleep(_PULSE_EVERY_S)
+
+    async def _exchange_pulse(self) -> None:
+        submitted = {number: opened for number, opened in self._open.items() if opened.incarnation}
+        call = PulseCall(gateway=self._name, last_number=self._last_number, live=list(self._open))
+        pulse = msgspec.msgpack.decode(await self._call("pulse", msgspec.msgpack.encode(call)), type=Pulse)
+        unknown = set(pulse.unknown)
+        for number, opened in submitted.items():
+            if opened.incarnation != pulse.incarnation:
+                # The engine died and came back: the streams of its former life never end by themselves.
+                self._receiver.fail_streams([opened.request_id], "the engine was restarted")
+            elif number not in unknown:
+                opened.num_unknown = 0
+            else:
+                # Its end may be on its way through the token channel, but not for a second.
+                opened.num_unknown += 1
+                if opened.num_unknown > 1:
+                    self._receiver.fail_streams([opened.request_id], "the engine ended the request")
+        self._pulse = pulse
+
+
+@dataclass
+class _OpenRequest:
+    """A request that a client of this gateway reads."""
+
+    request_id: str
+    incarnation: str = ""
+    """The life of the engine that took it; empty until it has."""
+    num_unknown: int = 0
+    """Pulses in a row in which the engine did not hold it."""

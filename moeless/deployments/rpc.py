@@ -18,6 +18,7 @@ from moeless.core.errors import (
     RecordingError,
     RequestError,
 )
+from moeless.core.generation import GenerationRequest
 from moeless.core.recording import RecordedFile, RecordingClient, RecordingOptions, RecordingStatus
 
 _FINISH_TIMEOUT_S = 120.0
@@ -92,6 +93,40 @@ class Pulse(msgspec.Struct, frozen=True, kw_only=True):
 
     incarnation: str
     is_ready: bool
+    unknown: list[int] = []
+    """Requests that the gateway reads and the engine does not hold: ended, or not there yet."""
+
+
+class GatewayName(msgspec.Struct, frozen=True, kw_only=True):
+    """One life of a gateway."""
+
+    address: str
+    """Where its end of the token channel listens."""
+    life: str
+    """Random: a later gateway may get the same address."""
+
+
+class SubmitCall(msgspec.Struct, frozen=True, kw_only=True):
+    """A request whose deltas go to the token channel of `gateway`; its gateway counts its requests from 1."""
+
+    gateway: GatewayName
+    number: int
+    request: GenerationRequest
+
+
+class CancelCall(msgspec.Struct, frozen=True, kw_only=True):
+    """Requests that nobody reads any more, by number."""
+
+    gateway: GatewayName
+    numbers: list[int]
+
+
+class PulseCall(msgspec.Struct, frozen=True, kw_only=True):
+    """That a gateway lives, and which of its requests it still reads: of those up to `last_number`, only `live`."""
+
+    gateway: GatewayName
+    last_number: int = 0
+    live: list[int] = []
 
 
 class CallsEngine(Protocol):

@@ -30,11 +30,18 @@ class WorkerConnections:
     connectors: worker → a function that opens a channel to it; may take seconds; raises DispatchError or OSError.
     keep_alive_s: how long idle functions that the engine itself loaded stay; None keeps them, for an engine whose
         experts are its own.
+    clock: seconds.
     """
 
     def __init__(
-        self, dispatcher: Dispatcher, connectors: Mapping[str, Callable[[], Channel]], *, keep_alive_s: float | None
+        self,
+        dispatcher: Dispatcher,
+        connectors: Mapping[str, Callable[[], Channel]],
+        *,
+        keep_alive_s: float | None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._clock = clock
         self._dispatcher = dispatcher
         self._connectors = connectors
         self._keep_alive_s = keep_alive_s
@@ -73,7 +80,7 @@ class WorkerConnections:
 
     def _run(self) -> None:
         while not self._stopping.is_set():
-            self._reconnect()
+            self.check()
             if all(self.is_connected(worker) for worker in self._connectors):
                 self._all_connected.set()
                 if self._keep_alive_s is not None:
@@ -82,13 +89,14 @@ class WorkerConnections:
 
     def _back_off(self, worker: str) -> None:
         """Exponential backoff for a channel that broke soon after it was opened (a worker that accepts but hangs)."""
-        now_s = time.monotonic()
+        now_s = self._clock()
         lasted_s = now_s - self._connected_s[worker]
         delay_s = 0.0 if lasted_s > _STEADY_S else min(_MAX_DELAY_S, max(1.0, 2 * self._delay_s.get(worker, 0.0)))
         self._delay_s[worker] = delay_s
         self._not_before_s[worker] = now_s + delay_s
 
-    def _reconnect(self) -> None:
+    def check(self) -> None:
+        """One round: drop broken channels, and open those that are missing and whose delay is over."""
         channels = dict(self._dispatcher.channels)
         for worker in [worker for worker in channels if channels[worker].is_broken]:
             logger.warning("lost a worker worker=%s", worker)
@@ -97,7 +105,7 @@ class WorkerConnections:
         if len(channels) < len(self._dispatcher.channels):
             self._dispatcher.set_channels(channels)
         for worker in self._connectors:
-            if worker in channels or self._stopping.is_set() or time.monotonic() < self._not_before_s.get(worker, 0.0):
+            if worker in channels or self._stopping.is_set() or self._clock() < self._not_before_s.get(worker, 0.0):
                 continue
             try:
                 channels[worker] = self._connectors[worker]()
@@ -107,6 +115,6 @@ class WorkerConnections:
             except Exception:  # one worker's fault must not keep the others from being reached
                 logger.exception("connecting failed worker=%s", worker)
                 continue
-            self._connected_s[worker] = time.monotonic()
+            self._connected_s[worker] = self._clock()
             logger.info("connected worker=%s transport=%s", worker, channels[worker].kind)
             self._dispatcher.set_channels(channels)

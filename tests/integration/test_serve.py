@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -182,6 +185,35 @@ def test_a_client_that_leaves_frees_its_sequence(two_workers: Served) -> None:
         lambda: _gauge(two_workers, "moeless_num_requests_running") == 0, timeout_s=10, what="the sequence is cancelled"
     )
     assert _gauge(two_workers, "moeless_kv_cache_usage_perc") == 0
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_clients_that_all_leave_at_once_leave_nothing_running(two_workers: Served, stream: bool) -> None:
+    num_clients = 200
+    hung_up_s = asyncio.run(_hang_up_together(two_workers, num_clients, stream=stream))
+    wait_until(lambda: _num_held(two_workers) == 0, timeout_s=20, what="nothing is generated for nobody")
+    assert time.monotonic() - hung_up_s < 5  # 1 s on a machine of its own
+
+
+async def _hang_up_together(served: Served, num_clients: int, *, stream: bool) -> float:
+    """Have `num_clients` ask for long completions, wait until all are held, hang up. Returns when they did."""
+    url = httpx.URL(served.url)
+    body = json.dumps({"model": "tiny", "prompt": PROMPT, "max_tokens": 450, "stream": stream, "ignore_eos": True})
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {url.host}\r\nContent-Type: application/json\r\n"
+    request = f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
+    connections = await asyncio.gather(*(asyncio.open_connection(url.host, url.port) for _ in range(num_clients)))
+    for _, writer in connections:
+        writer.write(request)
+    async with asyncio.timeout(60):
+        while await asyncio.to_thread(_num_held, served) < 0.9 * num_clients:
+            await asyncio.sleep(0.05)
+    for _, writer in connections:
+        writer.transport.abort()
+    return time.monotonic()
+
+
+def _num_held(served: Served) -> float:
+    return _gauge(served, "moeless_num_requests_running") + _gauge(served, "moeless_num_requests_waiting")
 
 
 def _gauge(served: Served, name: str) -> float:

@@ -95,3 +95,51 @@ def test_copies_beside_functions_that_are_called_by_handle_are_swept_too() -> No
     connections.start()
     wait_until(lambda: board.num_sweeps > 0)
     connections.stop()
+
+
+def test_a_channel_that_breaks_soon_is_opened_again_after_a_delay_that_doubles() -> None:
+    board = Switchboard()
+    now_s = 100.0
+    opened_s: list[float] = []
+
+    def connect() -> Any:
+        opened_s.append(now_s)
+        return BreakableChannel()
+
+    connections = WorkerConnections(
+        board,  # type: ignore[arg-type]
+        {"worker-0": connect},
+        keep_alive_s=None,
+        clock=lambda: now_s,
+    )
+
+    def seconds_until_reopened() -> float:
+        nonlocal now_s
+        board.channels["worker-0"].is_broken = True
+        broke_s, num_opened = now_s, len(opened_s)
+        connections.check()
+        while len(opened_s) == num_opened:
+            assert board.channels == {}
+            now_s += 0.25
+            connections.check()
+        return now_s - broke_s
+
+    connections.check()
+    assert [seconds_until_reopened() for _ in range(7)] == [1, 2, 4, 8, 16, 30, 30]
+    now_s += 11  # it was sound
+    assert seconds_until_reopened() == 0
+
+
+def test_a_worker_that_refuses_is_asked_again_in_the_next_round() -> None:
+    board = Switchboard()
+    num_asked = 0
+
+    def connect() -> Any:
+        nonlocal num_asked
+        num_asked += 1
+        raise TransportError("not yet")
+
+    connections = WorkerConnections(board, {"worker-0": connect}, keep_alive_s=None)  # type: ignore[arg-type]
+    for _ in range(3):
+        connections.check()
+    assert num_asked == 3
