@@ -18,6 +18,7 @@ from moeless.core.errors import ContextLengthError, ModelNotFoundError, RequestE
 from moeless.core.generation import GenerationRequest, ModelInfo, SamplingParams
 from moeless.gateway.config import GatewayConfig
 from moeless.gateway.schemas import ChatCompletionRequest, CompletionRequest, SamplingFields, fields_without_effect
+from moeless.gateway.template_options import template_options
 from moeless.text.template_probe import TemplateTraits
 from moeless.text.tokenizer import Tokenizer
 
@@ -85,9 +86,10 @@ class _Draft:
     default_max_tokens: int | None
     """None: whatever the context leaves."""
     logprobs: int | None
-    is_chat: bool = False
+    continues_prompt: bool = True
     end_of_turn_ids: tuple[int, ...] = ()
     echoes: list[EchoedPrompt] | None = None
+    ignored_fields: tuple[str, ...] = ()
 
 
 class Admission:
@@ -104,9 +106,11 @@ class Admission:
         max_tokens, max_tokens_field = _chat_max_tokens(body)
         logprobs = self._chat_logprobs(body)
         messages = [message.for_template() for message in body.messages]
+        options = template_options(body, model.tokenizer.chat_template)
 
         def tokenize() -> list[int]:
-            return model.tokenizer.encode_chat(model.tokenizer.render_chat(messages, model.traits))
+            rendered = model.tokenizer.render_chat(messages, model.traits, **options.arguments())
+            return model.tokenizer.encode_chat(rendered)
 
         draft = _Draft(
             prompts=[await self._tokenize(tokenize, _INLINE_CHARS + 1)],
@@ -115,8 +119,9 @@ class Admission:
             max_tokens_field=max_tokens_field,
             default_max_tokens=None,
             logprobs=logprobs,
-            is_chat=True,
+            continues_prompt=options.continue_final_message,
             end_of_turn_ids=model.traits.end_of_turn_ids,
+            ignored_fields=options.unread_fields,
         )
         return self._admit(body, model.info, request_id, draft)
 
@@ -166,7 +171,7 @@ class Admission:
                     request_id=f"{request_id}-{len(sequences)}",
                     prompt_token_ids=prompt,
                     sampling=structs.replace(sampling, seed=seed),
-                    continues_prompt=not draft.is_chat,
+                    continues_prompt=draft.continues_prompt,
                     end_of_turn_ids=draft.end_of_turn_ids,
                 )
                 sequences.append(sequence)
@@ -183,7 +188,7 @@ class Admission:
             wants_continuous_usage=bool(options and options.include_usage and options.continuous_usage_stats),
             wants_prompt_logprobs=body.prompt_logprobs is not None,
             echoes=draft.echoes,
-            ignored_fields=tuple(fields_without_effect(body)),
+            ignored_fields=(*fields_without_effect(body), *draft.ignored_fields),
         )
 
     def _sampling(self, body: SamplingFields, info: ModelInfo, draft: _Draft, max_tokens: int) -> SamplingParams:

@@ -266,6 +266,13 @@ class ChatCompletionRequest(SamplingFields):
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
     response_format: TextFormat | None = None
     modalities: list[Literal["text"]] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    """For chat templates that name it, as is verbosity."""
+    verbosity: Literal["low", "medium", "high"] | None = None
+    add_generation_prompt: bool | None = None
+    """Extension, as in vLLM: true by default. So are the next two."""
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
     function_call: Annotated[NoForcedTools, NO_EFFECT] = None
     functions: Annotated[OnlyEmptyList, NO_EFFECT] = None
@@ -278,8 +285,6 @@ class ChatCompletionRequest(SamplingFields):
     audio: Unsupported = None
     moderation: Unsupported = None
     prediction: Unsupported = None
-    reasoning_effort: Unsupported = None
-    verbosity: Unsupported = None
     web_search_options: Unsupported = None
 
 

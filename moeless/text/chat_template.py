@@ -74,7 +74,9 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
         try:
-            self.names: frozenset[str] = frozenset(jinja2.meta.find_undeclared_variables(environment.parse(source)))
+            tree = environment.parse(source)
+            self.names: frozenset[str] = frozenset(jinja2.meta.find_undeclared_variables(tree))
+            self.attributes: frozenset[str] = _attributes_of(tree)
             self._template = environment.from_string(source)
         except (jinja2.TemplateError, RecursionError) as error:
             raise ConfigError(f"the chat template is not valid: {error}") from error
@@ -111,6 +113,13 @@ class ChatTemplate:
                 code="invalid_value",
             ) from error
         return _until_end_mark(rendered) if continue_final_message else rendered
+
+
+def _attributes_of(tree: jinja2.nodes.Template) -> frozenset[str]:
+    """What the template may read of a message: every attribute and every string in it."""
+    attributes = {node.attr for node in tree.find_all(jinja2.nodes.Getattr)}
+    strings = {node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)}
+    return frozenset(attributes | strings)
 
 
 def _with_end_mark(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
