@@ -1,4 +1,4 @@
-"""Scenarios that policies are compared on: routing, arrivals at a share of what static expert parallelism can serve."""
+"""Scenarios that systems are compared on: routing, arrivals at a share of what static expert parallelism can serve."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from moeless.core.plan import FloatArray
+from moeless.core.arrays import FloatArray
 from moeless.planning.profiles import builtin_profiles
 from moeless.simulate.generator import MadeUpRouting, make_routing
 from moeless.simulate.offline_forecast import recorded_LE
@@ -14,7 +14,7 @@ from moeless.simulate.routing import SequenceRouting
 from moeless.simulate.scenario import Scenario
 from moeless.simulate.settings import ScenarioSettings, make_scenario
 from moeless.simulate.simulation import simulate
-from moeless.simulate.systems import standard_policies
+from moeless.simulate.systems import make_systems
 from moeless.simulate.workload import cut, made_up_arrivals
 from moeless_predictors.traces import ArrivalTrace, ImportOptions, RoutingTrace, concat, import_trace
 
@@ -127,7 +127,7 @@ def saturation_per_s(setting: Setting, shape: Shape, *, quick: bool = False) -> 
         output_tokens=shape.output_tokens,
     )
     scenario = setting.scenario(arrivals)
-    result = simulate(scenario, standard_policies(scenario, names=["static"])[0])
+    result = simulate(scenario, make_systems(scenario, names=["static"])[0])
     return arrivals.num_requests / result.duration_s
 
 

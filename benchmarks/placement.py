@@ -23,12 +23,13 @@ from rich.progress import Progress
 from rich.table import Table
 from threadpoolctl import threadpool_limits
 
+from moeless.core.arrays import FloatArray
 from moeless.core.cluster import Cluster, ModelShape, even_cluster
-from moeless.core.plan import FloatArray, Plan
+from moeless.core.plan import Plan
 from moeless.planning.affinity.groups import num_groups
-from moeless.planning.affinity.hops_bound import least_hops
+from moeless.planning.affinity.hops_bound import min_hops_bound
 from moeless.planning.affinity.metrics import balance_L, hops_L, workers_touched_L
-from moeless.planning.affinity.offline import ProgrammeConfig, fewest_hops_plan, fewest_workers_plan
+from moeless.planning.affinity.offline import ProgrammeConfig, min_hops_plan, min_workers_plan
 from moeless.planning.affinity.online import AffinityConfig, Objective, layer_bounds, place_by_affinity
 from moeless.planning.affinity.programme import SolverLimits
 from moeless.planning.affinity.search import LayerBounds
@@ -200,7 +201,7 @@ def _measure(case: Case, arguments: argparse.Namespace, imbalance: float) -> lis
         proved_L = np.zeros(case.model.num_layers)
 
         def optimal() -> Plan:
-            found = fewest_workers_plan(
+            found = min_workers_plan(
                 best["workers"], fit, load_LE, *system, affinity=affinity, config=config, bounds=bounds
             )
             assert found.bound_L is not None
@@ -217,7 +218,7 @@ def _measure(case: Case, arguments: argparse.Namespace, imbalance: float) -> lis
     def optimal_hops() -> Plan:
         # A layer is solved several times, and what is left of a gap in one sweep may be found in the next.
         limits = SolverLimits(time_limit_s=arguments.time_limit / 4, gap=0.003)
-        return fewest_hops_plan(
+        return min_hops_plan(
             best["hops"], fit, load_LE, *system, affinity=replace(affinity, objective="hops"),
             config=replace(config, limits=limits), bounds=None if has_replicas else bounds,
         ).plan  # fmt: skip
@@ -236,7 +237,9 @@ def _hops_proved(case: Case, plan: Plan, best: dict[Objective, Plan], bounds: li
     with Progress(transient=True) as bar:
         for layer in bar.track(range(case.model.num_layers - 1), description="proving"):
             known = [(worker_LE[layer], worker_LE[layer + 1]) for worker_LE in worker_pLE]
-            proved.append(least_hops(case.fit.transitions_LEE[layer], bounds[layer], bounds[layer + 1], known=known))
+            proved.append(
+                min_hops_bound(case.fit.transitions_LEE[layer], bounds[layer], bounds[layer + 1], known=known)
+            )
     least = float(np.mean(proved))
     own, searched = (hops_L(found, case.fit).mean() / least - 1 for found in (plan, best["hops"]))
     return f">= {least:.4f}: this {own:+.2%}, local search {searched:+.2%}"

@@ -26,12 +26,13 @@ from rich.console import Console
 from rich.table import Table
 from threadpoolctl import threadpool_limits
 
+from moeless.core.arrays import FloatArray
 from moeless.core.cluster import even_cluster
-from moeless.core.plan import FloatArray, Plan
+from moeless.core.plan import Plan
 from moeless.core.policy import Policy, parse_policy, resolve
 from moeless.planning.baselines.static import eplb_global
 from moeless.planning.observation import Observation
-from moeless.planning.planner import MoelessPlanner, PlannedSystem
+from moeless.planning.planner import MoelessPlanner, PlanningContext
 from moeless.planning.profiles import builtin_profiles
 from moeless.simulate.generator import MadeUpRouting, make_routing
 from moeless_predictors.traces import ImportOptions, RoutingTrace, import_trace
@@ -40,7 +41,7 @@ from moeless_predictors.traces.statistics import expert_loads
 TICK_S = 1.0
 SPENDING = {"name": "minMax", "workerShare": 0.1, "maxExtraShare": 1.0}
 """As the default, but with the budget for its only limit, as EPLB has."""
-PLACER = {"name": "minimalMoves", "goodEnough": 1.02}
+PLACER = {"name": "minimalMoves", "maxImbalance": 1.02}
 WINDOW_STEPS = 1000
 """Engine steps that a plan is for: the window that EPLB looks back on, in vLLM and SGLang."""
 TOKENS_PER_WINDOW = 1024
@@ -126,16 +127,16 @@ def windows_of(trace: RoutingTrace, num_windows: int) -> FloatArray:
     return loads
 
 
-def system_for(shape: tuple[int, int], *, top_k: int, num_workers: int, instances: int) -> PlannedSystem:
+def system_for(shape: tuple[int, int], *, top_k: int, num_workers: int, instances: int) -> PlanningContext:
     """Workers of H800 class with room for so many instances of each layer; time in proportion to tokens."""
     profile = builtin_profiles()["h800-deepseek-v3"]
     model = replace(profile.model, num_layers=shape[0], num_experts=shape[1], top_k=top_k)
     memory = -(-instances // num_workers) * shape[0] * model.expert_bytes
     cluster = even_cluster(num_workers, memory_bytes=memory, workers_per_node=8)
-    return PlannedSystem(model=model, cluster=cluster, horizon_steps=WINDOW_STEPS)
+    return PlanningContext(model=model, cluster=cluster, horizon_steps=WINDOW_STEPS)
 
 
-def with_expert_times(system: PlannedSystem) -> PlannedSystem:
+def with_expert_times(system: PlanningContext) -> PlanningContext:
     """As a server plans: an expert's time is flat up to the tokens that take as long as its weights."""
     profile = builtin_profiles()["h800-deepseek-v3"]
     cost = profile.expert_time.call_cost()

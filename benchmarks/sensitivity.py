@@ -20,9 +20,9 @@ from rich.table import Table
 from benchmarks._scenarios import LEVELS, SHAPES, Setting, arrivals_of, recorded, saturation_per_s, with_settings
 from moeless.core.policy import parse_policy
 from moeless.planning.cost import CostProfile
-from moeless.simulate.scenario import Policy, Scenario
+from moeless.simulate.scenario import Scenario, System
 from moeless.simulate.simulation import simulate
-from moeless.simulate.systems import StandardConfig, standard_policies
+from moeless.simulate.systems import SystemConfig, make_systems
 from moeless.simulate.workload import thinned
 
 PREFILL_HEAVY = SHAPES[0]
@@ -45,8 +45,8 @@ class Change:
 
     settings: dict[str, object]
     profile: Callable[[CostProfile], CostProfile] = lambda profile: profile
-    policy: Callable[[Policy], Policy] = lambda policy: policy
-    document: dict[str, object] | None = None
+    system: Callable[[System], System] = lambda system: system
+    policy: dict[str, object] | None = None
     gap_cv: float = 1.0
     thin: float = 1.0
 
@@ -59,12 +59,12 @@ def _exchange(factor: float) -> Callable[[CostProfile], CostProfile]:
     return slower
 
 
-def _recall(recall: float) -> Callable[[Policy], Policy]:
-    return lambda policy: replace(policy, forecast=replace(policy.forecast, recall=recall), prefetch_recall=recall)
+def _recall(recall: float) -> Callable[[System], System]:
+    return lambda system: replace(system, forecast=replace(system.forecast, recall=recall), prefetch_recall=recall)
 
 
-def _load_error(relative_l1: float) -> Callable[[Policy], Policy]:
-    return lambda policy: replace(policy, forecast=replace(policy.forecast, recall=1.0, relative_l1=relative_l1))
+def _load_error(relative_l1: float) -> Callable[[System], System]:
+    return lambda system: replace(system, forecast=replace(system.forecast, recall=1.0, relative_l1=relative_l1))
 
 
 def _keep_alive(seconds: float) -> dict[str, object]:
@@ -74,19 +74,19 @@ def _keep_alive(seconds: float) -> dict[str, object]:
 CHANGES: dict[str, dict[float, Change]] = {
     "link between workers, GB/s": {gb_s: Change(settings={"local_gb_s": gb_s}) for gb_s in (14, 28, 56, 112, 400)},
     "fixed time of the hub's exchange, times": {x: Change(settings={}, profile=_exchange(x)) for x in (1, 2, 4, 8)},
-    "loading, GB/s": {gb_s: Change(settings={"load_gb_s": gb_s}) for gb_s in (3, 6, 12.4, 24.8, 50)},
+    "loading, GB/s": {gb_s: Change(settings={"fetch_gb_s": gb_s}) for gb_s in (3, 6, 12.4, 24.8, 50)},
     "recall of the predictor": {
-        recall: Change(settings={}, policy=_recall(recall)) for recall in (0, 0.3, 0.6, 0.84, 1)
+        recall: Change(settings={}, system=_recall(recall)) for recall in (0, 0.3, 0.6, 0.84, 1)
     },
     "relative L1 error of the load": {
-        error: Change(settings={}, policy=_load_error(error)) for error in (0, 0.15, 0.3, 0.6)
+        error: Change(settings={}, system=_load_error(error)) for error in (0, 0.15, 0.3, 0.6)
     },
     "CV of the gaps between requests": {cv: Change(settings={}, gap_cv=cv) for cv in (0.5, 1, 2, 4)},
     "memory of a worker, times its part": {
         x: Change(settings={"memory_per_worker": f"{100 * x:.0f}%"}) for x in (1.0, 1.1, 1.25, 1.5, 2)
     },
     "keep-alive at a twentieth of the requests, s": {
-        s: Change(settings={}, document=_keep_alive(s), thin=0.05) for s in (0.5, 1, 2, 5, 10, 30)
+        s: Change(settings={}, policy=_keep_alive(s), thin=0.05) for s in (0.5, 1, 2, 5, 10, 30)
     },
 }
 
@@ -124,11 +124,11 @@ def measure(
     )
     scenario = changed.scenario(thinned(arrivals, change.thin, seed=1))
     scenario = replace(scenario, profile=change.profile(scenario.profile))
-    static, limit = (simulate(scenario, _policy(scenario, name)) for name in ("static", "limit"))
-    config = StandardConfig(prior_LE=setting.prior_LE)
-    if change.document is not None:
-        config = replace(config, document=parse_policy(change.document))
-    result = simulate(scenario, change.policy(_policy(scenario, "moeless", config)))
+    static, limit = (simulate(scenario, _system(scenario, name)) for name in ("static", "limit"))
+    config = SystemConfig(prior_LE=setting.prior_LE)
+    if change.policy is not None:
+        config = replace(config, policy=parse_policy(change.policy))
+    result = simulate(scenario, change.system(_system(scenario, "moeless", config)))
     return Point(
         assumption=assumption,
         value=value,
@@ -138,9 +138,9 @@ def measure(
     )
 
 
-def _policy(scenario: Scenario, name: str, config: StandardConfig | None = None) -> Policy:
-    (policy,) = standard_policies(scenario, names=[name], config=config)
-    return policy
+def _system(scenario: Scenario, name: str, config: SystemConfig | None = None) -> System:
+    (system,) = make_systems(scenario, names=[name], config=config)
+    return system
 
 
 def show(points: Sequence[Point]) -> None:

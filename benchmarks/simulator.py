@@ -3,7 +3,7 @@
 `python -m benchmarks simulator` replays made-up routing in the shape of gpt-oss-20b (24 layers x 32 experts, top-4, 8
 workers) under requests as long and as frequent as the Azure conversation trace's (5.4 a second in bursts, prompts of
 1,155 and answers of 211 tokens on average), and the same requests over twice and four times the time. Times are the
-processor's, so that other processes count little; policies run in turns, and the least of the repeats is taken.
+processor's, so that other processes count little; systems run in turns, and the least of the repeats is taken.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits
 from moeless.simulate.routing import SequenceRouting
 from moeless.simulate.settings import ScenarioSettings, make_scenario
 from moeless.simulate.simulation import simulate
-from moeless.simulate.systems import STANDARD, standard_policies
+from moeless.simulate.systems import SYSTEMS, make_systems
 from moeless.simulate.workload import made_up_arrivals
 from moeless_predictors.traces import synthetic_trace
 
@@ -34,9 +34,9 @@ GAP_CV = 1.3
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One policy and one number of requests."""
+    """One system and one number of requests."""
 
-    policy: str
+    system: str
     requests: int
     tokens: int
     steps: int
@@ -48,8 +48,8 @@ class Figure:
         return 60 * self.tokens / self.seconds
 
 
-def measure(policies: list[str], *, requests: int, factors: tuple[int, ...], repeats: int) -> list[Figure]:
-    """A figure for each policy and size."""
+def measure(systems: list[str], *, requests: int, factors: tuple[int, ...], repeats: int) -> list[Figure]:
+    """A figure for each system and size."""
     routing = SequenceRouting(
         synthetic_trace(num_sequences=64, tokens_per_sequence=512, num_layers=24, num_experts=32, top_k=4)
     )
@@ -65,27 +65,27 @@ def measure(policies: list[str], *, requests: int, factors: tuple[int, ...], rep
                 length_cv=1.0,
             )
             scenario = make_scenario(ScenarioSettings(), routing, arrivals)
-            for name in policies:
-                (policy,) = standard_policies(scenario, names=[name])
+            for name in systems:
+                (system,) = make_systems(scenario, names=[name])
                 began_s = time.process_time()
-                result = simulate(scenario, policy)
+                result = simulate(scenario, system)
                 seconds = time.process_time() - began_s
                 before = figures.get((name, factor))
                 if before is None or seconds < before.seconds:
                     figures[name, factor] = Figure(
-                        policy=name,
+                        system=name,
                         requests=factor * requests,
                         tokens=result.num_tokens,
                         steps=result.num_steps,
                         seconds=seconds,
                     )
-    return [figures[name, factor] for name in policies for factor in factors]
+    return [figures[name, factor] for name in systems for factor in factors]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few requests, once")
-    parser.add_argument("--policies", default=",".join(POLICIES), help=f"of {', '.join(STANDARD)}")
+    parser.add_argument("--systems", default=",".join(POLICIES), help=f"of {', '.join(SYSTEMS)}")
     parser.add_argument("--requests", type=int, default=1500, help="of the smallest size")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
@@ -93,7 +93,7 @@ def main() -> None:
     requests, repeats = (150, 1) if arguments.quick else (arguments.requests, arguments.repeats)
     factors = FACTORS[:2] if arguments.quick else FACTORS
     with threadpool_limits(1):
-        figures = measure(arguments.policies.split(","), requests=requests, factors=factors, repeats=repeats)
+        figures = measure(arguments.systems.split(","), requests=requests, factors=factors, repeats=repeats)
     show(figures)
     if arguments.json is not None:
         document = [asdict(figure) | {"tokens_per_minute": figure.tokens_per_minute} for figure in figures]
@@ -101,15 +101,15 @@ def main() -> None:
 
 
 def show(figures: list[Figure]) -> None:
-    """A row for each policy and size."""
+    """A row for each system and size."""
     table = Table(title="simulated tokens on one core")
-    for header in ("policy", "requests", "tokens", "steps", "seconds", "tokens a minute", "time per token"):
-        table.add_column(header, justify="left" if header == "policy" else "right")
+    for header in ("system", "requests", "tokens", "steps", "seconds", "tokens a minute", "time per token"):
+        table.add_column(header, justify="left" if header == "system" else "right")
     for figure in figures:
-        first = next(other for other in figures if other.policy == figure.policy)
+        first = next(other for other in figures if other.system == figure.system)
         ratio = figure.seconds / figure.tokens / (first.seconds / first.tokens)
         table.add_row(
-            figure.policy,
+            figure.system,
             f"{figure.requests:,}",
             f"{figure.tokens:,}",
             f"{figure.steps:,}",

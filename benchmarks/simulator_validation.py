@@ -31,6 +31,7 @@ from torch import Tensor
 
 from benchmarks._models import word_tokenizer
 from benchmarks.decode_step import RUN_SECRET, start_worker
+from moeless.core.arrays import Float64Array
 from moeless.core.cluster import even_cluster
 from moeless.core.generation import GenerationDelta, GenerationRequest, SamplingParams
 from moeless.core.plan import Plan
@@ -53,9 +54,9 @@ from moeless.planning.cost import BackboneTime, CostProfile, ExchangeTime, Exper
 from moeless.planning.observation import Observation
 from moeless.planning.profiles import builtin_profiles
 from moeless.simulate.batching import BatchingConfig
-from moeless.simulate.report.results import PolicyResult
+from moeless.simulate.report.results import SystemResult
 from moeless.simulate.routing import SequenceRouting
-from moeless.simulate.scenario import Policy, Scenario
+from moeless.simulate.scenario import Scenario, System
 from moeless.simulate.simulation import simulate
 from moeless.simulate.workload import made_up_arrivals
 from moeless_predictors.traces import ArrivalTrace, RoutingTrace, TraceMetadata
@@ -63,7 +64,6 @@ from moeless_predictors.traces import ArrivalTrace, RoutingTrace, TraceMetadata
 WORKERS = ("worker-0", "worker-1")
 BATCHING = BatchingConfig(max_batch_tokens=512, max_running=64)
 EXPERT_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-FloatArray = NDArray[np.float64]
 
 
 @dataclass(slots=True)
@@ -149,7 +149,7 @@ class LiveEngine:
         self._engine.observers.add(self)
         self._engine.start()
 
-    def serve(self, arrivals: ArrivalTrace, *, seed: int) -> tuple[RoutingTrace, FloatArray]:
+    def serve(self, arrivals: ArrivalTrace, *, seed: int) -> tuple[RoutingTrace, Float64Array]:
         """Submit prompts of random tokens when they are due, and wait for the last; returns routing and times sent."""
         rng = np.random.default_rng(seed)
         self.steps, self.first_s, self.last_s = [], {}, {}
@@ -296,7 +296,7 @@ def _whole_step_s(step: StepNote, before: StepNote | None) -> float:
 
 def predicted(
     live: LiveEngine, profile: CostProfile, link: float, trace: RoutingTrace, arrivals: ArrivalTrace
-) -> PolicyResult:
+) -> SystemResult:
     """What the simulator makes of the same requests."""
     cluster = even_cluster(len(WORKERS), memory_bytes=1 << 30)
     scenario = Scenario(
@@ -307,7 +307,7 @@ def predicted(
         batching=BATCHING,
         follow_in_order=True,
     )
-    return simulate(scenario, Policy(name="live", planner=_Fixed(live.plan)))
+    return simulate(scenario, System(name="live", planner=_Fixed(live.plan)))
 
 
 def _plan_of(table: RoutingTable, *, num_layers: int, num_experts: int) -> Plan:

@@ -26,7 +26,7 @@ from moeless.core.errors import ConfigError
 if TYPE_CHECKING:
     from moeless.simulate.report.tables import TextTable
     from moeless.simulate.settings import ScenarioSettings
-    from moeless.simulate.systems import StandardConfig
+    from moeless.simulate.systems import SystemConfig
     from moeless_predictors.traces import ArrivalTrace, RoutingTrace
 
 _DEFAULT_DURATION_S = 60.0
@@ -52,8 +52,8 @@ _RENAMED = {
     "routing.tokens_per_sequence": "--tokens-per-sequence",
 }
 _FIELDS = (
-    *("workers", "workers_per_node", "memory_per_worker", "local_gb_s", "remote_gb_s", "load_gb_s", "profile"),
-    *("device", "hidden_size", "expert_mb", "engines", "policies", "predictors", "eplb_redundant", "prefetch_layers"),
+    *("workers", "workers_per_node", "memory_per_worker", "local_gb_s", "remote_gb_s", "fetch_gb_s", "profile"),
+    *("device", "hidden_size", "expert_mb", "engines", "predictors", "eplb_spare_replicas", "prefetch_layers"),
     *("systems", "attainment", "max_workers", "worker_hour_cost", "json"),
 )
 _OPTIONS = _RENAMED | {name: f"--{name.replace('_', '-')}" for name in _FIELDS}
@@ -94,7 +94,7 @@ class ScenarioOptions:
     workers_per_node: Annotated[int | None, typer.Option(help="Workers on each node; default: all on one.")] = None
     local_gb_s: Annotated[float, typer.Option(help="GB/s between workers of a node, each way.")] = 56.0
     remote_gb_s: Annotated[float, typer.Option(help="GB/s between nodes, for each worker.")] = 25.0
-    load_gb_s: Annotated[float, typer.Option(help="GB/s from host memory to a worker: cold starts.")] = 24.8
+    fetch_gb_s: Annotated[float, typer.Option(help="GB/s from host memory to a worker: cold starts.")] = 24.8
     transfer_share: Annotated[
         float, typer.Option(help="Most of a worker's link that loads take from hidden states; 0: none.")
     ] = 0.5
@@ -125,7 +125,7 @@ class ScenarioOptions:
     recall: Annotated[float, typer.Option(help="Recall of the predictors that are assumed without --predictors.")] = (
         0.84
     )
-    eplb_redundant: Annotated[int, typer.Option(help="Spare instances of EPLB on each worker and layer.")] = 1
+    eplb_spare_replicas: Annotated[int, typer.Option(help="Spare instances of EPLB on each worker and layer.")] = 1
     seed: Annotated[int, typer.Option(min=0, help="Of everything that is drawn at random.")] = 0
 
 
@@ -164,7 +164,7 @@ def settings_of(options: ScenarioOptions, *, workers: int, memory_per_worker: st
         memory_per_worker=memory_per_worker,
         local_gb_s=options.local_gb_s,
         remote_gb_s=options.remote_gb_s,
-        load_gb_s=options.load_gb_s,
+        fetch_gb_s=options.fetch_gb_s,
         transfer_share=options.transfer_share,
         worker_idle_s=options.worker_idle,
         profile=options.profile,
@@ -250,18 +250,18 @@ def read_routing(options: ScenarioOptions) -> RoutingTrace:
     )
 
 
-def read_config(options: ScenarioOptions, routing: RoutingTrace) -> StandardConfig:
+def read_config(options: ScenarioOptions, routing: RoutingTrace) -> SystemConfig:
     """What is assumed of the policies: their options, the policy file, and what the predictors say of the routing."""
     from moeless.core.policy import load_policy
     from moeless.simulate.offline_forecast import popularity_LE, predicted_routing, recorded_LE
-    from moeless.simulate.systems import StandardConfig
+    from moeless.simulate.systems import SystemConfig
     from moeless_predictors.predictor_set import PredictorSet
 
-    config = StandardConfig(
-        model_id=routing.metadata.model, recall=options.recall, eplb_redundant=options.eplb_redundant
+    config = SystemConfig(
+        model_id=routing.metadata.model, recall=options.recall, eplb_spare_replicas=options.eplb_spare_replicas
     )
     if options.policy is not None:
-        config = replace(config, document=load_policy(options.policy))
+        config = replace(config, policy=load_policy(options.policy))
     prior = None if options.prior is None else recorded_LE(_prior(options.prior, options.trace, routing))
     if options.predictors is not None:
         predictors = PredictorSet.load(options.predictors)

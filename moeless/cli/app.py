@@ -8,6 +8,7 @@ import typer
 
 from moeless import __version__
 from moeless.cli._console import say_aside
+from moeless.cli._renamed import ScenarioCommand
 from moeless.cli.experts import experts_command
 from moeless.cli.pack import pack_command
 from moeless.cli.plan import plan_command
@@ -49,8 +50,8 @@ app.command("pack")(pack_command)
 app.add_typer(trace_app, name="trace")
 app.add_typer(predict_app, name="predict")
 app.add_typer(policy_app, name="policy")
-app.command("simulate")(simulate_command)
-app.command("plan")(plan_command)
+app.command("simulate", cls=ScenarioCommand)(simulate_command)
+app.command("plan", cls=ScenarioCommand)(plan_command)
 
 
 @app.command()

@@ -77,7 +77,7 @@ def plan_command(
         settings = replace(settings, memory_per_worker=str(memory))
         statistics = routing_statistics(routing)
         standard = replace(read_config(options, routing.trace), affinity=statistics)
-        case = SizingCase(settings=settings, routing=routing, arrivals=arrivals, standard=standard, sizing=config)
+        case = SizingCase(settings=settings, routing=routing, arrivals=arrivals, systems=standard, sizing=config)
         assumed = assumptions(case, asked, is_memory_given=memory_per_worker is not None)
         for word, text in assumed.items():
             say(f"{word}: {text}")

@@ -1,4 +1,4 @@
-"""`moeless simulate`: replay requests under several policies in virtual time. docs/simulator.md."""
+"""`moeless simulate`: replay requests under several systems in virtual time. docs/simulator.md."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from moeless.cli._scenario import (
 from moeless.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from moeless.simulate.report.results import PolicyResult, SimulationReport
-    from moeless.simulate.scenario import Policy, Scenario
+    from moeless.simulate.report.results import SimulationReport, SystemResult
+    from moeless.simulate.scenario import Scenario, System
 
 
 @with_scenario_options
@@ -35,32 +35,32 @@ def simulate_command(
     memory_per_worker: Annotated[
         str, typer.Option(help="For instances: bytes, 24Gi, or a share of an even part of all experts.")
     ] = "200%",
-    policies: Annotated[
-        str | None, typer.Option(help="Policies to compare, as static,eplb-vllm,moeless; default: all.")
+    systems: Annotated[
+        str | None, typer.Option(help="Systems to compare, as static,eplb-vllm,moeless; default: all.")
     ] = None,
     ttft_slo: Annotated[float | None, typer.Option(help="SLO: most seconds to the first token.")] = None,
     tpot_slo: Annotated[float | None, typer.Option(help="SLO: most seconds for each token after it.")] = None,
     json_: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write an HTML page with plots to this file.")] = None,
 ) -> None:
-    """Compare policies on the same requests and routing, in virtual time."""
+    """Compare systems on the same requests and routing, in virtual time."""
     from moeless.simulate.report.results import SimulationReport
     from moeless.simulate.report.tables import comparison_tables
     from moeless.simulate.routing import SequenceRouting
     from moeless.simulate.settings import described, make_scenario
-    from moeless.simulate.systems import STANDARD, described_policies, standard_policies
+    from moeless.simulate.systems import SYSTEMS, described_systems, make_systems
 
     with one_line_errors(), options_named():
         slo = _slo(ttft_slo, tpot_slo)
         settings = settings_of(options, workers=workers, memory_per_worker=memory_per_worker)
-        names = list(STANDARD) if policies is None else [name.strip() for name in policies.split(",")]
+        names = list(SYSTEMS) if systems is None else [name.strip() for name in systems.split(",")]
         asked = read_arrivals(options)
         routing = SequenceRouting(read_routing(options))
         scenario = make_scenario(settings, routing, asked)
         config = read_config(options, routing.trace)
-        # What is wrong with one policy is told before the first runs.
-        made = standard_policies(scenario, names=names, config=config)
-        assumed = described(scenario) | described_policies(made, config)
+        # What is wrong with one system is told before the first runs.
+        made = make_systems(scenario, names=names, config=config)
+        assumed = described(scenario) | described_systems(made, config)
         for word, text in assumed.items():
             say(f"{word}: {text}")
         results = _simulated(scenario, made, slo)
@@ -69,7 +69,7 @@ def simulate_command(
         found = SimulationReport(
             scenario=assumed,
             settings=asdict(settings)
-            | {"policies": names, "recall": config.recall, "eplb_redundant": config.eplb_redundant},
+            | {"systems": names, "recall": config.recall, "eplb_spare_replicas": config.eplb_spare_replicas},
             slo_s=slo,
             expert_bytes=scenario.profile.model.expert_bytes,
             capacity_instances=int(scenario.cluster.capacity_W(scenario.profile.model).sum()),
@@ -86,13 +86,13 @@ def _slo(ttft_s: float | None, tpot_s: float | None) -> tuple[float, float] | No
     return checked_slo(ttft_s, tpot_s)
 
 
-def _simulated(scenario: Scenario, policies: Sequence[Policy], slo: tuple[float, float] | None) -> list[PolicyResult]:
+def _simulated(scenario: Scenario, systems: Sequence[System], slo: tuple[float, float] | None) -> list[SystemResult]:
     from moeless.simulate.simulation import simulate
 
     results = []
-    for number, policy in enumerate(policies, start=1):
-        with progress_of(f"{policy.name} ({number} of {len(policies)})") as on_progress:
-            results.append(simulate(scenario, policy, slo=slo, on_progress=on_progress))
+    for number, system in enumerate(systems, start=1):
+        with progress_of(f"{system.name} ({number} of {len(systems)})") as on_progress:
+            results.append(simulate(scenario, system, slo=slo, on_progress=on_progress))
     return results
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from moeless.core.errors import ConfigError
 
-_MOST_BYTES = 2**63 - 1
+_MAX_BYTES = 2**63 - 1
 """What an array of int64 holds."""
 
 
@@ -55,9 +55,9 @@ class WorkerSpec:
     def __post_init__(self) -> None:
         if not self.name:
             raise ConfigError("worker.name must not be empty")
-        if not 0 <= self.memory_bytes <= _MOST_BYTES:
+        if not 0 <= self.memory_bytes <= _MAX_BYTES:
             raise ConfigError(
-                f"worker {self.name}: memory_bytes must be from 0 to {_MOST_BYTES}, got {self.memory_bytes}"
+                f"worker {self.name}: memory_bytes must be from 0 to {_MAX_BYTES}, got {self.memory_bytes}"
             )
         if not self.speed > 0:
             raise ConfigError(f"worker {self.name}: speed must be above 0, got {self.speed}")
@@ -75,7 +75,7 @@ class Cluster:
     """Between workers of one node, each way; NVLink bridge of an A6000."""
     remote_bytes_per_s: float = 25e9
     """Between nodes, for each worker."""
-    load_bytes_per_s: float = 24.8e9
+    fetch_bytes_per_s: float = 24.8e9
     """From host memory to a worker: a cold start; PCIe 4 x16."""
 
     def __post_init__(self) -> None:
@@ -84,7 +84,7 @@ class Cluster:
         names = [worker.name for worker in self.workers]
         if len(set(names)) < len(names):
             raise ConfigError(f"cluster.workers must have different names, got {', '.join(sorted(names))}")
-        for name in ("local_bytes_per_s", "remote_bytes_per_s", "load_bytes_per_s"):
+        for name in ("local_bytes_per_s", "remote_bytes_per_s", "fetch_bytes_per_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"cluster.{name} must be above 0, got {getattr(self, name)}")
 

@@ -16,14 +16,11 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from moeless.core.arrays import BoolArray, FloatArray, IntArray
 from moeless.core.call_cost import CallCost
 from moeless.core.errors import ConfigError
 from moeless.core.expert import FunctionId
 from moeless.core.routing_table import InstanceShare, RoutingTable
-
-FloatArray = NDArray[np.floating[Any]]
-IntArray = NDArray[np.integer[Any]]
-BoolArray = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -108,10 +105,10 @@ class Plan:
         return keys_N
 
     @cached_property
-    def slot_N(self) -> IntArray:
+    def layer_worker_N(self) -> IntArray:
         """layer × W + worker."""
-        slot_N: IntArray = self.layer_N.astype(np.int64) * self.num_workers + self.worker_N
-        return slot_N
+        layer_worker_N: IntArray = self.layer_N.astype(np.int64) * self.num_workers + self.worker_N
+        return layer_worker_N
 
     @cached_property
     def counts_LE(self) -> IntArray:
@@ -122,7 +119,7 @@ class Plan:
     @cached_property
     def hosted_LW(self) -> IntArray:
         """Instances of each layer on each worker, shape (L, W)."""
-        hosted = np.bincount(self.slot_N, minlength=self.num_layers * self.num_workers)
+        hosted = np.bincount(self.layer_worker_N, minlength=self.num_layers * self.num_workers)
         return hosted.reshape(self.num_layers, self.num_workers)
 
     def with_version(self, version: int) -> Self:
@@ -155,7 +152,9 @@ class Plan:
                 f"{load_LE.shape}"
             )
         tokens_N = load_LE.ravel()[self.function_N] * self.share_N
-        flat: NDArray[Any] = np.bincount(self.slot_N, weights=tokens_N, minlength=self.num_layers * self.num_workers)
+        flat: NDArray[Any] = np.bincount(
+            self.layer_worker_N, weights=tokens_N, minlength=self.num_layers * self.num_workers
+        )
         load_LW: FloatArray = flat.reshape(self.num_layers, self.num_workers)
         return load_LW
 

@@ -18,15 +18,15 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from moeless.core.arrays import Float32Array, Int64Array
 from moeless.core.errors import FunctionUnavailableError, TransportError, WorkerStartingError
 from moeless.core.expert import FunctionId
 from moeless.core.routing_table import LOCAL_WORKER, RoutingTable
 from moeless.dispatch.channel import Channel
 from moeless.dispatch.grouping import CompiledLayer, WorkerGroup, compile_layer, group_by_worker, regroup_elsewhere
 from moeless.dispatch.metrics import DispatchMetrics
-from moeless.dispatch.wire import FloatArray, LayerCall
+from moeless.dispatch.wire import LayerCall
 from moeless.functions.feed_forward import FeedForward
-from moeless.functions.pool import IntArray
 from moeless.planning.step_balance import warm_up
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,9 @@ class LayerObserver(Protocol):
         """Whether to tell; asked once a layer."""
         ...
 
-    def observe_layer(self, layer: int, hidden_TH: torch.Tensor, experts_Tk: IntArray, weights_Tk: FloatArray) -> None:
+    def observe_layer(
+        self, layer: int, hidden_TH: torch.Tensor, experts_Tk: Int64Array, weights_Tk: Float32Array
+    ) -> None:
         """Called while workers compute the layer, or before it is computed in process. Must not raise."""
         ...
 
@@ -72,8 +74,8 @@ class _Routing:
 
     layer: int
     x_TH: torch.Tensor
-    experts_Tk: IntArray
-    weights_n: FloatArray
+    experts_Tk: Int64Array
+    weights_n: Float32Array
     """Flattened (T, k)."""
     dead: set[int] = field(default_factory=set)
     """Workers that failed during this call."""
@@ -325,7 +327,7 @@ def _log_failure(error: TransportError, worker: str, layer: int) -> None:
     logger.log(level, "call failed worker=%s layer=%d reason=%s", worker, layer, error)
 
 
-def _float_array(tensor: torch.Tensor) -> FloatArray:
+def _float_array(tensor: torch.Tensor) -> Float32Array:
     """In float32, on the host; a view where it is both already."""
     if tensor.dtype is torch.float32 and not tensor.is_cuda:
         return tensor.numpy()

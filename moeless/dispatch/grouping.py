@@ -8,15 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from moeless.core.arrays import Float64Array, Int64Array
 from moeless.core.call_cost import CallCost
 from moeless.core.expert import FunctionId
 from moeless.core.routing_table import LOCAL_WORKER, RoutingTable
 from moeless.planning.step_balance import Replicas, balanced_split
-
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
 
 _GOLDEN = 0.6180339887498949
 """Steps of this ratio spread single tokens over replicas in proportion to their shares."""
@@ -27,16 +24,16 @@ class CompiledLayer:
     """One layer of a routing table, ready for array look-ups. Workers are numbered in the table's sorted order."""
 
     workers: tuple[str, ...]
-    worker_of_E: IntArray
+    worker_of_E: Int64Array
     """The expert's first worker."""
-    shares_of: dict[int, tuple[IntArray, FloatArray]]
+    shares_of: dict[int, tuple[Int64Array, Float64Array]]
     """Only experts with replicas: their workers and the cumulative shares."""
     step_cost: CallCost | None = None
     """As of the table."""
     replicas_F: Replicas | None = None
     """Of the experts in `shares_of`, in its order; only with a step cost."""
 
-    def replicas(self, expert: int) -> IntArray:
+    def replicas(self, expert: int) -> Int64Array:
         """Numbers of the workers that hold an instance of `expert`."""
         if expert in self.shares_of:
             return self.shares_of[expert][0]
@@ -48,12 +45,12 @@ class WorkerGroup:
     """What one worker gets of one layer, pairs sorted by expert."""
 
     worker: int
-    tokens_R: IntArray
+    tokens_R: Int64Array
     """Which of the T tokens are its rows."""
-    rows_n: IntArray
+    rows_n: Int64Array
     """Row of each pair, into tokens_R."""
-    experts_n: IntArray
-    pairs_n: IntArray
+    experts_n: Int64Array
+    pairs_n: Int64Array
     """Position of each pair in the flattened (T, k) routing."""
 
 
@@ -72,7 +69,7 @@ def compile_layer(
         kept[expert] = reachable or [(LOCAL_WORKER, 1.0)]
     workers = tuple(sorted({worker for instances in kept.values() for worker, _ in instances}))
     number = {worker: index for index, worker in enumerate(workers)}
-    shares_of: dict[int, tuple[IntArray, FloatArray]] = {}
+    shares_of: dict[int, tuple[Int64Array, Float64Array]] = {}
     for expert, found in kept.items():
         if len(found) > 1:
             found.sort()
@@ -99,7 +96,7 @@ def compile_layer(
     )
 
 
-def group_by_worker(compiled: CompiledLayer, experts_Tk: IntArray, *, step: int) -> list[WorkerGroup]:
+def group_by_worker(compiled: CompiledLayer, experts_Tk: Int64Array, *, step: int) -> list[WorkerGroup]:
     """Split a layer's pairs over the workers, in worker order.
 
     Args:
@@ -125,7 +122,7 @@ def group_by_worker(compiled: CompiledLayer, experts_Tk: IntArray, *, step: int)
     return groups
 
 
-def _take_turns(compiled: CompiledLayer, experts_n: IntArray, workers_n: IntArray, step: int) -> None:
+def _take_turns(compiled: CompiledLayer, experts_n: Int64Array, workers_n: Int64Array, step: int) -> None:
     """Give the pairs of experts with replicas to these by their shares."""
     for expert, (replicas, cumulative) in compiled.shares_of.items():
         positions = np.flatnonzero(experts_n == expert)
@@ -138,7 +135,7 @@ def _take_turns(compiled: CompiledLayer, experts_n: IntArray, workers_n: IntArra
 
 
 def _even_out(
-    compiled: CompiledLayer, replicas: Replicas, experts_n: IntArray, workers_n: IntArray, cost: CallCost
+    compiled: CompiledLayer, replicas: Replicas, experts_n: Int64Array, workers_n: Int64Array, cost: CallCost
 ) -> None:
     """Give the pairs of experts with replicas to these so that the busiest worker is done early."""
     counts_E = np.bincount(experts_n, minlength=len(compiled.worker_of_E))
@@ -159,7 +156,7 @@ def _even_out(
 
 
 def regroup_elsewhere(
-    compiled: CompiledLayer, failed: WorkerGroup, experts_Tk: IntArray, *, dead: set[int]
+    compiled: CompiledLayer, failed: WorkerGroup, experts_Tk: Int64Array, *, dead: set[int]
 ) -> tuple[list[WorkerGroup], WorkerGroup | None]:
     """Give a failed worker's pairs to other instances of their functions.
 
@@ -184,7 +181,7 @@ def regroup_elsewhere(
     return groups, left
 
 
-def _group(worker: int, pairs_n: IntArray, experts_n: IntArray, num_tokens: int, top_k: int) -> WorkerGroup:
+def _group(worker: int, pairs_n: Int64Array, experts_n: Int64Array, num_tokens: int, top_k: int) -> WorkerGroup:
     tokens_n = pairs_n // top_k
     if num_tokens == 1:
         tokens_R, rows_n = np.zeros(1, dtype=np.int64), tokens_n

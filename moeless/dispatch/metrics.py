@@ -6,7 +6,7 @@ from bisect import bisect_left
 
 import numpy as np
 
-from moeless.functions.pool import IntArray
+from moeless.core.arrays import Int64Array
 
 LAYER_SECONDS_BUCKETS = (
     0.0001,
@@ -51,7 +51,7 @@ class DispatchMetrics:
         """The pool counts its functions' tokens itself."""
         self.tokens_per_worker[worker] = self.tokens_per_worker.get(worker, 0) + num_pairs
 
-    def count_remote(self, worker: str, layer: int, experts_n: IntArray) -> None:
+    def count_remote(self, worker: str, layer: int, experts_n: Int64Array) -> None:
         self.count_local(worker, len(experts_n))
         tokens_E = self.remote_tokens_LE[layer]
         tokens_E += np.bincount(experts_n, minlength=len(tokens_E))

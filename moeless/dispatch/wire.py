@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from moeless.core.arrays import Float32Array, Int64Array
 from moeless.core.errors import TransportError
 
 PROTOCOL_VERSION: Final = 1
@@ -41,8 +42,6 @@ _ERROR_BYTES: Final = 2048
 _DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPE_CODE: Final = {dtype: code for code, dtype in enumerate(_DTYPES)}
 
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float32]
 _Words = npt.NDArray[Any]
 _Views = tuple[torch.Tensor, _Words]
 
@@ -56,11 +55,11 @@ class LayerCall(NamedTuple):
 
     layer: int
     x_TH: torch.Tensor
-    tokens_R: IntArray
-    rows_n: IntArray
-    experts_n: IntArray
+    tokens_R: Int64Array
+    rows_n: Int64Array
+    experts_n: Int64Array
     """Sorted."""
-    weights_n: FloatArray
+    weights_n: Float32Array
 
 
 class ReceivedCall(NamedTuple):
@@ -69,8 +68,8 @@ class ReceivedCall(NamedTuple):
     sequence: int
     layer: int
     x_RH: torch.Tensor
-    rows_n: IntArray
-    experts_n: IntArray
+    rows_n: Int64Array
+    experts_n: Int64Array
     weights_n: torch.Tensor
 
 

@@ -19,8 +19,7 @@ import numpy as np
 if TYPE_CHECKING:  # engine.protocol imports this module and loads no torch
     from torch import Tensor
 
-    from moeless.dispatch.wire import FloatArray
-    from moeless.functions.pool import IntArray
+    from moeless.core.arrays import Float32Array, Int64Array
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +58,7 @@ class StepObserver(Protocol):
         """A forward pass begins; `spans` are in row order."""
         ...
 
-    def observe_layer(self, layer: int, hidden_TH: Tensor, experts_Tk: IntArray, weights_Tk: FloatArray) -> None:
+    def observe_layer(self, layer: int, hidden_TH: Tensor, experts_Tk: Int64Array, weights_Tk: Float32Array) -> None:
         """A MoE layer's input and what its gate chose, padding included.
 
         Nothing of it may be changed. The arrays may be kept, as nobody writes to them again; the hidden states may not.
@@ -116,7 +115,7 @@ class StepObservers:
         finally:
             self._watching = ()
 
-    def observe_layer(self, layer: int, hidden_TH: Tensor, experts_Tk: IntArray, weights_Tk: FloatArray) -> None:
+    def observe_layer(self, layer: int, hidden_TH: Tensor, experts_Tk: Int64Array, weights_Tk: Float32Array) -> None:
         """Called by the dispatcher while `is_watching`."""
         for observer in self._watching:
             try:
@@ -151,7 +150,7 @@ class StepObservers:
         self._watching = tuple(other for other in self._watching if other is not observer)
 
 
-def rows_in(spans: list[RowSpan]) -> slice | IntArray:
+def rows_in(spans: list[RowSpan]) -> slice | Int64Array:
     """The rows that the spans hold, padding between them left out."""
     first, last = spans[0], spans[-1]
     num_rows = sum([span.num_rows for span in spans])

@@ -13,11 +13,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from moeless.core.arrays import Float32Array, Int64Array
 from moeless.core.errors import ConfigError
 from moeless.core.generation import PredictionStatus
-from moeless.dispatch.wire import FloatArray
 from moeless.engine.observing import RowSpan, rows_in
-from moeless.functions.pool import IntArray
 from moeless.packages.manifest import Manifest
 from moeless_predictors.live import LiveConfig, LivePredictor
 from moeless_predictors.live_features import StepRows
@@ -30,7 +29,7 @@ class PredictionObserver:
 
     def __init__(self, live: LivePredictor) -> None:
         self.live = live
-        self._rows: slice | IntArray = slice(0)
+        self._rows: slice | Int64Array = slice(0)
 
     def begin_step(self, spans: list[RowSpan]) -> None:
         self._rows = rows_in(spans)
@@ -46,7 +45,7 @@ class PredictionObserver:
             ]
         )
 
-    def observe_layer(self, layer: int, hidden_TH: Tensor, experts_Tk: IntArray, weights_Tk: FloatArray) -> None:
+    def observe_layer(self, layer: int, hidden_TH: Tensor, experts_Tk: Int64Array, weights_Tk: Float32Array) -> None:
         rows = self._rows
         self.live.observe(layer, experts_Tk[rows], weights_Tk[rows], partial(_on_host, hidden_TH, rows))
 
@@ -101,7 +100,7 @@ def live_predictor(predictors: PredictorSet, config: LiveConfig, manifest: Manif
         raise ConfigError(f"predictors: {error}") from error
 
 
-def _on_host(hidden_TH: Tensor, rows: slice | IntArray) -> Tensor:
+def _on_host(hidden_TH: Tensor, rows: slice | Int64Array) -> Tensor:
     if not isinstance(rows, slice):
         return hidden_TH.index_select(0, torch.from_numpy(rows).to(hidden_TH.device)).cpu()
     return hidden_TH[rows].cpu()

@@ -19,11 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moeless.core.arrays import Float32Array, Int64Array
 from moeless.core.errors import RequestError
 from moeless.core.recording import RecordingOptions
-from moeless.dispatch.wire import FloatArray
 from moeless.engine.observing import RoutedSequence, RowSpan, StepObservers, rows_in
-from moeless.functions.pool import IntArray
 from moeless_predictors.traces import DECODE, PREFILL, RoutingTrace, TraceMetadata
 
 WRITE_EVERY = 16
@@ -142,11 +141,11 @@ class _Step:
     sequences_S: list[int]
     """Number of each span's sequence."""
     num_rows: int
-    rows: slice | IntArray
+    rows: slice | Int64Array
     """Those of the step that belong to somebody."""
-    experts_LTk: list[IntArray] = field(default_factory=list)
+    experts_LTk: list[Int64Array] = field(default_factory=list)
     """Of the layers so far, not copied yet, padding included."""
-    weights_LTk: list[FloatArray] = field(default_factory=list)
+    weights_LTk: list[Float32Array] = field(default_factory=list)
 
 
 class RoutingRecorder:
@@ -212,7 +211,7 @@ class RoutingRecorder:
         sequences_S = [self._number(columns, span.sequence) for span in spans]
         self._step = _Step(columns, columns.num_steps, spans, sequences_S, num_rows, rows_in(spans))
 
-    def observe_layer(self, layer: int, hidden_TH: Tensor, experts_Tk: IntArray, weights_Tk: FloatArray) -> None:
+    def observe_layer(self, layer: int, hidden_TH: Tensor, experts_Tk: Int64Array, weights_Tk: Float32Array) -> None:
         step = self._step
         if step is None:
             return

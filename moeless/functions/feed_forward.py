@@ -14,14 +14,14 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+from moeless.core.arrays import Int32Array, Int64Array
 from moeless.core.errors import FunctionUnavailableError
 from moeless.functions.arena import LayerArena
 from moeless.functions.gates import Gate, resolve_gate
-from moeless.functions.pool import InstancePool, IntArray
+from moeless.functions.pool import InstancePool
 
 _GROUPED_MM_ALIGNMENT_BYTES = 16
 """torch's grouped_mm wants rows that begin at multiples of this."""
@@ -36,7 +36,6 @@ _MAX_PAIRS_PER_EXPERT = 64
 """From so many pairs for each expert on, bringing its weights into order costs little beside the product."""
 
 _Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-_EndsArray = npt.NDArray[np.int32]
 
 
 class FeedForward:
@@ -67,7 +66,7 @@ class FeedForward:
         self._slots_on_device: dict[int, tuple[bytes, torch.Tensor]] = {}
 
     def partial_sums(
-        self, layer: int, x_RH: torch.Tensor, rows_n: IntArray, experts_n: IntArray, weights_n: torch.Tensor
+        self, layer: int, x_RH: torch.Tensor, rows_n: Int64Array, experts_n: Int64Array, weights_n: torch.Tensor
     ) -> torch.Tensor:
         """Sum over each row's pairs of gate weight × expert(row).
 
@@ -82,7 +81,7 @@ class FeedForward:
         return out_RH.to(x_RH.dtype)
 
     def _sum_pairs(
-        self, layer: int, x_RH: torch.Tensor, rows_n: IntArray, experts_n: IntArray, weights_n: torch.Tensor
+        self, layer: int, x_RH: torch.Tensor, rows_n: Int64Array, experts_n: Int64Array, weights_n: torch.Tensor
     ) -> torch.Tensor:
         """`partial_sums` in float32."""
         counts_E = np.bincount(experts_n, minlength=self.pool.num_experts[layer])
@@ -119,8 +118,8 @@ class FeedForward:
         layer: int,
         arena: LayerArena,
         x_RH: torch.Tensor,
-        rows_n: IntArray,
-        slots_n: IntArray,
+        rows_n: Int64Array,
+        slots_n: Int64Array,
         weights_n: torch.Tensor,
     ) -> torch.Tensor:
         """Matrix-vector products, the fastest form for a handful of pairs: each reads its weights once."""
@@ -148,8 +147,8 @@ class FeedForward:
         layer: int,
         arena: LayerArena,
         x_RH: torch.Tensor,
-        rows_n: IntArray,
-        slots_n: IntArray,
+        rows_n: Int64Array,
+        slots_n: Int64Array,
         weights_n: torch.Tensor,
     ) -> torch.Tensor:
         """Each expert's weights times its rows as columns.
@@ -179,8 +178,8 @@ class FeedForward:
         layer: int,
         arena: LayerArena,
         x_RH: torch.Tensor,
-        rows_n: IntArray,
-        slots_n: IntArray,
+        rows_n: Int64Array,
+        slots_n: Int64Array,
         weights_n: torch.Tensor,
     ) -> torch.Tensor:
         """One grouped product for each projection over all pairs."""
@@ -203,7 +202,7 @@ class FeedForward:
         x_nH: torch.Tensor,
         offsets_S: torch.Tensor,
         slots_n: torch.Tensor | None,
-        ends_S: _EndsArray | None,
+        ends_S: Int32Array | None,
     ) -> torch.Tensor:
         """Both projections and the gate of rows sorted by slot. `slots_n` is needed for biases only."""
         product = self._grouped_product(layer, offsets_S, ends_S)
@@ -215,7 +214,7 @@ class FeedForward:
             y_nH += arena.down_bias_SH.index_select(0, slots_n)
         return y_nH
 
-    def _grouped_product(self, layer: int, offsets_S: torch.Tensor, ends_S: _EndsArray | None) -> _Product:
+    def _grouped_product(self, layer: int, offsets_S: torch.Tensor, ends_S: Int32Array | None) -> _Product:
         if self._grouped[layer] and self.pool.dtype in (torch.float32, torch.bfloat16):
             return lambda x, w: F.grouped_mm(x, w, offs=offsets_S)
         ends = (offsets_S.cpu().numpy() if ends_S is None else ends_S).tolist()
@@ -283,7 +282,7 @@ def _times_columns(weight_AB: torch.Tensor, x_mB: torch.Tensor) -> torch.Tensor:
     return torch.mm(weight_AB, x_mB.t()).t()
 
 
-def _sum_by_row(y_nH: torch.Tensor, rows_n: IntArray, weights_n: torch.Tensor, *, num_rows: int) -> torch.Tensor:
+def _sum_by_row(y_nH: torch.Tensor, rows_n: Int64Array, weights_n: torch.Tensor, *, num_rows: int) -> torch.Tensor:
     """Each row's weighted sum in float32, in the pairs' order: unlike index_add_, the same on a GPU every time."""
     order_n = np.argsort(rows_n, kind="stable")
     starts_R = np.searchsorted(rows_n[order_n], np.arange(num_rows))

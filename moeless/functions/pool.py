@@ -14,16 +14,14 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from moeless.core.arrays import Int64Array
 from moeless.core.errors import FunctionUnavailableError, MoelessError
 from moeless.core.expert import FunctionId
 from moeless.functions.arena import LayerArena, slot_bytes
 from moeless.functions.staging import Staging
 from moeless.packages.packed_model import PackedModel
-
-IntArray = npt.NDArray[np.int64]
 
 
 class InstanceState(StrEnum):
@@ -245,7 +243,7 @@ class InstancePool:
 
     # ---- serving --------------------------------------------------------------------------------------------
 
-    def acquire(self, layer: int, experts: IntArray, *, is_call: bool = True) -> LayerArena:
+    def acquire(self, layer: int, experts: Int64Array, *, is_call: bool = True) -> LayerArena:
         """Hold the instances of `experts` (distinct expert numbers), starting those that are cold.
 
         Each acquire needs a release. `is_call` tells whether each of them is really called, and counted.
@@ -271,7 +269,7 @@ class InstancePool:
             raise
         return self._arenas[layer]
 
-    def release(self, layer: int, experts: IntArray) -> None:
+    def release(self, layer: int, experts: Int64Array) -> None:
         """Let go of what `acquire` held."""
         with self._changed:
             self._in_flight_LE[layer][experts] -= 1
@@ -318,7 +316,7 @@ class InstancePool:
         experts_n = experts_Tk.reshape(-1)
         self._device_tokens_E[layer].index_add_(0, experts_n, torch.ones_like(experts_n, dtype=torch.int64))
 
-    def tokens_served(self, layer: int) -> IntArray:
+    def tokens_served(self, layer: int) -> Int64Array:
         """Tokens that each function of `layer` served here; waits for the device if it counted some."""
         on_device = self._device_tokens_E.get(layer)
         tokens_E = self.tokens_LE[layer].copy()

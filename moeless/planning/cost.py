@@ -17,20 +17,19 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import gammaln, xlogy
 
+from moeless.core.arrays import FloatArray
 from moeless.core.call_cost import CallCost
 from moeless.core.cluster import Cluster, ModelShape
 from moeless.core.errors import ConfigError
 from moeless_predictors.compiled import compiled
 
-FloatArray = NDArray[np.floating[Any]]
-
-_MOST_POISSON = 512.0
+_MAX_POISSON = 512.0
 """Mean tokens up to which a Poisson distribution is averaged over."""
 
 
@@ -128,8 +127,8 @@ class ExpertTime:
 
     def averaged(self) -> MeanExpertTime:
         """Seconds of a call of so many tokens on average: of one that gets a tenth of a token mostly none."""
-        means = np.concatenate(([0.0], 2.0 ** np.arange(-8, np.log2(_MOST_POISSON) + 0.125, 0.125)))
-        tokens, means_K1 = np.arange(int(2 * _MOST_POISSON)), means[:, np.newaxis]
+        means = np.concatenate(([0.0], 2.0 ** np.arange(-8, np.log2(_MAX_POISSON) + 0.125, 0.125)))
+        tokens, means_K1 = np.arange(int(2 * _MAX_POISSON)), means[:, np.newaxis]
         chances = np.exp(xlogy(tokens, means_K1) - means_K1 - gammaln(tokens + 1))
         seconds = chances @ self(tokens)
         return MeanExpertTime(self, tuple(means.tolist()), tuple(seconds.tolist()))
@@ -256,7 +255,7 @@ class CostProfile:
     """On a worker of speed 1."""
     backbone: BackboneTime
     exchange: ExchangeTime
-    load_s: float = 0.0
+    start_s: float = 0.0
     """Of a load beside its bytes: finding, allocating, copying's start."""
     worker_start_s: tuple[float, float] = (10.0, 40.0)
     """Least and most that a new worker takes until it can load: process, device context, framework."""
@@ -264,8 +263,8 @@ class CostProfile:
     """Memory of the device that is a worker, experts being a part of what it holds; None: the profile does not tell."""
 
     def __post_init__(self) -> None:
-        if not self.load_s >= 0:
-            raise ConfigError(f"profile {self.name}: load_s must be at least 0, got {self.load_s}")
+        if not self.start_s >= 0:
+            raise ConfigError(f"profile {self.name}: start_s must be at least 0, got {self.start_s}")
         least, most = self.worker_start_s
         if not 0 <= least <= most:
             raise ConfigError(
@@ -278,9 +277,9 @@ class CostProfile:
         bytes_per_s = cluster.remote_bytes_per_s if has_nodes else cluster.local_bytes_per_s
         return self.model.hidden_bytes * (1 + self.exchange.combine_ratio) / bytes_per_s
 
-    def load_time(self, num_bytes: float, bytes_per_s: float) -> float:
+    def start_time(self, num_bytes: float, bytes_per_s: float) -> float:
         """Seconds of loading one instance over a link that gives it `bytes_per_s`."""
-        return self.load_s + num_bytes / bytes_per_s
+        return self.start_s + num_bytes / bytes_per_s
 
 
 def hub_seconds(

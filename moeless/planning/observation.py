@@ -12,8 +12,10 @@ from typing import Protocol
 
 import numpy as np
 
+from moeless.core.arrays import FloatArray, IntArray
 from moeless.core.errors import ConfigError
-from moeless.core.plan import FloatArray, IntArray, Plan
+from moeless.core.plan import Plan
+from moeless.planning.load_check import check_load
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -50,10 +52,8 @@ class Observation:
                 raise ConfigError(
                     f"observation.{name} must have the shape of mean_LE, {self.mean_LE.shape}, got {array_LE.shape}"
                 )
-            if name != "last_used_s_LE" and array_LE.size and not 0 <= array_LE.min() <= array_LE.max() < np.inf:
-                raise ConfigError(
-                    f"observation.{name} must be finite and >= 0, got {array_LE.min()} to {array_LE.max()}"
-                )
+            if name != "last_used_s_LE":
+                check_load(f"observation.{name}", array_LE, self.mean_LE.shape)
         if not (self.last_used_s_LE <= self.time_s).all():
             raise ConfigError(
                 f"observation.last_used_s_LE must be at most time_s ({self.time_s}), got {self.last_used_s_LE.max()}"

@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from moeless.core.arrays import BoolArray, FloatArray, IntArray
 from moeless.core.cluster import Cluster, ModelShape
 from moeless.core.errors import ConfigError
-from moeless.core.plan import BoolArray, FloatArray, IntArray, Plan
+from moeless.core.plan import Plan
 from moeless.core.policy import (
     UNLIMITED,
     AffinityPlacer,
@@ -34,13 +35,13 @@ from moeless.planning.scale import (
     Stabiliser,
     fit_budgets,
     fit_workers,
-    least_replicas,
+    min_replicas,
     replicas_by_benefit,
     replicas_by_cv,
     replicas_min_max,
 )
 
-_LOADING_SHARE = 0.25
+_STARTING_SHARE = 0.25
 """Of a tick, that workers spend on loading instances only to balance load, where the policy sets no number."""
 
 Seconds = Callable[[FloatArray], FloatArray]
@@ -48,7 +49,7 @@ Seconds = Callable[[FloatArray], FloatArray]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class PlannedSystem:
+class PlanningContext:
     """What is planned for."""
 
     model: ModelShape
@@ -59,7 +60,7 @@ class PlannedSystem:
     """A call of fewer tokens takes as long as one of so many, so that splitting it relieves nobody."""
     horizon_steps: float = 100.0
     """Engine steps that a plan will be in force."""
-    load_s: float = 0.0
+    start_s: float = 0.0
     """Of loading an instance, beside its bytes over the link."""
     affinity: AffinityStatistics | None = None
     """Of recorded routing: what the policy's placer `affinity` goes by. It is refused without."""
@@ -67,9 +68,9 @@ class PlannedSystem:
     @property
     def ready_s(self) -> float:
         """From the decision to start an instance until it is warm."""
-        return self.load_s + self.model.expert_bytes / self.cluster.load_bytes_per_s
+        return self.start_s + self.model.expert_bytes / self.cluster.fetch_bytes_per_s
 
-    def loads_within(self, seconds: float) -> int:
+    def starts_within(self, seconds: float) -> int:
         """Instances that all workers load in that time, at least one."""
         return max(1, int(self.cluster.num_workers * seconds / self.ready_s))
 
@@ -145,7 +146,7 @@ class MoelessPlanner:
 
     name = "moeless"
 
-    def __init__(self, policy: ResolvedPolicy, system: PlannedSystem) -> None:
+    def __init__(self, policy: ResolvedPolicy, system: PlanningContext) -> None:
         if policy.min_LE.shape != (system.model.num_layers, system.model.num_experts):
             raise ConfigError(
                 f"policy must be resolved for the model of {system.model.num_layers} layers x "
@@ -163,10 +164,10 @@ class MoelessPlanner:
         self._system = system
         self._budget = min(policy.budget, system.capacity)
         self._max_moves = (
-            system.loads_within(_LOADING_SHARE * policy.tick_s) if policy.max_moves is None else policy.max_moves
+            system.starts_within(_STARTING_SHARE * policy.tick_s) if policy.max_moves is None else policy.max_moves
         )
         self._placement = _placement_config(policy, system)
-        self._most_LE = np.minimum(policy.max_LE, system.cluster.num_workers)
+        self._max_LE = np.minimum(policy.max_LE, system.cluster.num_workers)
         self._stabiliser = Stabiliser(
             up_window_s_LE=policy.up_window_s_LE,
             down_window_s_LE=policy.down_window_s_LE,
@@ -188,12 +189,12 @@ class MoelessPlanner:
         shape = (*observation.mean_LE.shape, self._system.cluster.num_workers)
         hosted = hosted_instances(previous, observation.pending_keys, shape)
         hosted_LE = np.zeros(shape[:2], dtype=np.int64) if hosted is None else hosted.counts_LE
-        least_LE, counts_LE = self._counts(observation, None if hosted is None else hosted_LE, hosted_LE)
+        min_LE, counts_LE = self._counts(observation, None if hosted is None else hosted_LE, hosted_LE)
         if hosted is None:
             work_LE = self._system.work_LE(observation.mean_LE, counts_LE)
             plan = self._placed(counts_LE, work_LE, None, max_moves=self._max_moves)
             return self._by_affinity(plan, observation, max_moves=None)
-        needed_LE = np.clip(hosted_LE, least_LE, counts_LE)
+        needed_LE = np.clip(hosted_LE, min_LE, counts_LE)
         work_LE = self._system.work_LE(observation.mean_LE, needed_LE)
         needed = self._placed(needed_LE, work_LE, hosted, max_moves=0)
         times_L = self._system.layer_times_L(hosted, observation.mean_LE)
@@ -227,7 +228,7 @@ class MoelessPlanner:
             if wanted > allowed:
                 counts_LE = fit_budgets(
                     target_LE,
-                    Limits(least_LE=needed_LE, most_LE=target_LE, budget_L=np.full(len(target_LE), UNLIMITED)),
+                    Limits(min_LE=needed_LE, max_LE=target_LE, budget_L=np.full(len(target_LE), UNLIMITED)),
                     load_LE=observation.upper_LE,
                     wanted_LE=target_LE,
                     budget=int(needed_LE.sum()) + allowed,
@@ -246,21 +247,21 @@ class MoelessPlanner:
     ) -> tuple[IntArray, IntArray]:
         """What every function must have, and what it should."""
         policy = self._policy
-        least_LE = least_replicas(observation, policy, hosted_LE=hosted_LE, most_LE=self._most_LE, budget=self._budget)
+        min_LE = min_replicas(observation, policy, hosted_LE=hosted_LE, max_LE=self._max_LE, budget=self._budget)
         # What has no room for its first instance has none for a second.
-        load_LE = np.where(least_LE > 0, observation.upper_LE, 0.0)
-        limits = Limits(least_LE=least_LE, most_LE=self._most_LE, budget_L=policy.layer_budget_L)
+        load_LE = np.where(min_LE > 0, observation.upper_LE, 0.0)
+        limits = Limits(min_LE=min_LE, max_LE=self._max_LE, budget_L=policy.layer_budget_L)
         wanted_LE = self._wanted(load_LE, limits)
         stable_LE = self._stabiliser.stabilise(wanted_LE, time_s=observation.time_s, current_LE=current_LE)
         counts_LE = fit_budgets(
-            np.clip(stable_LE, least_LE, self._most_LE),
+            np.clip(stable_LE, min_LE, self._max_LE),
             limits,
             load_LE=load_LE,
             wanted_LE=wanted_LE,
             budget=self._budget,
         )
         counts_LE = fit_workers(counts_LE, load_LE, self._system.cluster.capacity_W(self._system.model))
-        return np.minimum(least_LE, counts_LE), counts_LE
+        return np.minimum(min_LE, counts_LE), counts_LE
 
     def _wanted(self, load_LE: FloatArray, limits: Limits) -> IntArray:
         num_workers = self._system.cluster.num_workers
@@ -268,8 +269,8 @@ class MoelessPlanner:
         if isinstance(scaler, CvScaler):
             return replicas_by_cv(load_LE, limits, max_cv_L=self._policy.max_cv_L)
         if isinstance(scaler, BenefitScaler):
-            num_used = int(np.count_nonzero(limits.least_LE))
-            room = self._budget - int(limits.least_LE.sum())
+            num_used = int(np.count_nonzero(limits.min_LE))
+            room = self._budget - int(limits.min_LE.sum())
             return replicas_by_benefit(
                 load_LE,
                 limits,
@@ -279,9 +280,9 @@ class MoelessPlanner:
                 seconds=self._system.seconds,
             )
         enough_L = np.maximum(scaler.worker_share * load_LE.sum(axis=1) / num_workers, self._system.floor_tokens)
-        most_L = np.floor((1 + scaler.max_extra_share) * np.count_nonzero(limits.least_LE, axis=1)).astype(np.int64)
-        least_L = limits.least_LE.sum(axis=1)
-        within = replace(limits, budget_L=np.minimum(limits.budget_L, np.maximum(most_L, least_L)))
+        max_L = np.floor((1 + scaler.max_extra_share) * np.count_nonzero(limits.min_LE, axis=1)).astype(np.int64)
+        min_L = limits.min_LE.sum(axis=1)
+        within = replace(limits, budget_L=np.minimum(limits.budget_L, np.maximum(max_L, min_L)))
         return replicas_min_max(load_LE, within, enough_L=enough_L)
 
     def _placed(self, counts_LE: IntArray, work_LE: FloatArray, before: Plan | None, *, max_moves: int) -> Plan:
@@ -333,12 +334,10 @@ class MoelessPlanner:
         return merged_layers(before, after, comes_L), np.where(comes_L, new_L, old_L)
 
 
-def _placement_config(policy: ResolvedPolicy, system: PlannedSystem) -> PlacementConfig:
+def _placement_config(policy: ResolvedPolicy, system: PlanningContext) -> PlacementConfig:
     config = PlacementConfig(horizon_steps=system.horizon_steps)
-    if isinstance(policy.placer, MinimalMovesPlacer):
-        config = replace(config, good_enough=policy.placer.good_enough)
-    elif isinstance(policy.placer, AffinityPlacer):
-        config = replace(config, good_enough=policy.placer.max_imbalance)
+    if isinstance(policy.placer, MinimalMovesPlacer | AffinityPlacer):
+        config = replace(config, max_imbalance=policy.placer.max_imbalance)
     if system.seconds is not None:
         config = replace(config, token_s=1.0, spreads_singles=True)  # work_LE is in seconds
     return config

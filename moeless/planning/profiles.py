@@ -81,7 +81,7 @@ def roofline_profile(
             prefill_context_s=num_layers * attention_flops / device.flops_per_s,
         ),
         exchange=_LINKED,
-        load_s=0.3e-3,
+        start_s=0.3e-3,
         device_bytes=device.memory_bytes,
     )
 
@@ -102,7 +102,7 @@ def _h800_deepseek_v3() -> CostProfile:
             prefill_context_s=layers * 81920 / flops_per_s,
         ),
         exchange=ExchangeTime(hub_s=15e-6, message_s=0.0, all_to_all_s=15e-6, combine_ratio=2.0),
-        load_s=0.3e-3,
+        start_s=0.3e-3,
         device_bytes=_H800.memory_bytes,
     )
 
@@ -118,7 +118,7 @@ def _cpu_moeless_mini() -> CostProfile:
         ),
         backbone=BackboneTime(step_s=1.9e-3, token_s=28e-6, decode_context_s=0.0, prefill_context_s=50e-9),
         exchange=ExchangeTime(hub_s=60e-6, message_s=12e-6, all_to_all_s=60e-6),
-        load_s=0.3e-3,
+        start_s=0.3e-3,
         worker_start_s=(2.7, 3.0),
     )
 

@@ -18,19 +18,16 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from numpy.typing import NDArray
 
+from moeless.core.arrays import Float64Array, Int64Array
 from moeless.core.call_cost import CallCost
 from moeless_predictors.compiled import compiled
 
-IntArray = NDArray[np.int64]
-FloatArray = NDArray[np.float64]
-
 _ENOUGH = 1.02
 """Of the mean worker's time: nothing is moved to get the busiest one below."""
-_LEAST_GAIN = 0.002
+_MIN_GAIN = 0.002
 """Of the busiest worker's time."""
-_MOST_ROUNDS = 24
+_MAX_ROUNDS = 24
 _WHOLE_GAIN = 1.1
 """By the plan's shares all workers are level, not only the busiest one lower: that is left for no small gain."""
 
@@ -39,13 +36,13 @@ _WHOLE_GAIN = 1.1
 class Replicas:
     """The functions that have more than one instance, in the order of their layers."""
 
-    function_L: IntArray
+    function_L: Int64Array
     """Number of each layer's first function, and at last that of all functions; shape (L + 1)."""
-    instance_F: IntArray
+    instance_F: Int64Array
     """Number of each function's first instance, and at last that of all instances; shape (F + 1)."""
-    worker_N: IntArray
+    worker_N: Int64Array
     """Of each instance; different ones for a function."""
-    share_N: FloatArray
+    share_N: Float64Array
     """Of its function's tokens, by the plan; they sum to 1 for a function."""
 
     @classmethod
@@ -61,13 +58,13 @@ class Replicas:
 
 
 def balanced_split(
-    tokens_F: IntArray,
+    tokens_F: Int64Array,
     replicas: Replicas,
-    busy_LW: FloatArray,
+    busy_LW: Float64Array,
     cost: CallCost,
     *,
-    speed_W: FloatArray | None = None,
-) -> IntArray:
+    speed_W: Float64Array | None = None,
+) -> Int64Array:
     """Share out the tokens of functions that have replicas, so that each layer's busiest worker is done early.
 
     A function of many tokens starts with the plan's shares, which fit the load that was forecast; one of few goes whole
@@ -106,15 +103,15 @@ def warm_up() -> None:
 
 @compiled
 def _split_layers(
-    tokens_F: IntArray,
-    function_L: IntArray,
-    instance_F: IntArray,
-    worker_N: IntArray,
-    share_N: FloatArray,
-    busy_LW: FloatArray,
-    speed_W: FloatArray,
+    tokens_F: Int64Array,
+    function_L: Int64Array,
+    instance_F: Int64Array,
+    worker_N: Int64Array,
+    share_N: Float64Array,
+    busy_LW: Float64Array,
+    speed_W: Float64Array,
     cost: tuple[float, float, float],
-    split_N: IntArray,
+    split_N: Int64Array,
 ) -> None:
     sum_speed = speed_W.sum()
     for layer in range(len(function_L) - 1):
@@ -149,21 +146,21 @@ def _cost_of(tokens: int, cost: tuple[float, float, float]) -> float:
 
 @compiled
 def _begin(
-    tokens_F: IntArray,
+    tokens_F: Int64Array,
     first: int,
     last: int,
-    instance_F: IntArray,
-    worker_N: IntArray,
-    share_N: FloatArray,
-    busy_W: FloatArray,
-    speed_W: FloatArray,
+    instance_F: Int64Array,
+    worker_N: Int64Array,
+    share_N: Float64Array,
+    busy_W: Float64Array,
+    speed_W: Float64Array,
     cost: tuple[float, float, float],
-    split_N: IntArray,
+    split_N: Int64Array,
     splits_large: bool,
 ) -> bool:
     """Large functions by their shares, if they are to be split, then the others whole: the largest first, of equals the
     one of fewer workers. Returns whether there are large ones."""
-    most_whole = max(1.0, 2 * cost[1])
+    max_whole = max(1.0, 2 * cost[1])
     has_large = False
     split_N[instance_F[first] : instance_F[last]] = 0
     whole = np.empty(last - first, dtype=np.int64)
@@ -171,8 +168,8 @@ def _begin(
     for function in range(first, last):
         tokens = tokens_F[function]
         begin, end = instance_F[function], instance_F[function + 1]
-        has_large |= tokens > most_whole
-        if splits_large and tokens > most_whole:
+        has_large |= tokens > max_whole
+        if splits_large and tokens > max_whole:
             largest, left = begin, tokens
             for instance in range(begin, end):
                 split_N[instance] = int(tokens * share_N[instance])
@@ -207,7 +204,7 @@ def _begin(
 
 @compiled
 def _is_before(
-    function: int, other: int, tokens_F: IntArray, instance_F: IntArray, cost: tuple[float, float, float]
+    function: int, other: int, tokens_F: Int64Array, instance_F: Int64Array, cost: tuple[float, float, float]
 ) -> bool:
     mine, its = _cost_of(tokens_F[function], cost), _cost_of(tokens_F[other], cost)
     if mine != its:
@@ -220,22 +217,22 @@ def _is_before(
 def _move_on(
     first: int,
     last: int,
-    instance_F: IntArray,
-    worker_N: IntArray,
-    busy_W: FloatArray,
-    speed_W: FloatArray,
+    instance_F: Int64Array,
+    worker_N: Int64Array,
+    busy_W: Float64Array,
+    speed_W: Float64Array,
     cost: tuple[float, float, float],
-    split_N: IntArray,
+    split_N: Int64Array,
     enough: float,
 ) -> None:
     """Take calls or parts of them off the busiest worker while whoever takes over is less busy for it."""
-    least_call = _cost_of(1, cost)
-    for _ in range(_MOST_ROUNDS):
+    min_call = _cost_of(1, cost)
+    for _ in range(_MAX_ROUNDS):
         busiest = int(np.argmax(busy_W))
         high = busy_W[busiest]
         if high <= enough:
             return
-        best_end, best_origin, best_target, best_moved = high * (1 - _LEAST_GAIN), -1, -1, 0
+        best_end, best_origin, best_target, best_moved = high * (1 - _MIN_GAIN), -1, -1, 0
         for function in range(first, last):
             begin, end = instance_F[function], instance_F[function + 1]
             origin = -1
@@ -247,7 +244,7 @@ def _move_on(
             tokens = split_N[origin]
             for target in range(begin, end):
                 worker, held = worker_N[target], split_N[target]
-                before = 0.0 if held else least_call / speed_W[worker]
+                before = 0.0 if held else min_call / speed_W[worker]
                 if target == origin or busy_W[worker] + before >= best_end:
                     continue
                 part = _part(tokens, held, high - busy_W[worker], cost, speed_W[busiest], speed_W[worker])
@@ -289,17 +286,17 @@ def _part(
 def _pass_along(
     first: int,
     last: int,
-    instance_F: IntArray,
-    worker_N: IntArray,
-    busy_W: FloatArray,
-    speed_W: FloatArray,
+    instance_F: Int64Array,
+    worker_N: Int64Array,
+    busy_W: Float64Array,
+    speed_W: Float64Array,
     cost: tuple[float, float, float],
-    split_N: IntArray,
+    split_N: Int64Array,
     busiest: int,
 ) -> bool:
     """Move a call off the busiest worker to one that passes on another, and so on to one with room (an augmenting path,
     found breadth first). Returns whether there is one that leaves all workers less busy than the busiest was."""
-    enough = busy_W[busiest] * (1 - _LEAST_GAIN)
+    enough = busy_W[busiest] * (1 - _MIN_GAIN)
     num_workers = len(busy_W)
     came_from_W = np.full(num_workers, -1)  # the worker before it on the path
     origin_W, target_W = np.empty(num_workers, dtype=np.int64), np.empty(num_workers, dtype=np.int64)
@@ -339,13 +336,13 @@ def _pass_along(
 
 @compiled
 def _apply_path(
-    busy_W: FloatArray,
-    speed_W: FloatArray,
+    busy_W: Float64Array,
+    speed_W: Float64Array,
     cost: tuple[float, float, float],
-    split_N: IntArray,
-    came_from_W: IntArray,
-    origin_W: IntArray,
-    target_W: IntArray,
+    split_N: Int64Array,
+    came_from_W: Int64Array,
+    origin_W: Int64Array,
+    target_W: Int64Array,
     busiest: int,
     final: int,
     enough: float,

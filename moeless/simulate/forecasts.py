@@ -1,8 +1,8 @@
-"""What the planner is told of the load to come: looked back on, foreseen, or foreseen with a known error.
+"""Forecasts that a simulated system gets: from the past as control makes them, or from the tokens to come.
 
-A predictor works inside the step, layer by layer, so that its forecast is of the very tokens that will be computed;
-here it is told at the tick, for the tokens of the tick to come. That makes foresight the bound of every predictor, and
-a predictor is foresight with that predictor's mistakes: of a given size, or those of fitted predictors.
+A live predictor forecasts within a step, layer by layer, for the very tokens that will be computed. Here the forecast
+is made at the tick, for the tokens until the next one. So foresight bounds every predictor, and a predictor is
+foresight with mistakes: of a given size, or those of fitted predictors.
 
 Shapes: L MoE layers, E experts, C = L x E cells, T tokens.
 """
@@ -16,23 +16,22 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from moeless.core.arrays import FloatArray
 from moeless.core.errors import ConfigError
-from moeless.simulate.history import LoadHistory, WindowLoad
+from moeless.planning.forecasts import PopularityForecaster, with_upper_bound
+from moeless.planning.load_history import LoadHistory, WindowLoad
 from moeless.simulate.routing import SequenceRouting
-
-FloatArray = NDArray[np.floating[Any]]
-IntArray = NDArray[np.integer[Any]]
 
 ForecastKind = Literal["window", "popularity", "foresight", "predictor"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ForecastConfig:
-    """Of one policy."""
+    """Forecasts of one system."""
 
     kind: ForecastKind = "window"
-    """window: as in the last window. popularity: the running share of each expert. foresight: the tokens that will
-    come. predictor: what fitted predictors say of the tokens that will come."""
+    """window: as in the last window. popularity: the running share of each expert. foresight: the tokens to come.
+    predictor: what fitted predictors forecast for the tokens to come."""
     quantile: float = 0.9
     """Of a step's load, for the upper forecast."""
     half_life_s: float = 60.0
@@ -54,7 +53,7 @@ class ForecastConfig:
 
 
 class SpanCounts(Protocol):
-    """Tokens per function of a part of a request: SequenceRouting, or what predictors think of it."""
+    """Tokens per function of a part of a request: SequenceRouting, true or predicted."""
 
     def of_span(self, sequence: int, first: int, num_tokens: int) -> NDArray[Any]:
         """Shape (C,)."""
@@ -65,12 +64,12 @@ class Upcoming(Protocol):
     """Looks at the requests that run, wait and will arrive."""
 
     def __call__(self, spans: SpanCounts, horizon_s: float) -> tuple[FloatArray, int]:
-        """Tokens per function, shape (C,), in the time to come, and the steps that they take."""
+        """Tokens per function in the time to come, shape (C,), and the number of steps that they take."""
         ...
 
 
 class Forecaster:
-    """Makes the forecasts of one policy. Seeded; each forecast draws new errors."""
+    """Makes the forecasts of one system. Seeded; each forecast draws new errors."""
 
     def __init__(
         self, config: ForecastConfig, routing: SequenceRouting, predicted: SpanCounts | None = None, *, seed: int = 0
@@ -81,35 +80,24 @@ class Forecaster:
         self._spans: SpanCounts = predicted if config.kind == "predictor" and predicted is not None else routing
         self._shape = (routing.num_layers, routing.num_experts)
         self._rng = np.random.default_rng(seed)
-        self._z = NormalDist().inv_cdf(config.quantile)
-        self._decayed_C = np.zeros(routing.num_cells)
-        self._seen_C = np.zeros(routing.num_cells)
-        self._seen_s = 0.0
+        self._popularity = PopularityForecaster(routing.num_cells, half_life_s=config.half_life_s)
 
     def forecast(
         self, now_s: float, horizon_s: float, history: LoadHistory, window: WindowLoad, upcoming: Upcoming
     ) -> tuple[FloatArray, FloatArray]:
         """Mean and upper forecast of the tokens per step, shape (L, E) each.
 
-        Of the step that the average token is in: those with prompts are few, but most of the work.
+        The mean is token-weighted: rare prefill steps carry most of the work.
         """
         if self._config.kind == "window":
             mean_C = window.mean_C
         elif self._config.kind == "popularity":
-            mean_C = self._popularity(now_s, history, window)
+            mean_C = self._popularity.mean_C(now_s, history, window)
         else:
             tokens_C, num_steps = upcoming(self._spans, horizon_s)
             mean_C = self._with_errors(tokens_C / max(1, num_steps))
-        mean_C = mean_C * window.burst
-        upper_C = mean_C + self._z * np.sqrt(window.dispersion_C * mean_C)
+        mean_C, upper_C = with_upper_bound(mean_C, window, quantile=self._config.quantile)
         return mean_C.reshape(self._shape), upper_C.reshape(self._shape)
-
-    def _popularity(self, now_s: float, history: LoadHistory, window: WindowLoad) -> FloatArray:
-        self._decayed_C *= 0.5 ** ((now_s - self._seen_s) / self._config.half_life_s)
-        self._decayed_C += history.total_C - self._seen_C
-        self._seen_s, self._seen_C = now_s, history.total_C.copy()
-        total = self._decayed_C.sum()
-        return self._decayed_C * (window.mean_C.sum() / total) if total > 0 else np.zeros_like(self._decayed_C)
 
     def _with_errors(self, mean_C: FloatArray) -> FloatArray:
         config = self._config

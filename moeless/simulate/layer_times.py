@@ -1,24 +1,207 @@
-"""The seconds of one engine step's layers.
+"""Times of one engine step's layers under a plan: which instance gets which tokens, and how long each worker computes.
 
-Shapes: L MoE layers, C = L x E cells, W workers.
+Shapes: L MoE layers, E experts, k experts per token, C = L x E cells, W workers, N instances, M sampled tokens.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moeless.planning.cost import all_to_all_seconds, hub_seconds
+from moeless.core.arrays import FloatArray, IntArray
+from moeless.core.call_cost import CallCost
+from moeless.core.cluster import Cluster
+from moeless.core.plan import Plan
+from moeless.planning.cost import ExpertTime, all_to_all_seconds, hub_seconds
+from moeless.planning.step_balance import Replicas, balanced_split
 from moeless.simulate.batching import Step
-from moeless.simulate.hosting import WorkerLoad, balanced_load
-from moeless.simulate.residency import ColdStart, Residency
-from moeless.simulate.scenario import Policy, Scenario
+from moeless.simulate.scenario import Scenario, System
+from moeless_predictors.compiled import compiled
 
-FloatArray = NDArray[np.floating[Any]]
-IntArray = NDArray[np.integer[Any]]
+if TYPE_CHECKING:
+    from moeless.simulate.worker_memory import ColdStart, WorkerMemory
+
+_GOLDEN = 0.6180339887498949
+"""As in dispatch/grouping.py: single tokens take turns among replicas in proportion to their shares."""
+_SAMPLED_VALUES = 1 << 20
+_MAX_SAMPLED = 256
+
+
+class WorkerLoad(NamedTuple):
+    """What a step asks of the workers, shape (L, W) each."""
+
+    seconds_LW: FloatArray
+    """Of computing."""
+    pairs_LW: FloatArray
+    """(token, expert) pairs."""
+    tokens_LW: FloatArray
+    """Distinct tokens that are sent there."""
+
+
+class CompiledPlan:
+    """A plan in the form that steps are computed with.
+
+    Args:
+        sample_MLk: choices of some tokens, by which is told how many of a worker's pairs are of one token.
+        like: hosting of a plan that differs in few instances, whose share of distinct tokens is taken over.
+        step_cost: replicas share each step's tokens so that the busiest worker is done early by this cost, as dispatch
+            does (core.balancing); None: by the plan's shares.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        cluster: Cluster,
+        expert_time: ExpertTime,
+        sample_MLk: IntArray,
+        *,
+        like: CompiledPlan | None = None,
+        step_cost: CallCost | None = None,
+    ) -> None:
+        self.plan = plan
+        self._expert_time = expert_time
+        self._shape = (plan.num_layers, plan.num_workers)
+        self._speed_N = cluster.speed_W[plan.worker_N]
+        self._is_even = bool((cluster.speed_W == 1).all())
+        self._cell_N = plan.layer_N.astype(np.int64) * plan.num_experts + plan.expert_N
+        self._place_N = plan.layer_N.astype(np.int64) * plan.num_workers + plan.worker_N
+        self.has_C = np.zeros(plan.num_layers * plan.num_experts, dtype=np.bool_)
+        self.has_C[self._cell_N] = True
+        self.instances_L = np.bincount(plan.layer_N, minlength=plan.num_layers)
+        # Functions with replicas share out by cumulative shares; those of one instance get all.
+        replicas_C = np.bincount(self._cell_N, minlength=len(self.has_C))
+        self._shared = np.flatnonzero(replicas_C[self._cell_N] > 1)
+        self._alone = np.flatnonzero(replicas_C[self._cell_N] == 1)
+        upto = np.cumsum(plan.share_N[self._shared])
+        cells = self._cell_N[self._shared]
+        is_first = np.diff(cells, prepend=-1) != 0
+        before = (upto - plan.share_N[self._shared])[is_first]
+        group = np.cumsum(is_first) - 1
+        self._upto = upto - before[group] if len(cells) else upto
+        self._from = np.where(is_first, 0.0, np.concatenate(([0.0], self._upto[:-1]))) if len(cells) else upto
+        is_last = np.diff(cells, append=-1) != 0
+        self._upto[is_last] = 1.0
+        self._step_cost = step_cost
+        self._speed_W = None if self._is_even else cluster.speed_W.astype(np.float64)
+        if step_cost is not None:
+            self._replicas, self._shared_cells = self._replicated()
+        self._distinct_LW: FloatArray = _distinct_share(plan, sample_MLk) if like is None else like._distinct_LW
+
+    def load(self, counts_C: IntArray, *, num_tokens: int, step: int) -> WorkerLoad:
+        """Of a step of `num_tokens` tokens; tokens of functions without an instance are left out."""
+        tokens_N = counts_C[self._cell_N].astype(np.float64)
+        if self._step_cost is not None:
+            self._balance(tokens_N, counts_C, self._step_cost)
+        elif len(self._shared):
+            # Systematic sampling: whole tokens, all of them, each instance its share in the long run.
+            shared, phase = tokens_N[self._shared], step * _GOLDEN % 1.0
+            tokens_N[self._shared] = np.floor(shared * self._upto + phase) - np.floor(shared * self._from + phase)
+        seconds_N = self._expert_time(tokens_N)
+        if not self._is_even:
+            seconds_N /= self._speed_N
+        size = self._shape[0] * self._shape[1]
+        seconds_LW: NDArray[Any] = np.bincount(self._place_N, weights=seconds_N, minlength=size).reshape(self._shape)
+        pairs_LW: NDArray[Any] = np.bincount(self._place_N, weights=tokens_N, minlength=size).reshape(self._shape)
+        return WorkerLoad(seconds_LW, pairs_LW, np.minimum(pairs_LW * self._distinct_LW, float(num_tokens)))
+
+    def _replicated(self) -> tuple[Replicas, IntArray]:
+        """The functions with replicas, whose instances are in the order of `_shared`, and their cells."""
+        cells, begins = np.unique(self._cell_N[self._shared], return_index=True)
+        firsts = np.arange(self._shape[0] + 1) * self.plan.num_experts
+        replicas = Replicas(
+            function_L=np.searchsorted(cells, firsts),
+            instance_F=np.append(begins, len(self._shared)),
+            worker_N=self.plan.worker_N[self._shared].astype(np.int64),
+            share_N=self.plan.share_N[self._shared].astype(np.float64),
+        )
+        return replicas, cells
+
+    def _balance(self, tokens_N: FloatArray, counts_C: IntArray, cost: CallCost) -> None:
+        """Set the tokens of instances that are one of several."""
+        busy_LW = np.zeros(self._shape)
+        costs = (float(cost.call_tokens), float(cost.floor_tokens), float(cost.link_tokens))
+        _add_costs(tokens_N, self._alone, self._place_N, self._speed_N, costs, busy_LW.reshape(-1))
+        tokens_F = counts_C[self._shared_cells].astype(np.int64)
+        tokens_N[self._shared] = balanced_split(tokens_F, self._replicas, busy_LW, cost, speed_W=self._speed_W)
+
+
+@compiled
+def _add_costs(
+    tokens_N: FloatArray,
+    alone_n: IntArray,
+    place_N: IntArray,
+    speed_N: FloatArray,
+    cost: tuple[float, float, float],
+    busy_P: FloatArray,
+) -> None:
+    """Add what the instances `alone_n` cost their places, by CallCost."""
+    call, floor, link = cost
+    for instance in alone_n:
+        tokens = tokens_N[instance]
+        if tokens > 0:
+            busy_P[place_N[instance]] += (call + max(tokens, floor) + tokens * link) / speed_N[instance]
+
+
+def balanced_load(
+    counts_C: IntArray,
+    cluster: Cluster,
+    expert_time: ExpertTime,
+    *,
+    num_layers: int,
+    top_k: int,
+    num_tokens: int,
+    are_calls_integral: bool = False,
+) -> WorkerLoad:
+    """The bound of every plan: one call for each function with tokens, and the work spread evenly, as if it were sand.
+
+    A worker gets as many distinct tokens as if every token chose its workers independently.
+
+    Args:
+        are_calls_integral: the least time that so many calls take the workers, each the time of reading an expert at
+            least, is a bound, too: below some number of tokens a call cannot be split.
+    """
+    num_workers = cluster.num_workers
+    work_L = expert_time(counts_C).reshape(num_layers, -1).sum(axis=1) / cluster.speed_W.sum()
+    if are_calls_integral:
+        num_calls_L = (counts_C.reshape(num_layers, -1) > 0).sum(axis=1)
+        rounds = np.arange(1, max(1, int(num_calls_L.max())) + 1)
+        ends = np.sort((rounds[:, np.newaxis] * float(expert_time(1.0)) / cluster.speed_W).ravel())
+        work_L = np.maximum(work_L, np.where(num_calls_L > 0, ends[num_calls_L - 1], 0.0))
+    pairs_L = counts_C.reshape(num_layers, -1).sum(axis=1) / num_workers
+    distinct = num_tokens * (1 - (1 - 1 / num_workers) ** top_k)
+    shape = (num_layers, num_workers)
+    return WorkerLoad(
+        np.broadcast_to(work_L[:, np.newaxis], shape),
+        np.broadcast_to(pairs_L[:, np.newaxis], shape),
+        np.full(shape, distinct),
+    )
+
+
+def sampled_choices(experts_TLk: IntArray, *, num_workers: int, seed: int) -> IntArray:
+    """Choices of some tokens of a trace, as many as tell the distinct ones of each worker at little cost."""
+    num_tokens, num_layers, top_k = experts_TLk.shape
+    size = min(num_tokens, _MAX_SAMPLED, max(16, _SAMPLED_VALUES // (num_layers * top_k * num_workers)))
+    rows = np.sort(np.random.default_rng(seed).choice(num_tokens, size=size, replace=False))
+    return np.asarray(experts_TLk[rows]).astype(np.int64)
+
+
+def _distinct_share(plan: Plan, sample_MLk: IntArray) -> FloatArray:
+    """Distinct tokens over pairs of each worker and layer, shape (L, W); 1 where the sample has none there."""
+    _, shares_LEW = plan.dense()
+    shares = shares_LEW.astype(np.float32)
+    layers_L1 = np.arange(plan.num_layers)[:, np.newaxis]
+    missed_MLW = np.ones((len(sample_MLk), plan.num_layers, plan.num_workers), dtype=np.float32)
+    pairs_LW = np.zeros((plan.num_layers, plan.num_workers))
+    for choice in range(sample_MLk.shape[2]):
+        share_MLW = shares[layers_L1[:, 0], sample_MLk[:, :, choice]]
+        missed_MLW *= 1 - share_MLW
+        pairs_LW += share_MLW.sum(axis=0)
+    distinct_LW = (1 - missed_MLW).sum(axis=0)
+    share_LW: FloatArray = np.divide(distinct_LW, pairs_LW, out=np.ones_like(pairs_LW), where=pairs_LW > 0)
+    return share_LW
 
 
 @dataclass(slots=True)
@@ -36,11 +219,11 @@ class StepTimes:
 
 
 class StepCosts:
-    """Computes steps of one policy on one scenario."""
+    """Computes steps of one system on one scenario."""
 
-    def __init__(self, scenario: Scenario, policy: Policy, residency: Residency) -> None:
-        self._scenario, self._policy, self._residency = scenario, policy, residency
-        # Every policy has as many devices for the backbone as for the experts.
+    def __init__(self, scenario: Scenario, system: System, memory: WorkerMemory) -> None:
+        self._scenario, self._system, self._memory = scenario, system, memory
+        # Every system has as many devices for the backbone as for the experts.
         self._devices = scenario.cluster.num_workers / scenario.num_engines
         self._num_nodes = int(scenario.cluster.node_W.max()) + 1
 
@@ -54,7 +237,7 @@ class StepCosts:
             devices=self._devices,
         )
         model = profile.model
-        if self._policy.bound is not None:
+        if self._system.bound is not None:
             load = balanced_load(
                 counts_C,
                 scenario.cluster,
@@ -62,11 +245,11 @@ class StepCosts:
                 num_layers=model.num_layers,
                 top_k=model.top_k,
                 num_tokens=step.num_tokens,
-                are_calls_whole=self._policy.bound == "whole",
+                are_calls_integral=self._system.bound == "integral",
             )
         else:
-            load = self._residency.hosting.load(counts_C, num_tokens=step.num_tokens, step=number)
-        free_link_W = self._residency.free_link_W(now_s)
+            load = self._memory.serving.load(counts_C, num_tokens=step.num_tokens, step=number)
+        free_link_W = self._memory.free_link_W(now_s)
         dispatch_L = self._exchange(load.tokens_LW, model.hidden_bytes, engine, free_link_W)
         ratio = profile.exchange.combine_ratio
         combine_L = dispatch_L
@@ -80,7 +263,7 @@ class StepCosts:
         scenario = self._scenario
         cluster, exchange = scenario.cluster, scenario.profile.exchange
         hub_L = all_to_all_L = np.full(len(tokens_LW), np.inf)
-        if self._policy.topology == "hub" or self._policy.bound is not None:
+        if self._system.topology == "hub" or self._system.bound is not None:
             hub_L = hub_seconds(
                 tokens_LW,
                 cluster,
@@ -90,7 +273,7 @@ class StepCosts:
                 engine_links=self._devices,
                 free_link_W=free_link_W,
             )
-        if self._policy.topology == "all_to_all" or self._policy.bound is not None:
+        if self._system.topology == "all_to_all" or self._system.bound is not None:
             all_to_all_L = all_to_all_seconds(
                 tokens_LW, cluster, exchange, token_bytes=token_bytes, free_link_W=free_link_W
             )

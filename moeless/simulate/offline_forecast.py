@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from moeless.core.arrays import FloatArray, IntArray
 from moeless.core.errors import ConfigError
-from moeless.core.plan import FloatArray, IntArray
 from moeless.simulate.routing import SequenceRouting
 from moeless_predictors.fitting import FitConfig, inputs_by_layer
 from moeless_predictors.predictor_set import PredictorSet

@@ -10,21 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from statistics import NormalDist
 
 import msgspec
 import numpy as np
 
 from moeless.core.expert import FunctionId
-from moeless.core.plan import FloatArray, Plan
+from moeless.core.plan import Plan
 from moeless.planning.affinity.metrics import balance_L, touched
 from moeless.planning.affinity.statistics import AffinityStatistics
-from moeless.planning.observation import Observation
+from moeless.planning.first_plan import steady_observation
 from moeless.planning.place import InfeasiblePlacementError
-from moeless.simulate.report.results import PolicyResult
+from moeless.simulate.report.results import SystemResult
 from moeless.simulate.settings import described
-from moeless.simulate.sizing import EXPERTS_SHARE, Probe, Sized, SizingCase, System, mean_workers
-from moeless.simulate.systems import STANDARD, described_policies
+from moeless.simulate.sizing import EXPERTS_SHARE, Candidate, Probe, Sized, SizingCase, mean_workers
+from moeless.simulate.systems import SYSTEMS, described_systems
 
 
 class Cost(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,7 +49,7 @@ class Alternative(msgspec.Struct, frozen=True, kw_only=True):
     """Every size that was tried."""
     shown_workers: int | None
     """The size that `result` and `cost` are of: `workers`, or else the one that came nearest."""
-    result: PolicyResult | None
+    result: SystemResult | None
     cost: Cost | None
 
 
@@ -114,7 +113,7 @@ class CapacityReport(msgspec.Struct, frozen=True, kw_only=True):
     """None: no system keeps the SLO."""
 
 
-def assumptions(case: SizingCase, systems: Sequence[System], *, is_memory_given: bool) -> dict[str, str]:
+def assumptions(case: SizingCase, candidates: Sequence[Candidate], *, is_memory_given: bool) -> dict[str, str]:
     """The case and what is assumed of it, in words.
 
     Raises: ConfigError for what is wrong with a system whatever the size.
@@ -142,29 +141,29 @@ def assumptions(case: SizingCase, systems: Sequence[System], *, is_memory_given:
         f"first token within {ttft_s:g} s and each after it within {tpot_s:g} s on average, for {share:.4g} of the "
         f"requests: {math.floor(num_requests * (1 - share) + 1e-9):,} of {num_requests:,} may miss it"
     )
-    for system in systems:
-        if system.worker_idle_s is not None:
-            found[f"system {system.name}"] = (
-                f"moeless, and workers without instances stop after {system.worker_idle_s:g} s"
+    for candidate in candidates:
+        if candidate.worker_idle_s is not None:
+            found[f"system {candidate.name}"] = (
+                f"moeless, and workers without instances stop after {candidate.worker_idle_s:g} s"
             )
             continue
         try:
-            policy = STANDARD[system.policy](scenario, case.standard)
+            system = SYSTEMS[candidate.system](scenario, case.systems)
         except InfeasiblePlacementError:
             continue  # at the largest size, so at all of them
-        found[f"system {system.name}"] = described_policies([policy], case.standard)[f"policy {system.name}"]
+        found[f"system {candidate.name}"] = described_systems([system], case.systems)[f"system {candidate.name}"]
     return found
 
 
-def settings_in(case: SizingCase, systems: Sequence[System]) -> dict[str, object]:
+def settings_in(case: SizingCase, candidates: Sequence[Candidate]) -> dict[str, object]:
     """As the JSON file names them."""
     settings = asdict(case.settings)
     del settings["workers"]
     return settings | {
-        "systems": [system.policy for system in systems if system.worker_idle_s is None],
+        "systems": [candidate.system for candidate in candidates if candidate.worker_idle_s is None],
         "max_workers": case.sizing.max_workers,
-        "recall": case.standard.recall,
-        "eplb_redundant": case.standard.eplb_redundant,
+        "recall": case.systems.recall,
+        "eplb_spare_replicas": case.systems.eplb_spare_replicas,
     }
 
 
@@ -172,7 +171,7 @@ def alternative_of(found: Sized, *, worker_hour_cost: float | None = None) -> Al
     """As it is written and shown. Args: worker_hour_cost: dollars for a worker and hour."""
     cost = None if found.result is None else cost_of(found.result, worker_hour_cost)
     return Alternative(
-        system=found.system.name,
+        system=found.candidate.name,
         workers=found.workers,
         one_fewer=found.one_fewer,
         probes=list(found.probes.values()),
@@ -182,7 +181,7 @@ def alternative_of(found: Sized, *, worker_hour_cost: float | None = None) -> Al
     )
 
 
-def cost_of(result: PolicyResult, worker_hour_cost: float | None) -> Cost:
+def cost_of(result: SystemResult, worker_hour_cost: float | None) -> Cost:
     """Of the workers that were up."""
     hours, workers = result.worker_s / 3600, mean_workers(result)
     if worker_hour_cost is None:
@@ -209,13 +208,13 @@ def chosen(all_sized: Sequence[Sized]) -> tuple[Sized, str] | None:
     (workers, memory), (next_workers, next_memory) = _rank(first), _rank(others[0])
     if workers < next_workers:
         paid = "workers" if workers == first.workers else "workers up on average"
-        return first, f"it needs {workers:.3g} {paid}, the next ({others[0].system.name}) {next_workers:.3g}"
-    equal = ", ".join(found.system.name for found in others if _rank(found)[0] == workers)
+        return first, f"it needs {workers:.3g} {paid}, the next ({others[0].candidate.name}) {next_workers:.3g}"
+    equal = ", ".join(found.candidate.name for found in others if _rank(found)[0] == workers)
     if next_memory <= memory * (1 + 1e-9):
         return first, f"it and {equal} need {workers:.3g} workers, and no other holds fewer experts on average"
     return first, (
         f"it and {equal} need {workers:.3g} workers, and it holds {memory / 1e9:,.1f} GB of experts on average, the "
-        f"next ({others[0].system.name}) {next_memory / 1e9:,.1f}"
+        f"next ({others[0].candidate.name}) {next_memory / 1e9:,.1f}"
     )
 
 
@@ -236,9 +235,9 @@ def recommended(case: SizingCase, found: Sized, why: str, statistics: AffinitySt
     assert found.workers is not None
     assert found.result is not None
     scenario = case.scenario(found.workers)
-    policy = STANDARD[found.system.policy](scenario, case.standard)
+    system = SYSTEMS[found.candidate.system](scenario, case.systems)
     load_LE = case.routing.per_token_LE() * found.result.step_tokens
-    plan = policy.planner.plan(_observed(load_LE, policy.forecast.quantile), None)
+    plan = system.planner.plan(steady_observation(load_LE, quantile=system.forecast.quantile), None)
     cluster, model = scenario.cluster, scenario.profile.model
     imbalance_L = balance_L(plan, load_LE, cluster.speed_W)
     _, shares_LEW = plan.dense()
@@ -247,7 +246,7 @@ def recommended(case: SizingCase, found: Sized, why: str, statistics: AffinitySt
     load_W = plan.worker_load_LW(load_LE).sum(axis=0)
     functions_W = _functions_W(plan)
     return Recommendation(
-        system=found.system.name,
+        system=found.candidate.name,
         workers=found.workers,
         why=why,
         step_tokens=found.result.step_tokens,
@@ -276,18 +275,6 @@ def recommended(case: SizingCase, found: Sized, why: str, statistics: AffinitySt
             )
             for layer in range(model.num_layers)
         ],
-    )
-
-
-def _observed(load_LE: FloatArray, quantile: float) -> Observation:
-    """The load as if it had been there for a while, and would stay."""
-    return Observation(
-        time_s=0.0,
-        mean_LE=load_LE,
-        upper_LE=load_LE + NormalDist().inv_cdf(quantile) * np.sqrt(load_LE),
-        window_LE=load_LE,
-        last_used_s_LE=np.where(load_LE > 0, 0.0, -np.inf),
-        num_steps=1,
     )
 
 

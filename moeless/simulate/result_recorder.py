@@ -8,25 +8,23 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from moeless.simulate.hosting import WorkerLoad
-from moeless.simulate.report.results import Latency, LatencyHistogram, PolicyResult, Series, latency_of
-from moeless.simulate.residency import Residency
+from moeless.core.arrays import FloatArray
+from moeless.simulate.layer_times import WorkerLoad
+from moeless.simulate.report.results import Latency, LatencyHistogram, Series, SystemResult, latency_of
+from moeless.simulate.worker_memory import WorkerMemory
 from moeless_predictors.compiled import compiled
 from moeless_predictors.traces import ArrivalTrace
 
-FloatArray = NDArray[np.floating[Any]]
-
 _NUM_INTERVALS = 200
-_LEAST_INTERVAL_S = 1e-3
+_MIN_INTERVAL_S = 1e-3
 
 
 class Recorder:
     """Of one run. Times of requests are kept, those of layers counted."""
 
-    def __init__(self, arrivals: ArrivalTrace, residency: Residency, *, expert_bytes: int) -> None:
-        self._arrivals, self._residency = arrivals, residency
+    def __init__(self, arrivals: ArrivalTrace, memory: WorkerMemory, *, expert_bytes: int) -> None:
+        self._arrivals, self._memory = arrivals, memory
         self._expert_bytes = expert_bytes
         self.first_token_s_R = np.full(arrivals.num_requests, np.nan)
         self.last_token_s_R = np.full(arrivals.num_requests, np.nan)
@@ -36,7 +34,7 @@ class Recorder:
         self.stall_s = self.billed_instance_s = 0.0
         self._imbalance_sum = 0.0
         self._rows: list[tuple[float, ...]] = []
-        self._interval_s = max(arrivals.duration_s / _NUM_INTERVALS, _LEAST_INTERVAL_S)
+        self._interval_s = max(arrivals.duration_s / _NUM_INTERVALS, _MIN_INTERVAL_S)
         self._begin_s = self._instance_s = 0.0
         self._tokens = self._arrived = self._steps = 0
         self._busy_s = self._imbalance = 0.0
@@ -70,14 +68,14 @@ class Recorder:
 
     def end_interval(self, now_s: float, num_waiting: int) -> None:
         """Close the interval, which may be a long one if nothing happened."""
-        residency = self._residency
-        residency.advance(now_s)
+        memory = self._memory
+        memory.advance(now_s)
         elapsed = now_s - self._begin_s
-        up = residency.num_workers_up
+        up = memory.num_workers_up
         self._rows.append(
             (
                 now_s,
-                (residency.instance_s - self._instance_s) / elapsed,
+                (memory.instance_s - self._instance_s) / elapsed,
                 up,
                 self._arrived / elapsed,
                 self._tokens / elapsed,
@@ -86,18 +84,18 @@ class Recorder:
                 num_waiting,
             )
         )
-        self._begin_s, self._instance_s = now_s, residency.instance_s
+        self._begin_s, self._instance_s = now_s, memory.instance_s
         self._tokens = self._arrived = self._steps = 0
         self._busy_s = self._imbalance = 0.0
 
-    def result(self, policy: str, end_s: float, slo: tuple[float, float] | None) -> PolicyResult:
+    def result(self, system: str, end_s: float, slo: tuple[float, float] | None) -> SystemResult:
         """Everything summed up.
 
         Args:
             slo: most seconds to the first token and for each token after it.
         """
-        residency, arrivals = self._residency, self._arrivals
-        residency.finish(end_s)
+        memory, arrivals = self._memory, self._arrivals
+        memory.finish(end_s)
         ttft_R = self.first_token_s_R - arrivals.arrival_s
         later_R = arrivals.output_tokens > 1
         tpot_R = np.zeros(arrivals.num_requests)
@@ -106,8 +104,8 @@ class Recorder:
         columns: list[list[Any]] = [list(column) for column in zip(*self._rows, strict=True)] or [[] for _ in range(8)]
         per_second = 1 / end_s if end_s else 0.0
         request_s: Latency = latency_of(self.last_token_s_R - arrivals.arrival_s)
-        return PolicyResult(
-            policy=policy,
+        return SystemResult(
+            system=system,
             num_requests=arrivals.num_requests,
             num_tokens=self.num_tokens,
             num_steps=self.num_steps,
@@ -123,16 +121,16 @@ class Recorder:
             goodput_per_s=None if met is None else met * per_second,
             slo_share=None if met is None else met / arrivals.num_requests,
             billed_byte_s=self.billed_instance_s * self._expert_bytes,
-            resident_byte_s=residency.instance_s * self._expert_bytes,
-            worker_s=residency.worker_s,
-            peak_instances=residency.peak_instances,
-            mean_instances=residency.instance_s * per_second,
-            moved_bytes=residency.num_loads * self._expert_bytes,
-            num_loads=residency.num_loads,
-            num_cold_starts=residency.num_cold_starts,
+            resident_byte_s=memory.instance_s * self._expert_bytes,
+            worker_s=memory.worker_s,
+            peak_instances=memory.peak_instances,
+            mean_instances=memory.instance_s * per_second,
+            moved_bytes=memory.num_starts * self._expert_bytes,
+            num_starts=memory.num_starts,
+            num_cold_starts=memory.num_cold_starts,
             num_plans=self.num_plans,
-            num_plans_over_memory=residency.num_over_memory,
-            num_worker_starts=residency.num_worker_starts,
+            num_plans_over_memory=memory.num_over_memory,
+            num_worker_starts=memory.num_worker_starts,
             imbalance=self._imbalance_sum / self.num_steps if self.num_steps else 0.0,
             series=Series(
                 time_s=columns[0],

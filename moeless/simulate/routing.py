@@ -13,13 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moeless.core.arrays import FloatArray, IntArray
 from moeless_predictors.traces import RoutingTrace
 
-IntArray = NDArray[np.integer[Any]]
-FloatArray = NDArray[np.floating[Any]]
-
 _PREFIX_BYTES = 256 << 20
-_LEAST_BLOCK = 16
+_MIN_BLOCK = 16
 
 
 class SequenceRouting:
@@ -34,7 +32,7 @@ class SequenceRouting:
         self._experts_TLk = np.ascontiguousarray(trace.experts_TLk)
         self._offsets_L1 = (np.arange(self.num_layers) * self.num_experts)[:, np.newaxis]
         fitting = trace.num_tokens * self.num_cells * 4 // _PREFIX_BYTES
-        self._block = max(_LEAST_BLOCK, 1 << int(fitting).bit_length())
+        self._block = max(_MIN_BLOCK, 1 << int(fitting).bit_length())
         self._first_block_S, self._before_BC = self._prefixes()
 
     @property

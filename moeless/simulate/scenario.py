@@ -1,23 +1,40 @@
-"""What is simulated (a scenario), and what is compared on it (policies)."""
+"""What is simulated (a scenario), and what is compared on it (systems)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
 
+from moeless.core.arrays import FloatArray
 from moeless.core.cluster import Cluster
 from moeless.core.errors import ConfigError
-from moeless.core.plan import FloatArray
 from moeless.planning.cost import CostProfile
 from moeless.planning.observation import Planner
 from moeless.simulate.batching import BatchingConfig
 from moeless.simulate.forecasts import ForecastConfig, SpanCounts
-from moeless.simulate.residency import TransferConfig
 from moeless.simulate.routing import SequenceRouting
 from moeless_predictors.traces import ArrivalTrace
 
 Topology = Literal["hub", "all_to_all"]
-Bound = Literal["sand", "whole"]
+Bound = Literal["fluid", "integral"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TransferConfig:
+    """How weights reach workers."""
+
+    transfer_share: float = 0.5
+    """Largest share of a worker's link that a fetch takes from hidden states while it runs; 0: fetches have a path of
+    their own."""
+    worker_idle_s: float | None = None
+    """Seconds after which a worker that hosts nothing is stopped; starting it again takes the profile's start-up time.
+    None: never."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.transfer_share < 1:
+            raise ConfigError(f"transfers.transfer_share must be from 0 to below 1, got {self.transfer_share}")
+        if self.worker_idle_s is not None and not self.worker_idle_s >= 0:
+            raise ConfigError(f"transfers.worker_idle_s must be at least 0, got {self.worker_idle_s}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -48,7 +65,7 @@ class Scenario:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Policy:
+class System:
     """A way to plan, with what it is told and when, and how its system moves tokens and weights."""
 
     name: str
@@ -86,14 +103,14 @@ class Policy:
 
     def __post_init__(self) -> None:
         if self.interval_s is not None and self.interval_steps is not None:
-            raise ConfigError(f"policy {self.name}: interval must be in seconds or in steps, not both")
+            raise ConfigError(f"system {self.name}: interval must be in seconds or in steps, not both")
         for name in ("interval_s", "interval_steps"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise ConfigError(f"policy {self.name}: {name} must be above 0, got {value}")
+                raise ConfigError(f"system {self.name}: {name} must be above 0, got {value}")
         if self.balances_steps and self.topology != "hub":
-            raise ConfigError(f"policy {self.name}: balances_steps needs the topology hub, got {self.topology}")
+            raise ConfigError(f"system {self.name}: balances_steps needs the topology hub, got {self.topology}")
         if self.prefetch_layers < 0:
-            raise ConfigError(f"policy {self.name}: prefetch_layers must be at least 0, got {self.prefetch_layers}")
+            raise ConfigError(f"system {self.name}: prefetch_layers must be at least 0, got {self.prefetch_layers}")
         if not 0 <= self.prefetch_recall <= 1:
-            raise ConfigError(f"policy {self.name}: prefetch_recall must be from 0 to 1, got {self.prefetch_recall}")
+            raise ConfigError(f"system {self.name}: prefetch_recall must be from 0 to 1, got {self.prefetch_recall}")

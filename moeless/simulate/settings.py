@@ -10,9 +10,8 @@ from moeless.core.policy.values import memory_bytes
 from moeless.planning.cost import CostProfile
 from moeless.planning.profiles import DEVICES, builtin_profiles, roofline_profile
 from moeless.simulate.batching import BatchingConfig
-from moeless.simulate.residency import TransferConfig
 from moeless.simulate.routing import SequenceRouting
-from moeless.simulate.scenario import Scenario
+from moeless.simulate.scenario import Scenario, TransferConfig
 from moeless_predictors.traces import ArrivalTrace
 
 
@@ -29,7 +28,7 @@ class ScenarioSettings:
     """Between workers of one node, each way; NVLink bridge of an A6000."""
     remote_gb_s: float = 25.0
     """Between nodes, for each worker."""
-    load_gb_s: float = 24.8
+    fetch_gb_s: float = 24.8
     """From host memory to a worker; PCIe 4 x16."""
     transfer_share: float = 0.5
     """Most of a worker's link that loads take from hidden states."""
@@ -56,7 +55,7 @@ class ScenarioSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
-        for name in ("local_gb_s", "remote_gb_s", "load_gb_s", "expert_mb"):
+        for name in ("local_gb_s", "remote_gb_s", "fetch_gb_s", "expert_mb"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name} must be above 0, got {value}")
@@ -121,7 +120,7 @@ def cluster_for(settings: ScenarioSettings, model: ModelShape) -> Cluster:
         cluster,
         local_bytes_per_s=settings.local_gb_s * 1e9,
         remote_bytes_per_s=settings.remote_gb_s * 1e9,
-        load_bytes_per_s=settings.load_gb_s * 1e9,
+        fetch_bytes_per_s=settings.fetch_gb_s * 1e9,
     )
 
 
@@ -146,14 +145,14 @@ def described(scenario: Scenario) -> dict[str, str]:
         f"({int(cluster.capacity_W(model)[0]):,} instances; all experts once are "
         f"{model.num_layers * model.num_experts:,})",
         "engines": f"{scenario.num_engines}, each at most {scenario.batching.max_batch_tokens:,} tokens a step and "
-        f"{scenario.batching.max_running:,} requests at once; every policy has as many devices for everything but the "
+        f"{scenario.batching.max_running:,} requests at once; every system has as many devices for everything but the "
         "experts as for these",
         "costs": f"profile {profile.name}: {profile.source}",
         "links": f"{cluster.local_bytes_per_s / 1e9:g} GB/s between workers of a node, "
         f"{cluster.remote_bytes_per_s / 1e9:g} between nodes; an exchange takes "
         f"{profile.exchange.hub_s * 1e6:g} µs and {profile.exchange.message_s * 1e6:g} for each worker from the hub, "
         f"{profile.exchange.all_to_all_s * 1e6:g} µs all to all, each way, beside its bytes",
-        "loading": f"{cluster.load_bytes_per_s / 1e9:g} GB/s from host memory and {profile.load_s * 1e3:g} ms each, "
+        "loading": f"{cluster.fetch_bytes_per_s / 1e9:g} GB/s from host memory and {profile.start_s * 1e3:g} ms each, "
         + (
             f"taking at most {transfers.transfer_share:.0%} of the worker's link from hidden states"
             if transfers.transfer_share

@@ -15,27 +15,24 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moeless.core.arrays import FloatArray
 from moeless.core.plan import Plan
+from moeless.planning.first_plan import make_first_plan
+from moeless.planning.load_history import LoadHistory
 from moeless.planning.observation import Observation
 from moeless.simulate.batching import Batch, Step
 from moeless.simulate.forecasts import Forecaster, SpanCounts
-from moeless.simulate.history import LoadHistory
-from moeless.simulate.hosting import sampled_choices
-from moeless.simulate.layer_times import StepCosts, StepTimes
-from moeless.simulate.report.results import PolicyResult
-from moeless.simulate.residency import ColdStart, Residency
+from moeless.simulate.layer_times import StepCosts, StepTimes, sampled_choices
+from moeless.simulate.report.results import SystemResult
 from moeless.simulate.result_recorder import Recorder
 from moeless.simulate.routing import assign_sequences
-from moeless.simulate.scenario import Policy, Scenario
+from moeless.simulate.scenario import Scenario, System
 from moeless.simulate.upcoming import upcoming_load
-
-FloatArray = NDArray[np.floating[Any]]
-IntArray = NDArray[np.integer[Any]]
+from moeless.simulate.worker_memory import ColdStart, WorkerMemory
 
 OnProgress = Callable[[int, int], None]
 """Called with the requests that are finished, and all of them."""
@@ -74,22 +71,22 @@ class _Engine:
 
 def simulate(
     scenario: Scenario,
-    policy: Policy,
+    system: System,
     *,
     slo: tuple[float, float] | None = None,
     on_progress: OnProgress | None = None,
-) -> PolicyResult:
-    """Replay the scenario's requests under a policy until the last is served.
+) -> SystemResult:
+    """Replay the scenario's requests under a system until the last is served.
 
     Args:
         slo: most seconds to the first token, and for each token after it.
     """
-    return _Simulation(scenario, policy, on_progress).run(slo)
+    return _Simulation(scenario, system, on_progress).run(slo)
 
 
 class _Simulation:
-    def __init__(self, scenario: Scenario, policy: Policy, on_progress: OnProgress | None) -> None:
-        self._scenario, self._policy, self._on_progress = scenario, policy, on_progress
+    def __init__(self, scenario: Scenario, system: System, on_progress: OnProgress | None) -> None:
+        self._scenario, self._system, self._on_progress = scenario, system, on_progress
         self._routing = routing = scenario.routing
         self._arrivals = arrivals = scenario.arrivals
         seeds = np.random.SeedSequence(scenario.seed).generate_state(5).tolist()
@@ -98,24 +95,24 @@ class _Simulation:
         )
         self._prompt_R = np.maximum(1, arrivals.prompt_tokens.astype(np.int64))
         self._output_R = np.maximum(1, arrivals.output_tokens.astype(np.int64))
-        window_s = policy.window_s
-        if window_s is None and policy.window_steps is None:
+        window_s = system.window_s
+        if window_s is None and system.window_steps is None:
             window_s = _DEFAULT_WINDOW_S
-        self._history = LoadHistory(routing.num_cells, window_s=window_s, window_steps=policy.window_steps)
-        self._forecaster = Forecaster(policy.forecast, routing, policy.predicted, seed=seeds[1])
+        self._history = LoadHistory(routing.num_cells, window_s=window_s, window_steps=system.window_steps)
+        self._forecaster = Forecaster(system.forecast, routing, system.predicted, seed=seeds[1])
         self._rng = np.random.default_rng(seeds[2])
         num_workers = scenario.cluster.num_workers
-        self._residency = Residency(
+        self._memory = WorkerMemory(
             self._first_plan(),
             scenario.cluster,
             scenario.profile,
             scenario.transfers,
             sampled_choices(routing.trace.experts_TLk, num_workers=num_workers, seed=seeds[3]),
             seed=seeds[4],
-            balances_steps=policy.balances_steps,
+            balances_steps=system.balances_steps,
         )
-        self._costs = StepCosts(scenario, policy, self._residency)
-        self._recorder = Recorder(arrivals, self._residency, expert_bytes=scenario.profile.model.expert_bytes)
+        self._costs = StepCosts(scenario, system, self._memory)
+        self._recorder = Recorder(arrivals, self._memory, expert_bytes=scenario.profile.model.expert_bytes)
         self._engines = [
             _Engine(Batch(scenario.batching, self._prompt_R, self._output_R)) for _ in range(scenario.num_engines)
         ]
@@ -128,9 +125,9 @@ class _Simulation:
         self._blocked_until_s = 0.0
         self._now_s = 0.0
 
-    def run(self, slo: tuple[float, float] | None) -> PolicyResult:
-        if self._policy.interval_s is not None:
-            self._push(self._policy.interval_s, _Event.TICK)
+    def run(self, slo: tuple[float, float] | None) -> SystemResult:
+        if self._system.interval_s is not None:
+            self._push(self._system.interval_s, _Event.TICK)
         arrival_s = self._arrivals.arrival_s
         num_requests = self._arrivals.num_requests
         while self._num_finished < num_requests:
@@ -146,16 +143,16 @@ class _Simulation:
             elif event == _Event.LAYER:
                 self._layer_arrives(engine)
             elif event == _Event.PUBLISH:
-                ready_s = self._residency.target_ready_s
-                if ready_s > now_s:  # loads that steps waited for went before its own
+                ready_s = self._memory.target_ready_s
+                if ready_s > now_s:  # cold starts that steps waited for went before its own
                     self._push(ready_s, _Event.PUBLISH)
                 else:
-                    self._residency.publish(now_s)
+                    self._publish()
             else:
                 self._plan()
-                assert self._policy.interval_s is not None
-                self._push(now_s + self._policy.interval_s, _Event.TICK)
-        return self._recorder.result(self._policy.name, self._now_s, slo)
+                assert self._system.interval_s is not None
+                self._push(now_s + self._system.interval_s, _Event.TICK)
+        return self._recorder.result(self._system.name, self._now_s, slo)
 
     def _move_to(self, now_s: float) -> None:
         assert now_s >= self._now_s, "virtual time never runs backwards"
@@ -181,7 +178,8 @@ class _Simulation:
         engine, now_s = self._engines[number], self._now_s
         if engine.times is not None:
             self._end_step(engine, engine.times.step)
-        interval = self._policy.interval_steps
+            self._memory.acknowledge(number, now_s)
+        interval = self._system.interval_steps
         if interval is not None and self._recorder.num_steps - self._steps_at_plan >= interval:
             self._steps_at_plan = self._recorder.num_steps
             self._plan()
@@ -199,15 +197,15 @@ class _Simulation:
         counts_C = self._counts(step)
         self._history.add(counts_C, now_s)
         cold: dict[int, list[ColdStart]] = {}
-        missing = np.flatnonzero((counts_C > 0) & ~self._residency.hosting.has_C)
+        missing = np.flatnonzero((counts_C > 0) & ~self._memory.serving.has_C)
         if len(missing):
-            starts = self._residency.host_cold(missing, self._history.last_used_s_C, now_s)
+            starts = self._memory.host_cold(missing, self._history.last_used_s_C, now_s)
             for layer, start in zip((missing // self._routing.num_experts).tolist(), starts, strict=True):
                 cold.setdefault(layer, []).append(start)
         times = self._costs.times(step, counts_C, engine=number, number=self._recorder.num_steps, now_s=now_s)
         times.cold = cold
         engine.times, engine.began_s = times, now_s
-        engine.instances_L = self._residency.hosting.instances_L.astype(np.float64)
+        engine.instances_L = self._memory.serving.instances_L.astype(np.float64)
         self._recorder.begin_step(step.num_tokens, times.load)
         engine.layer, engine.layer_began_s, engine.layer_s = 0, [now_s + times.backbone_s], []
         if len(self._engines) == 1:
@@ -256,13 +254,13 @@ class _Simulation:
 
     def _load_cold(self, starts: list[ColdStart], layer: int, began_s: list[float]) -> float:
         """Load functions of a layer; those that were predicted began earlier. Returns when all are there."""
-        ahead = self._policy.prefetch_layers
-        recall = self._policy.prefetch_recall if ahead else 0.0
+        ahead = self._system.prefetch_layers
+        recall = self._system.prefetch_recall if ahead else 0.0
         begins = [began_s[max(0, layer - ahead) if self._rng.random() < recall else layer] for _ in starts]
         ready_s = max(
-            self._residency.load_cold(start, begin_s) for begin_s, start in sorted(zip(begins, starts, strict=True))
+            self._memory.start_cold(start, begin_s) for begin_s, start in sorted(zip(begins, starts, strict=True))
         )
-        return self._now_s if self._policy.is_prefetch_in_time else ready_s
+        return self._now_s if self._system.is_prefetch_in_time else ready_s
 
     def _end_step(self, engine: _Engine, step: Step) -> None:
         now_s = self._now_s
@@ -287,31 +285,22 @@ class _Simulation:
         return counts_C
 
     def _first_plan(self) -> Plan:
-        """For full steps, by what is known before: else every expert is expected to get the same."""
-        model = self._scenario.profile.model
-        shape, prior_LE = (model.num_layers, model.num_experts), self._policy.prior_LE
-        if prior_LE is None:
-            prior_LE = np.full(shape, model.top_k / model.num_experts)
-        load_LE = self._scenario.batching.max_batch_tokens * prior_LE
-        observation = Observation(
-            time_s=0.0,
-            mean_LE=load_LE,
-            upper_LE=load_LE,
-            window_LE=load_LE,
-            last_used_s_LE=np.full(shape, -np.inf),
-            num_steps=0,
+        return make_first_plan(
+            self._system.planner,
+            self._scenario.profile.model,
+            step_tokens=self._scenario.batching.max_batch_tokens,
+            prior_LE=self._system.prior_LE,
         )
-        return self._policy.planner.plan(observation, None)
 
     def _plan(self) -> None:
-        now_s, residency, history = self._now_s, self._residency, self._history
-        if residency.target is not None:
-            return  # one change at a time: the next tick sees what came of it
+        now_s, memory, history = self._now_s, self._memory, self._history
+        if memory.is_changing:
+            return  # one rollout at a time: the next tick sees its outcome
         window = history.window(now_s)
         mean_LE, upper_LE = self._forecaster.forecast(now_s, self._horizon_s(), history, window, self._upcoming)
         shape = mean_LE.shape
-        before = residency.hosting.plan
-        plan = self._policy.planner.plan(
+        before = memory.serving.plan
+        plan = self._system.planner.plan(
             Observation(
                 time_s=now_s,
                 mean_LE=mean_LE,
@@ -319,23 +308,28 @@ class _Simulation:
                 window_LE=window.mean_C.reshape(shape),
                 last_used_s_LE=history.last_used_s_C.reshape(shape),
                 num_steps=self._recorder.num_steps,
-                pending_keys=residency.pending_keys,
+                pending_keys=memory.pending_keys,
             ),
             before,
         )
         if plan is before:
             return
         self._recorder.num_plans += 1
-        if self._policy.is_blocking:
-            ready_s = residency.change_to(plan, now_s, bytes_per_s=self._peer_bytes_per_s())
+        if self._system.is_blocking:
+            ready_s = memory.change_to(plan, now_s, bytes_per_s=self._peer_bytes_per_s())
             self._recorder.stall_s += ready_s - now_s
             self._blocked_until_s = ready_s
         else:
-            ready_s = residency.change_to(plan, now_s)
+            ready_s = memory.change_to(plan, now_s)
         if ready_s > now_s:
             self._push(ready_s, _Event.PUBLISH)
         else:
-            residency.publish(now_s)
+            self._publish()
+
+    def _publish(self) -> None:
+        """Engines in a step end it under the old table, and acknowledge then."""
+        in_a_step = [number for number, engine in enumerate(self._engines) if engine.times is not None]
+        self._memory.publish(self._now_s, engines=in_a_step)
 
     def _peer_bytes_per_s(self) -> float:
         cluster = self._scenario.cluster
@@ -343,10 +337,10 @@ class _Simulation:
         return min(cluster.local_bytes_per_s, cluster.remote_bytes_per_s) if has_nodes else cluster.local_bytes_per_s
 
     def _horizon_s(self) -> float:
-        if self._policy.interval_s is not None:
-            return self._policy.interval_s
+        if self._system.interval_s is not None:
+            return self._system.interval_s
         steps_s = [engine.step_s for engine in self._engines if engine.step_s]
-        return (self._policy.interval_steps or 1) * float(np.mean(steps_s)) / len(self._engines) if steps_s else 0.0
+        return (self._system.interval_steps or 1) * float(np.mean(steps_s)) / len(self._engines) if steps_s else 0.0
 
     def _upcoming(self, spans: SpanCounts, horizon_s: float) -> tuple[FloatArray, int]:
         known_s = [engine.step_s for engine in self._engines if engine.step_s]

@@ -17,16 +17,15 @@ from moeless.core.errors import ConfigError
 from moeless.core.policy.values import MEMORY_PATTERN, memory_bytes
 from moeless.planning.cost import CostProfile
 from moeless.planning.place import InfeasiblePlacementError
-from moeless.simulate.report.results import PolicyResult
-from moeless.simulate.residency import TransferConfig
+from moeless.simulate.report.results import SystemResult
 from moeless.simulate.routing import SequenceRouting
-from moeless.simulate.scenario import Scenario
+from moeless.simulate.scenario import Scenario, TransferConfig
 from moeless.simulate.settings import ScenarioSettings, make_scenario
 from moeless.simulate.simulation import OnProgress, simulate
-from moeless.simulate.systems import BOUNDS, STANDARD, StandardConfig
+from moeless.simulate.systems import BOUNDS, SYSTEMS, SystemConfig
 from moeless_predictors.traces import ArrivalTrace
 
-BUYABLE = tuple(name for name in STANDARD if name not in BOUNDS)
+BUYABLE = tuple(name for name in SYSTEMS if name not in BOUNDS)
 """Systems that exist or could: bounds cannot be bought."""
 USUAL = tuple(name for name in BUYABLE if name != "moeless-paper")
 EXPERTS_SHARE = 0.6
@@ -63,7 +62,7 @@ class SizingCase:
     """Their `workers` are not looked at; their memory is in bytes, and a worker is not stopped."""
     routing: SequenceRouting
     arrivals: ArrivalTrace
-    standard: StandardConfig
+    systems: SystemConfig
     sizing: SizingConfig
 
     def scenario(self, workers: int, *, worker_idle_s: float | None = None) -> Scenario:
@@ -74,15 +73,15 @@ class SizingCase:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class System:
-    """One that is sized: a policy's name, and after how long its idle workers stop (None: never)."""
+class Candidate:
+    """One that is sized: a system's name, and after how long its idle workers stop (None: never)."""
 
-    policy: str
+    system: str
     worker_idle_s: float | None = None
 
     @property
     def name(self) -> str:
-        return self.policy if self.worker_idle_s is None else f"{self.policy}-idle"
+        return self.system if self.worker_idle_s is None else f"{self.system}-idle"
 
 
 class Probe(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,14 +103,14 @@ class Probe(msgspec.Struct, frozen=True, kw_only=True):
 class Sized:
     """What the sizes of one system came to."""
 
-    system: System
+    candidate: Candidate
     workers: int | None
     """Fewest that keep the SLO; None: no size that was tried does."""
     probes: dict[int, Probe]
     """By number of workers, ascending."""
     best: int | None
     """`workers`, or else the size that came nearest; None: the experts fit none."""
-    result: PolicyResult | None
+    result: SystemResult | None
     """At the best size."""
 
     @property
@@ -120,28 +119,28 @@ class Sized:
         return None if self.workers is None else self.probes.get(self.workers - 1)
 
 
-def sized(case: SizingCase, system: System, *, watch: Watch | None = None) -> Sized:
+def sized(case: SizingCase, candidate: Candidate, *, watch: Watch | None = None) -> Sized:
     """Find the fewest workers of the system.
 
     Raises: ConfigError for what is wrong whatever the size.
     """
-    tried: dict[int, tuple[Probe, PolicyResult | None]] = {}
+    tried: dict[int, tuple[Probe, SystemResult | None]] = {}
 
     def share(workers: int) -> float | None:
         if workers not in tried:
-            tried[workers] = _tried(case, system, workers, watch or (lambda _: nullcontext()))
+            tried[workers] = _tried(case, candidate, workers, watch or (lambda _: nullcontext()))
         return tried[workers][0].slo_share
 
     config = case.sizing
-    workers = fewest_workers(share, attainment=config.attainment, max_workers=config.max_workers)
+    workers = min_workers(share, attainment=config.attainment, max_workers=config.max_workers)
     possible = [size for size, (probe, _) in sorted(tried.items()) if probe.slo_share is not None]
     best = workers or max(possible, key=lambda size: (share(size), -size), default=None)
     result = tried[best][1] if best else None
     probes = {size: tried[size][0] for size in sorted(tried)}
-    return Sized(system=system, workers=workers, probes=probes, best=best, result=result)
+    return Sized(candidate=candidate, workers=workers, probes=probes, best=best, result=result)
 
 
-def fewest_workers(share: Callable[[int], float | None], *, attainment: float, max_workers: int) -> int | None:
+def min_workers(share: Callable[[int], float | None], *, attainment: float, max_workers: int) -> int | None:
     """Fewest workers found whose share of requests is enough, one fewer having been tried and being too few.
 
     1. Double from 1 on until it is enough. 2. Halve the gap to the size before. 3. The share need not rise with every
@@ -210,32 +209,32 @@ def worker_memory(amount: str | None, profile: CostProfile) -> int:
     return found
 
 
-def checked_systems(names: Sequence[str], worker_idle_s: float | None) -> list[System]:
+def checked_systems(names: Sequence[str], worker_idle_s: float | None) -> list[Candidate]:
     """Systems of these names; moeless a second time with workers that stop, where these are asked for."""
     unknown = [name for name in names if name not in BUYABLE]
     if unknown or not names:
         raise ConfigError(f"systems must be among {', '.join(BUYABLE)}, got {', '.join(unknown) or 'none'}")
     if len(set(names)) < len(names):
         raise ConfigError(f"systems must differ, got {', '.join(names)}")
-    systems = [System(policy=name) for name in names]
+    candidates = [Candidate(system=name) for name in names]
     if worker_idle_s is not None:
         TransferConfig(worker_idle_s=worker_idle_s)
         if "moeless" not in names:
             raise ConfigError(f"systems must have moeless, whose idle workers stop, got {', '.join(names)}")
-        systems.append(System(policy="moeless", worker_idle_s=worker_idle_s))
-    return systems
+        candidates.append(Candidate(system="moeless", worker_idle_s=worker_idle_s))
+    return candidates
 
 
-def _tried(case: SizingCase, system: System, workers: int, watch: Watch) -> tuple[Probe, PolicyResult | None]:
-    scenario = case.scenario(workers, worker_idle_s=system.worker_idle_s)
+def _tried(case: SizingCase, candidate: Candidate, workers: int, watch: Watch) -> tuple[Probe, SystemResult | None]:
+    scenario = case.scenario(workers, worker_idle_s=candidate.worker_idle_s)
     try:
         _check_room(scenario)
-        policy = STANDARD[system.policy](scenario, case.standard)
-        with watch(f"{system.name} on {workers} workers") as on_progress:
-            result = simulate(scenario, policy, slo=case.sizing.slo, on_progress=on_progress)
+        system = SYSTEMS[candidate.system](scenario, case.systems)
+        with watch(f"{candidate.name} on {workers} workers") as on_progress:
+            result = simulate(scenario, system, slo=case.sizing.slo, on_progress=on_progress)
     except InfeasiblePlacementError as error:
         return Probe(workers=workers, why_not=str(error)), None
-    result = msgspec.structs.replace(result, policy=system.name)
+    result = msgspec.structs.replace(result, system=candidate.name)
     probe = Probe(
         workers=workers,
         slo_share=result.slo_share,
@@ -249,7 +248,7 @@ def _tried(case: SizingCase, system: System, workers: int, watch: Watch) -> tupl
     return probe, result
 
 
-def mean_workers(result: PolicyResult) -> float:
+def mean_workers(result: SystemResult) -> float:
     """Workers that were not stopped, on average."""
     return round(result.worker_s / result.duration_s, 9)
 

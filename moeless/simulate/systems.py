@@ -1,6 +1,6 @@
-"""The policies that are compared: what others do, moeless, and two bounds. docs/simulator.md.
+"""The systems that are compared: what others do, moeless, and two bounds. docs/simulator.md.
 
-Every planner remembers what it saw, so that policies are made anew for each simulation.
+Every planner remembers what it saw, so that systems are made anew for each simulation.
 """
 
 from __future__ import annotations
@@ -8,22 +8,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
+from moeless.core.arrays import FloatArray
 from moeless.core.cluster import Cluster
 from moeless.core.errors import ConfigError
-from moeless.core.plan import FloatArray
-from moeless.core.policy import AffinityPlacer, ResolvedPolicy, resolve
-from moeless.core.policy import Policy as PolicyDocument
+from moeless.core.policy import AffinityPlacer, Policy, ResolvedPolicy, resolve
 from moeless.planning.affinity.statistics import AffinityStatistics, gather_statistics
 from moeless.planning.baselines.paper import PaperPlanner
 from moeless.planning.baselines.static import EplbPlanner, StaticPlanner
 from moeless.planning.cost import CostProfile
+from moeless.planning.load_check import check_load
 from moeless.planning.place import InfeasiblePlacementError
-from moeless.planning.planner import MoelessPlanner, PlannedSystem
+from moeless.planning.planner import MoelessPlanner, PlanningContext
 from moeless.simulate.forecasts import ForecastConfig, SpanCounts
 from moeless.simulate.routing import SequenceRouting
-from moeless.simulate.scenario import Policy, Scenario
+from moeless.simulate.scenario import Scenario, System
 
 EPLB_WINDOW_STEPS = 1000
 VLLM_INTERVAL_STEPS = 3000
@@ -37,14 +35,14 @@ MEASURED_RECALL = 0.84
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
-class StandardConfig:
-    """What is assumed of the policies beyond what defines them."""
+class SystemConfig:
+    """What is assumed of the systems beyond what defines them."""
 
-    document: PolicyDocument = field(default_factory=PolicyDocument)
+    policy: Policy = field(default_factory=Policy)
     """Of moeless and foresight."""
     model_id: str = ""
-    """By which the document's rules choose."""
-    eplb_redundant: int = 1
+    """By which the policy's rules choose."""
+    eplb_spare_replicas: int = 1
     """Instances of each layer and worker that EPLB has beyond one for each expert."""
     recall: float = MEASURED_RECALL
     """Of moeless's predictor, and of the paper's, which does not publish a figure: what is compared is what is made of
@@ -66,36 +64,36 @@ class StandardConfig:
     """The paper keeps instances alive and does not say for how long: as moeless's default."""
 
     def __post_init__(self) -> None:
-        if self.eplb_redundant < 0:
-            raise ConfigError(f"eplb_redundant must be at least 0, got {self.eplb_redundant}")
+        if self.eplb_spare_replicas < 0:
+            raise ConfigError(f"eplb_spare_replicas must be at least 0, got {self.eplb_spare_replicas}")
         for name in ("prefetch_layers", "paper_prefetch_layers"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
 
 
-def static(scenario: Scenario, config: StandardConfig) -> Policy:
+def static(scenario: Scenario, config: SystemConfig) -> System:
     """Static expert parallelism: every expert once, contiguous ones on a worker, tokens exchanged all to all."""
     del config
     planner = StaticPlanner(cluster=scenario.cluster, model=scenario.profile.model)
-    return Policy(name="static", planner=planner, topology="all_to_all")
+    return System(name="static", planner=planner, topology="all_to_all")
 
 
-def eplb_vllm(scenario: Scenario, config: StandardConfig) -> Policy:
+def eplb_vllm(scenario: Scenario, config: SystemConfig) -> System:
     """EPLB as vLLM runs it: a plan every 3000 steps from the load of the last 1000, engines wait while weights move.
 
-    Global balancing, tokens exchanged all to all, `eplb_redundant` spare instances on each worker and layer. Weights
-    come from other workers, over the links between them.
+    Global balancing, tokens exchanged all to all, `eplb_spare_replicas` on each worker and layer. Weights come from
+    other workers, over the links between them.
     """
     return _eplb(scenario, config, "eplb-vllm", VLLM_INTERVAL_STEPS)
 
 
-def eplb_sglang(scenario: Scenario, config: StandardConfig) -> Policy:
+def eplb_sglang(scenario: Scenario, config: SystemConfig) -> System:
     """EPLB as SGLang runs it: the same every 1000 steps, and it can begin with a placement for what was recorded."""
-    policy = _eplb(scenario, config, "eplb-sglang", SGLANG_INTERVAL_STEPS)
-    return replace(policy, prior_LE=config.prior_LE)
+    system = _eplb(scenario, config, "eplb-sglang", SGLANG_INTERVAL_STEPS)
+    return replace(system, prior_LE=config.prior_LE)
 
 
-def moeless_paper(scenario: Scenario, config: StandardConfig) -> Policy:
+def moeless_paper(scenario: Scenario, config: SystemConfig) -> System:
     """The MoEless paper's system (arXiv 2603.06350) as far as its text tells: `planning.paper.PaperPlanner`.
 
     V = 0.2, tokens of a function split evenly, instances kept alive, a forecast of the tokens that will come with the
@@ -105,7 +103,7 @@ def moeless_paper(scenario: Scenario, config: StandardConfig) -> Policy:
     planner = PaperPlanner(
         _system(scenario, config.paper_interval_s), max_cv=PAPER_CV, keep_alive_s=config.paper_keep_alive_s
     )
-    return Policy(
+    return System(
         name="moeless-paper",
         planner=planner,
         forecast=ForecastConfig(kind="foresight", recall=config.recall),
@@ -116,8 +114,8 @@ def moeless_paper(scenario: Scenario, config: StandardConfig) -> Policy:
     )
 
 
-def moeless(scenario: Scenario, config: StandardConfig) -> Policy:
-    """moeless by the policy document: plans each tick, in the background, from its predictors' forecast.
+def moeless(scenario: Scenario, config: SystemConfig) -> System:
+    """moeless by the policy policy: plans each tick, in the background, from its predictors' forecast.
 
     Without fitted predictors the forecast is of the tokens that will come, with the recall assumed.
     """
@@ -126,7 +124,7 @@ def moeless(scenario: Scenario, config: StandardConfig) -> Policy:
     affinity = None
     if isinstance(resolved.placer, AffinityPlacer):
         affinity = config.affinity or routing_statistics(scenario.routing)
-    return Policy(
+    return System(
         name="moeless",
         planner=MoelessPlanner(resolved, replace(_system(scenario, resolved.tick_s), affinity=affinity)),
         forecast=ForecastConfig(kind="foresight", recall=config.recall, quantile=quantile)
@@ -147,27 +145,27 @@ def routing_statistics(routing: SequenceRouting) -> AffinityStatistics:
     return gather_statistics(routing.trace.experts_TLk, num_experts=routing.num_experts, max_tokens=AFFINITY_TOKENS)
 
 
-def foresight(scenario: Scenario, config: StandardConfig) -> Policy:
+def foresight(scenario: Scenario, config: SystemConfig) -> System:
     """The bound of every predictor: moeless, told of the very tokens that will come; functions are loaded in time."""
     known = moeless(scenario, replace(config, predicted=None, recall=1.0))
     return replace(known, name="foresight", is_prefetch_in_time=True)
 
 
-def limit(scenario: Scenario, config: StandardConfig) -> Policy:
+def limit(scenario: Scenario, config: SystemConfig) -> System:
     """The physical limit: perfect balance whatever the plan, no weights moved, the faster of the two topologies.
 
     It holds what static expert parallelism holds.
     """
-    return replace(static(scenario, config), name="limit", bound="sand")
+    return replace(static(scenario, config), name="limit", bound="fluid")
 
 
-def whole_experts(scenario: Scenario, config: StandardConfig) -> Policy:
+def whole_experts(scenario: Scenario, config: SystemConfig) -> System:
     """The limit of every placement: as `limit`, but a call of an expert takes the time of reading its weights at least,
     so that five calls take four workers two rounds."""
-    return replace(static(scenario, config), name="whole-experts", bound="whole")
+    return replace(static(scenario, config), name="whole-experts", bound="integral")
 
 
-STANDARD: dict[str, Callable[[Scenario, StandardConfig], Policy]] = {
+SYSTEMS: dict[str, Callable[[Scenario, SystemConfig], System]] = {
     "static": static,
     "eplb-vllm": eplb_vllm,
     "eplb-sglang": eplb_sglang,
@@ -183,78 +181,74 @@ BOUNDS = ("foresight", "whole-experts", "limit")
 """Those that nobody can run."""
 
 
-def standard_policies(
-    scenario: Scenario, *, names: Sequence[str] | None = None, config: StandardConfig | None = None
-) -> list[Policy]:
-    """The policies of these names (default: all), made for one simulation each.
+def make_systems(
+    scenario: Scenario, *, names: Sequence[str] | None = None, config: SystemConfig | None = None
+) -> list[System]:
+    """The systems of these names (default: all), made for one simulation each.
 
     Raises: ConfigError for a name that is not known or given twice, and what does not fit the scenario.
     """
-    chosen = list(STANDARD) if names is None else list(names)
-    unknown = [name for name in chosen if name not in STANDARD]
+    chosen = list(SYSTEMS) if names is None else list(names)
+    unknown = [name for name in chosen if name not in SYSTEMS]
     if unknown or not chosen:
-        raise ConfigError(f"policies must be among {', '.join(STANDARD)}, got {', '.join(unknown) or 'none'}")
+        raise ConfigError(f"systems must be among {', '.join(SYSTEMS)}, got {', '.join(unknown) or 'none'}")
     if len(set(chosen)) < len(chosen):
-        raise ConfigError(f"policies must differ, got {', '.join(chosen)}")
-    config = config or StandardConfig()
+        raise ConfigError(f"systems must differ, got {', '.join(chosen)}")
+    config = config or SystemConfig()
     if config.prior_LE is not None:
-        model, prior_LE = scenario.profile.model, config.prior_LE
-        shape = (model.num_layers, model.num_experts)
-        if prior_LE.shape != shape:
-            raise ConfigError(f"prior_LE must be of {shape} layers and experts as the model is, got {prior_LE.shape}")
-        if not (np.isfinite(prior_LE).all() and (prior_LE >= 0).all()):
-            raise ConfigError(f"prior_LE must be finite and >= 0, got {prior_LE.min()} to {prior_LE.max()}")
-    return [STANDARD[name](scenario, config) for name in chosen]
+        model = scenario.profile.model
+        check_load("prior_LE", config.prior_LE, (model.num_layers, model.num_experts))
+    return [SYSTEMS[name](scenario, config) for name in chosen]
 
 
-def described_policies(policies: Sequence[Policy], config: StandardConfig) -> dict[str, str]:
+def described_systems(systems: Sequence[System], config: SystemConfig) -> dict[str, str]:
     """What is assumed of each, in words."""
-    return {f"policy {policy.name}": _DESCRIBED[policy.name](policy, config) for policy in policies}
+    return {f"system {system.name}": _DESCRIBED[system.name](system, config) for system in systems}
 
 
-def _described_first(policy: Policy) -> str:
-    return f"begins with a plan for {'equal loads' if policy.prior_LE is None else 'the load recorded before'}"
+def _described_first(system: System) -> str:
+    return f"begins with a plan for {'equal loads' if system.prior_LE is None else 'the load recorded before'}"
 
 
-def _described_eplb(policy: Policy, config: StandardConfig) -> str:
+def _described_eplb(system: System, config: SystemConfig) -> str:
     return (
-        f"EPLB's global form every {policy.interval_steps:,} engine steps from the load of the last "
-        f"{policy.window_steps:,}, spare instances on each worker and layer: {config.eplb_redundant}, engines wait "
-        f"while weights move from worker to worker, tokens all to all; {_described_first(policy)}"
+        f"EPLB's global form every {system.interval_steps:,} engine steps from the load of the last "
+        f"{system.window_steps:,}, spare replicas on each worker and layer: {config.eplb_spare_replicas}, engines "
+        f"wait while weights move from worker to worker, tokens all to all; {_described_first(system)}"
     )
 
 
-def _described_paper(policy: Policy, config: StandardConfig) -> str:
+def _described_paper(system: System, config: SystemConfig) -> str:
     return (
-        f"the MoEless paper's scaling (V = {PAPER_CV:g}) and placement every {policy.interval_s:g} s, instances kept "
+        f"the MoEless paper's scaling (V = {PAPER_CV:g}) and placement every {system.interval_s:g} s, instances kept "
         f"alive for {config.paper_keep_alive_s:g} s; told of the tokens to come with a recall of {config.recall:.0%} "
-        f"(assumed; the paper gives none), functions loaded {policy.prefetch_layers} layer ahead, tokens from a hub; "
-        + _described_first(policy)
+        f"(assumed; the paper gives none), functions loaded {system.prefetch_layers} layer ahead, tokens from a hub; "
+        + _described_first(system)
     )
 
 
-def _described_moeless(policy: Policy, config: StandardConfig) -> str:
+def _described_moeless(system: System, config: SystemConfig) -> str:
     forecast = "assumed predictors" if config.predicted is None else "the predictors given"
-    known = policy.num_known_tokens
+    known = system.num_known_tokens
     by_affinity = f"; placed by the affinity of {known:,} tokens of the very routing that is simulated" if known else ""
     return (
-        f"plans every {policy.interval_s:g} s in the background, told of the tokens of that time as {forecast} see "
-        f"them (recall {config.recall:.0%}), functions loaded {policy.prefetch_layers} layers ahead with the same "
+        f"plans every {system.interval_s:g} s in the background, told of the tokens of that time as {forecast} see "
+        f"them (recall {config.recall:.0%}), functions loaded {system.prefetch_layers} layers ahead with the same "
         "recall, tokens from a hub, which shares out each step's tokens among replicas anew; "
-        + _described_first(policy)
+        + _described_first(system)
         + by_affinity
     )
 
 
-_DESCRIBED: dict[str, Callable[[Policy, StandardConfig], str]] = {
+_DESCRIBED: dict[str, Callable[[System, SystemConfig], str]] = {
     "static": lambda *_: "every expert once, contiguous ones on a worker, tokens all to all",
     "eplb-vllm": _described_eplb,
     "eplb-sglang": _described_eplb,
     "moeless-paper": _described_paper,
     "moeless": _described_moeless,
-    "foresight": lambda policy, _: (
-        f"moeless told of the very tokens that will come in the next {policy.interval_s:g} s, and no function is ever "
-        f"waited for; {_described_first(policy)}: the bound of every predictor"
+    "foresight": lambda system, _: (
+        f"moeless told of the very tokens that will come in the next {system.interval_s:g} s, and no function is ever "
+        f"waited for; {_described_first(system)}: the bound of every predictor"
     ),
     "whole-experts": lambda *_: (
         "the bound of every placement of whole experts: perfect balance as far as calls that read all of an expert's "
@@ -267,26 +261,26 @@ _DESCRIBED: dict[str, Callable[[Policy, StandardConfig], str]] = {
 }
 
 
-def _eplb(scenario: Scenario, config: StandardConfig, name: str, interval_steps: int) -> Policy:
+def _eplb(scenario: Scenario, config: SystemConfig, name: str, interval_steps: int) -> System:
     cluster, model = scenario.cluster, scenario.profile.model
-    redundant = config.eplb_redundant * cluster.num_workers
-    slots = -(-(model.num_experts + redundant) // cluster.num_workers) * model.num_layers
+    spare = config.eplb_spare_replicas * cluster.num_workers
+    hosted = -(-(model.num_experts + spare) // cluster.num_workers) * model.num_layers
     room = int(cluster.capacity_W(model).min())
-    if slots > room:
+    if hosted > room:
         raise InfeasiblePlacementError(
-            f"eplb_redundant must leave room: with {config.eplb_redundant} spare instances on each worker and layer a "
-            f"worker holds {slots}, and {room} fit its memory"
+            f"eplb_spare_replicas must leave room: with {config.eplb_spare_replicas} on each worker and layer a worker "
+            f"holds {hosted} instances, and {room} fit its memory"
         )
-    # EPLB counts every expert's replicas up to the number of workers, so that more slots would stay empty.
+    # EPLB counts every expert's replicas up to the number of workers, so that more would stay empty.
     planner = EplbPlanner(
         cluster=cluster,
         model=model,
-        redundant=min(redundant, model.num_experts * (cluster.num_workers - 1)),
+        spare_replicas=min(spare, model.num_experts * (cluster.num_workers - 1)),
         interval_steps=interval_steps,
         window_steps=EPLB_WINDOW_STEPS,
         name=name,
     )
-    return Policy(
+    return System(
         name=name,
         planner=planner,
         topology="all_to_all",
@@ -296,8 +290,8 @@ def _eplb(scenario: Scenario, config: StandardConfig, name: str, interval_steps:
     )
 
 
-def _resolved(scenario: Scenario, config: StandardConfig) -> ResolvedPolicy:
-    return resolve(config.document, scenario.profile.model, model_id=config.model_id)
+def _resolved(scenario: Scenario, config: SystemConfig) -> ResolvedPolicy:
+    return resolve(config.policy, scenario.profile.model, model_id=config.model_id)
 
 
 def _quantile(policy: ResolvedPolicy) -> float:
@@ -305,16 +299,16 @@ def _quantile(policy: ResolvedPolicy) -> float:
     return float(policy.forecast_quantile_LE.max())
 
 
-def _system(scenario: Scenario, interval_s: float) -> PlannedSystem:
+def _system(scenario: Scenario, interval_s: float) -> PlanningContext:
     profile = scenario.profile
     cost = profile.expert_time.call_cost(link_s=profile.link_s(scenario.cluster))
-    return PlannedSystem(
+    return PlanningContext(
         model=profile.model,
         cluster=scenario.cluster,
         seconds=_worker_seconds(profile, scenario.cluster),
         floor_tokens=cost.floor_tokens / (1 + cost.link_tokens),
         horizon_steps=max(1.0, interval_s * scenario.num_engines / _step_s(scenario)),
-        load_s=profile.load_s,
+        start_s=profile.start_s,
     )
 
 

@@ -9,16 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moeless.core.arrays import FloatArray, IntArray
 from moeless.simulate.batching import Batch
 from moeless.simulate.forecasts import SpanCounts
-
-FloatArray = NDArray[np.floating[Any]]
-IntArray = NDArray[np.integer[Any]]
 
 
 @dataclass(slots=True)

@@ -5,15 +5,11 @@ Shapes: R requests.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
 from moeless.core.errors import ConfigError
 from moeless_predictors.traces import ArrivalTrace
-
-FloatArray = NDArray[np.floating[Any]]
 
 
 def made_up_arrivals(

@@ -12,16 +12,14 @@ from abc import abstractmethod
 from typing import Any, Self, TypeGuard
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator
 from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from moeless_predictors.arrays import FloatArray, IntArray
 from moeless_predictors.compiled import compiled
 from moeless_predictors.metrics import recall_at_k
-
-FloatArray = NDArray[np.floating[Any]]
-IntArray = NDArray[np.integer[Any]]
 
 
 class LoadPredictor(BaseEstimator):  # type: ignore[misc]  # scikit-learn ships no types

@@ -9,7 +9,8 @@ from functools import partial
 
 import numpy as np
 
-from moeless_predictors.base import FloatArray, LoadPredictor
+from moeless_predictors.arrays import FloatArray
+from moeless_predictors.base import LoadPredictor
 from moeless_predictors.features import FeatureConfig, choice_values
 from moeless_predictors.live_features import LiveFeatures, StepRows
 

@@ -16,7 +16,7 @@ from statistics import fmean
 
 import numpy as np
 
-from moeless_predictors.base import FloatArray, IntArray
+from moeless_predictors.arrays import FloatArray, IntArray
 from moeless_predictors.costs import CostMeter
 from moeless_predictors.fitting import (
     FitConfig,

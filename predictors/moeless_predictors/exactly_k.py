@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moeless_predictors.base import FloatArray
+from moeless_predictors.arrays import FloatArray
 from moeless_predictors.compiled import compiled
 
 

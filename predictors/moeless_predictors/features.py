@@ -26,7 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.signal import lfilter
 
-from moeless_predictors.base import FloatArray, IntArray, one_hot
+from moeless_predictors.arrays import FloatArray, IntArray
+from moeless_predictors.base import one_hot
 from moeless_predictors.traces import PREFILL, RoutingTrace
 
 MEAN_SCALE = 3.0

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from moeless_predictors.base import FloatArray, LoadPredictor, one_hot
+from moeless_predictors.arrays import FloatArray
+from moeless_predictors.base import LoadPredictor, one_hot
 from moeless_predictors.costs import CostMeter
 from moeless_predictors.features import FeatureConfig, TraceFeatures, choice_values
 from moeless_predictors.history import HistoryPredictor

@@ -16,10 +16,10 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from moeless_predictors.base import FloatArray, IntArray, LoadPredictor, top_k_of
+from moeless_predictors.arrays import BoolArray, FloatArray, IntArray
+from moeless_predictors.base import LoadPredictor, top_k_of
 from moeless_predictors.exactly_k import thresholds
 
-BoolArray = NDArray[np.bool_]
 Scoring = Literal["logits", "sigmoid", "softmax"]
 
 _CHECKS = 10

@@ -17,7 +17,8 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
-from moeless_predictors.base import FloatArray, IntArray, LoadPredictor
+from moeless_predictors.arrays import FloatArray, IntArray
+from moeless_predictors.base import LoadPredictor
 from moeless_predictors.compiled import compiled
 
 _NUM_WEIGHTS = 110_000

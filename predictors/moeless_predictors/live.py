@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from moeless_predictors.base import FloatArray, IntArray, num_found, one_hot
+from moeless_predictors.arrays import FloatArray, IntArray
+from moeless_predictors.base import num_found, one_hot
 from moeless_predictors.features import choice_values
 from moeless_predictors.live_features import LiveFeatures, StepRows
 from moeless_predictors.predictor_set import PairPredictor, PredictorSet

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeless_predictors import live_loops as loops
-from moeless_predictors.base import FloatArray, IntArray
+from moeless_predictors.arrays import FloatArray, IntArray
 from moeless_predictors.features import MEAN_SCALE, FeatureConfig, choice_values, experts_as_bits, ranked_values
 
 _MOST_SKIPPED = 64

@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moeless_predictors.base import FloatArray, IntArray
+from moeless_predictors.arrays import FloatArray, IntArray, UInt64Array
 from moeless_predictors.compiled import compiled
 from moeless_predictors.features import LEAST_SHARE, MEAN_SCALE
 
-Bits = NDArray[np.uint64]
-Step = tuple[NDArray[Any], Bits, FloatArray]
+Step = tuple[NDArray[Any], UInt64Array, FloatArray]
 """A step's choices, shape (L, n, k), the same as bits (L, n, w), and their values (n, L, E)."""
-Past = tuple[NDArray[Any], Bits, FloatArray, FloatArray, IntArray]
+Past = tuple[NDArray[Any], UInt64Array, FloatArray, FloatArray, IntArray]
 """Of the sequences: choices, shape (L, Z, W, k), the same as bits (L, Z, W, w), the last token's values and the running
 means, (Z, L, E) both, and the number of tokens seen, (Z,)."""
 
@@ -28,7 +27,7 @@ made the network seven times as slow."""
 
 
 @compiled
-def note_choices(experts_nk: IntArray, weights_nk: FloatArray, values_nE: FloatArray, bits_nw: Bits) -> None:
+def note_choices(experts_nk: IntArray, weights_nk: FloatArray, values_nE: FloatArray, bits_nw: UInt64Array) -> None:
     """The values of a layer's choices, as `features.choice_values` has them, and the choices as bits; both begin as
     zeros.
     """
@@ -46,8 +45,8 @@ def note_choices(experts_nk: IntArray, weights_nk: FloatArray, values_nE: FloatA
 
 @compiled
 def compare_with_past(
-    bits_ZWw: Bits,
-    bits_nw: Bits,
+    bits_ZWw: UInt64Array,
+    bits_nw: UInt64Array,
     slots_q: IntArray,
     rows_q: IntArray,
     decay: float,

@@ -6,13 +6,10 @@ Shapes: n tokens, E experts, k experts per token, B batches.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-FloatArray = NDArray[np.floating[Any]]
-IntArray = NDArray[np.integer[Any]]
+from moeless_predictors.arrays import FloatArray, IntArray
 
 
 def recall_at_k(predicted_nk: IntArray, routing_nE: FloatArray) -> float:

@@ -10,7 +10,8 @@ from typing import Self
 import numpy as np
 from numpy.typing import ArrayLike
 
-from moeless_predictors.base import FloatArray, LoadPredictor, capped_to_sum
+from moeless_predictors.arrays import FloatArray
+from moeless_predictors.base import LoadPredictor, capped_to_sum
 
 
 class PopularityPredictor(LoadPredictor):

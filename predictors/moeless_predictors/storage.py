@@ -21,15 +21,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
 import moeless_predictors
+from moeless_predictors.arrays import AnyArray
 
-AnyArray = NDArray[Any]
 Document = dict[str, Any]
 
 FORMAT = "moeless-predictor"

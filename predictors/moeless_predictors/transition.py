@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from sklearn.utils import Tags
 
-from moeless_predictors.base import FloatArray, LoadPredictor
+from moeless_predictors.arrays import FloatArray
+from moeless_predictors.base import LoadPredictor
 from moeless_predictors.popularity import decay
 
 Combination = Literal["mean", "product"]

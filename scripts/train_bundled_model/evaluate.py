@@ -14,16 +14,14 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3MoeForCausalLM
 
+from moeless.core.arrays import Float64Array
 from scripts.train_bundled_model.corpus import Document, Sum, draw_sum
 from scripts.train_bundled_model.fast_moe import FAST_EXPERTS, chunked_cross_entropy, register_fast_experts
 from scripts.train_bundled_model.tokens import END, encode_documents
 from scripts.train_bundled_model.train import backbone_forward
-
-FloatArray = npt.NDArray[np.float64]
 
 _NUM_SUMS = 50
 _SAMPLE_TOKENS = 110
@@ -53,7 +51,7 @@ class DomainScore:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
     scores: Mapping[str, DomainScore]
-    loads: Mapping[str, FloatArray]
+    loads: Mapping[str, Float64Array]
     """Share of a domain's assignments by layer and expert, shape (L, E); rows sum to 1."""
     sum_accuracy: Mapping[str, float]
     """Share of sums never trained on that are answered rightly, by the size of their numbers."""
@@ -82,7 +80,7 @@ def evaluate_model(path: Path, held_out: Mapping[str, Sequence[Document]], *, se
 @torch.no_grad()
 def _score(
     model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document]
-) -> tuple[DomainScore, FloatArray]:
+) -> tuple[DomainScore, Float64Array]:
     """Perplexity over windows of the model's whole context, and the load of every expert."""
     stream = encode_documents(tokenizer, documents)
     config = model.config
@@ -146,13 +144,13 @@ def _held_out_sum(limit: int, rng: random.Random) -> Sum:
             return drawn
 
 
-def entropy_bits(load_E: FloatArray) -> float:
+def entropy_bits(load_E: Float64Array) -> float:
     """Entropy of the choice of expert; log2(E) when every expert is chosen as often."""
     chosen = load_E[load_E > 0]
     return float(-(chosen * np.log2(chosen)).sum())
 
 
-def mean_divergence_bits(loads: Mapping[str, FloatArray], layer: int) -> float:
+def mean_divergence_bits(loads: Mapping[str, Float64Array], layer: int) -> float:
     """Mean Jensen-Shannon divergence between the domains' loads of a layer; 1 when no two share an expert."""
     rows = [load_LE[layer] for load_LE in loads.values()]
     pairs = [entropy_bits((a + b) / 2) - (entropy_bits(a) + entropy_bits(b)) / 2 for a, b in combinations(rows, 2)]

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from moeless.core.arrays import FloatArray, IntArray
 from moeless.core.cluster import Cluster, ModelShape
-from moeless.core.plan import FloatArray, IntArray, Plan
+from moeless.core.plan import Plan
 from moeless.core.policy import ResolvedPolicy, parse_policy, resolve
 from moeless.planning.observation import Observation, Planner
-from moeless.planning.planner import MoelessPlanner, PlannedSystem
+from moeless.planning.planner import MoelessPlanner, PlanningContext
 from tests.support.planning import model_of
 
 
@@ -35,15 +36,15 @@ def observed(
     )
 
 
-def system(num_layers: int, num_experts: int, cluster: Cluster, **changed: Any) -> PlannedSystem:
-    return PlannedSystem(model=model_of(num_layers, num_experts), cluster=cluster, **changed)
+def system(num_layers: int, num_experts: int, cluster: Cluster, **changed: Any) -> PlanningContext:
+    return PlanningContext(model=model_of(num_layers, num_experts), cluster=cluster, **changed)
 
 
 def policy(model: ModelShape, *, tick_s: float = 1.0, **defaults: Any) -> ResolvedPolicy:
     return resolve(parse_policy({"tickSeconds": tick_s, "defaults": defaults}), model)
 
 
-def moeless(planned: PlannedSystem, **defaults: Any) -> MoelessPlanner:
+def moeless(planned: PlanningContext, **defaults: Any) -> MoelessPlanner:
     return MoelessPlanner(policy(planned.model, **defaults), planned)
 
 

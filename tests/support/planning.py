@@ -11,8 +11,9 @@ from itertools import product
 import numpy as np
 from hypothesis import strategies as st
 
+from moeless.core.arrays import FloatArray, IntArray
 from moeless.core.cluster import Cluster, ModelShape, WorkerSpec
-from moeless.core.plan import FloatArray, IntArray, Plan
+from moeless.core.plan import Plan
 
 
 def model_of(num_layers: int, num_experts: int, *, expert_bytes: int = 1) -> ModelShape:
@@ -39,17 +40,17 @@ def cluster_of(
 
 
 @st.composite
-def clusters(draw: st.DrawFn, *, least_memory: int, most_memory: int, most_workers: int = 4) -> Cluster:
+def clusters(draw: st.DrawFn, *, min_memory: int, max_memory: int, max_workers: int = 4) -> Cluster:
     """Workers of different memory, speed and node."""
     specs = draw(
         st.lists(
             st.tuples(
-                st.integers(least_memory, most_memory),
+                st.integers(min_memory, max_memory),
                 st.sampled_from([1.0, 0.5, 1.7, 3.0]),
                 st.sampled_from(["a", "b"]),
             ),
             min_size=1,
-            max_size=most_workers,
+            max_size=max_workers,
         )
     )
     memory, speeds, nodes = zip(*specs, strict=True)
@@ -82,7 +83,7 @@ def busiest_of(plan: Plan, load_LE: FloatArray, speed_W: FloatArray) -> list[flo
     return busiest
 
 
-def least_busiest(load_E: FloatArray, speed_W: FloatArray) -> float:
+def min_busiest(load_E: FloatArray, speed_W: FloatArray) -> float:
     """Load over speed of the busiest worker at best, if every function has one instance: by trying all ways."""
     ways = np.array(list(product(range(len(speed_W)), repeat=len(load_E))))
     load_XW = np.zeros((len(ways), len(speed_W)))

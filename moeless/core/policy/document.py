@@ -14,6 +14,8 @@ from moeless.core.errors import ConfigError
 from moeless.core.policy.tree import Policy
 
 RESOURCE_KIND = "ExpertScalingPolicy"
+_RENAMED_FIELDS = {"goodEnough": "maxImbalance"}
+"""Old names, which are refused, and the new ones."""
 
 
 def load_policy(path: str | os.PathLike[str]) -> Policy:
@@ -63,6 +65,8 @@ def _told(details: ErrorDetails, tree: object, prefix: str) -> str:
     got = _shown(details["input"])
     kind, message = details["type"], details["msg"]
     match kind:
+        case "extra_forbidden" if details["loc"][-1] in _RENAMED_FIELDS:
+            return f"{path} must not be given: the field is now {_RENAMED_FIELDS[str(details['loc'][-1])]}"
         case "extra_forbidden":
             return f"{path} must not be given: no such field"
         case "missing":

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic.alias_generators import to_camel
 
+from moeless.core.arrays import BoolArray, FloatArray, IntArray
 from moeless.core.cluster import ModelShape
 from moeless.core.errors import ConfigError
 from moeless.core.expert import FunctionId
-from moeless.core.plan import BoolArray, FloatArray, IntArray
 from moeless.core.policy.tree import BUILTIN, MODEL_SETTINGS, LossyOptions, Placer, Policy, Rule, Scaler, Settings
 from moeless.core.policy.values import indices_in, memory_bytes
 
@@ -154,14 +154,14 @@ def _instances(amount: int | str, whole_bytes: int, model: ModelShape) -> int:
 def _check_bounds(
     arrays: dict[str, NDArray[Any]], origins: dict[str, list[str]], origin_LE: dict[str, IntArray]
 ) -> None:
-    least_LE, most_LE = arrays["min_replicas"], arrays["max_replicas"]
-    wrong = np.argwhere(most_LE < least_LE)
+    min_LE, max_LE = arrays["min_replicas"], arrays["max_replicas"]
+    wrong = np.argwhere(max_LE < min_LE)
     if len(wrong):
         layer, expert = wrong[0]
         by = origins["max_replicas"][origin_LE["max_replicas"][layer, expert]]
         raise ConfigError(
-            f"{by} must be >= minReplicas ({least_LE[layer, expert]}) of {FunctionId(int(layer), int(expert))}, "
-            f"got {most_LE[layer, expert]}"
+            f"{by} must be >= minReplicas ({min_LE[layer, expert]}) of {FunctionId(int(layer), int(expert))}, "
+            f"got {max_LE[layer, expert]}"
         )
 
 

@@ -72,7 +72,7 @@ class MinimalMovesPlacer(PolicyModel):
     """The same, and instances move where that gains more time than the transfer takes."""
 
     name: Literal["minimalMoves"]
-    good_enough: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.05
+    max_imbalance: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.05
     """A layer stays where its busiest worker is at most so many times as busy as in perfect balance."""
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import csc_array
 
-from moeless.core.plan import BoolArray, FloatArray, IntArray
+from moeless.core.arrays import BoolArray, FloatArray, IntArray
 from moeless.planning.affinity.search import LayerBounds
 from moeless.planning.affinity.statistics import ExpertSets
 
@@ -45,16 +45,16 @@ class Solved:
 
 
 def num_groups(num_experts: int, bounds: LayerBounds) -> int:
-    """How many groups `fewest_workers_by_groups` would look at."""
+    """How many groups `min_workers_by_groups` would look at."""
     return sum(comb(num_experts, size) for size in group_sizes(num_experts, bounds))
 
 
 def are_alike(bounds: LayerBounds) -> bool:
     """Whether the workers have the same bounds, so that they can be exchanged for one another."""
-    return bool(np.ptp(bounds.most_load_W) <= 1e-9 * bounds.most_load_W.max() and np.ptp(bounds.most_instances_W) == 0)
+    return bool(np.ptp(bounds.max_load_W) <= 1e-9 * bounds.max_load_W.max() and np.ptp(bounds.max_instances_W) == 0)
 
 
-def fewest_workers_by_groups(
+def min_workers_by_groups(
     sets: ExpertSets, bounds: LayerBounds, *, known_cost: float = np.inf, time_limit_s: float = 60.0, gap: float = 0.0
 ) -> Solved:
     """The optimal placement of a layer's experts, each once, on workers that are alike.
@@ -66,7 +66,7 @@ def fewest_workers_by_groups(
     groups_GE, cost_G = _groups(sets, bounds)
     if not len(cost_G):
         return Solved(worker_n=None, cost=np.inf, bound=known_cost)
-    num_experts, num_workers = len(bounds.load_E), len(bounds.most_load_W)
+    num_experts, num_workers = len(bounds.load_E), len(bounds.max_load_W)
     # A row for each expert, which must be hosted, and one for the workers.
     rows_RG = csc_array(np.vstack([groups_GE.T, np.ones(len(cost_G))]).astype(np.float64))
     relaxed = linprog(
@@ -85,13 +85,13 @@ def fewest_workers_by_groups(
     is_open_G = cost_G - rows_RG.T @ price_R <= known_cost - relaxed.fun + 1e-9
     if not is_open_G.any():
         return Solved(worker_n=None, cost=np.inf, bound=known_cost)
-    most_R = np.append(np.ones(num_experts), num_workers)
-    least_R = np.append(np.ones(num_experts), 0)
+    max_R = np.append(np.ones(num_experts), num_workers)
+    min_R = np.append(np.ones(num_experts), 0)
     result = milp(
         cost_G[is_open_G],
         integrality=np.ones(int(is_open_G.sum())),
         bounds=Bounds(0, 1),
-        constraints=LinearConstraint(rows_RG[:, is_open_G], least_R, most_R),
+        constraints=LinearConstraint(rows_RG[:, is_open_G], min_R, max_R),
         options={"time_limit": time_limit_s, "mip_rel_gap": gap},
     )
     if result.status == 2:
@@ -106,17 +106,17 @@ def fewest_workers_by_groups(
 
 def group_sizes(num_experts: int, bounds: LayerBounds) -> range:
     """Experts that a worker may host if all are hosted."""
-    most = min(int(bounds.most_instances_W.max()), num_experts)
-    return range(max(1, num_experts - (len(bounds.most_load_W) - 1) * most), most + 1)
+    most = min(int(bounds.max_instances_W.max()), num_experts)
+    return range(max(1, num_experts - (len(bounds.max_load_W) - 1) * most), most + 1)
 
 
 def _groups(sets: ExpertSets, bounds: LayerBounds) -> tuple[BoolArray, FloatArray]:
     """Groups that a worker may host, shape (G, E), and the share of the tokens that choose any of their experts."""
     num_experts = len(bounds.load_E)
-    most = float(bounds.most_load_W.max())
+    most = float(bounds.max_load_W.max())
     slack = 1e-9 * float(bounds.load_E.sum())
     # The others must be able to take what a worker does not.
-    least = float(bounds.load_E.sum()) - (len(bounds.most_load_W) - 1) * most
+    least = float(bounds.load_E.sum()) - (len(bounds.max_load_W) - 1) * most
     missed_UE = np.ones((len(sets.weight_U), num_experts))
     np.put_along_axis(missed_UE, sets.experts_Uk, 0.0, axis=1)
     masks, costs = [], []

@@ -19,22 +19,22 @@ import numpy as np
 from scipy.optimize import linprog
 from scipy.sparse import csc_array
 
+from moeless.core.arrays import FloatArray, IntArray
 from moeless.core.errors import ConfigError
-from moeless.core.plan import FloatArray, IntArray
 from moeless.planning.affinity.groups import are_alike, group_sizes
 from moeless.planning.affinity.search import LayerBounds
 
 _CHUNK = 500
 """Groups of the layer before priced at a time."""
-_LEAST_CHUNKS = 8
+_MIN_CHUNKS = 8
 """So many are priced even if the most valuable column is known earlier: more good columns, fewer rounds."""
-_MOST_NEW = 1500
+_MAX_NEW = 1500
 """Columns added in a round."""
 _ROUNDING = 1e-7
 """What single precision may hide of a column's worth, which is at most 1."""
 
 
-def least_hops(
+def min_hops_bound(
     transitions_EE: FloatArray,
     before: LayerBounds,
     after: LayerBounds,
@@ -52,7 +52,7 @@ def least_hops(
     """
     if not (are_alike(before) and are_alike(after)):
         raise ConfigError("bounds must be the same for all workers")
-    num_experts, num_workers = len(before.load_E), len(before.most_load_W)
+    num_experts, num_workers = len(before.load_E), len(before.max_load_W)
     groups_GE, groups_HE = _groups(before), _groups(after)
     reach_GE = groups_GE @ transitions_EE.astype(np.float32)
     workers = np.arange(num_workers)
@@ -60,7 +60,7 @@ def least_hops(
         np.hstack([one_E[np.newaxis] == workers[:, np.newaxis], other_E[np.newaxis] == workers[:, np.newaxis]])
         for one_E, other_E in known
     ]
-    most_kept = float(transitions_EE.sum())
+    max_kept = float(transitions_EE.sum())
     for _ in range(max_rounds):
         columns_C = np.concatenate(columns).astype(np.float64)
         before_CE, after_CE = columns_C[:, :num_experts], columns_C[:, num_experts:]
@@ -75,14 +75,14 @@ def least_hops(
         assert solved.success, solved.message  # what is known is feasible
         price_E, worker_price = -solved.eqlin.marginals, max(-float(solved.ineqlin.marginals[0]), 0.0)
         excess, new = _worth_more(
-            reach_GE, groups_GE, groups_HE, price_E.astype(np.float32), worker_price, int(after.most_instances_W.max())
+            reach_GE, groups_GE, groups_HE, price_E.astype(np.float32), worker_price, int(after.max_instances_W.max())
         )
         proved = float(price_E.sum()) + num_workers * (worker_price + max(excess, 0.0) + _ROUNDING)
-        most_kept = min(most_kept, proved)
-        if not len(new) or most_kept <= -solved.fun * (1 + tolerance):
+        max_kept = min(max_kept, proved)
+        if not len(new) or max_kept <= -solved.fun * (1 + tolerance):
             break
         columns.append(new)
-    return float(transitions_EE.sum()) - most_kept
+    return float(transitions_EE.sum()) - max_kept
 
 
 def _worth_more(
@@ -91,20 +91,20 @@ def _worth_more(
     groups_HE: FloatArray,
     price_E: FloatArray,
     worker_price: float,
-    most_after: int,
+    max_after: int,
 ) -> tuple[float, FloatArray]:
     """The most by which a column is worth more than its price, and columns that are."""
     num_experts = groups_GE.shape[1]
     worth_GE = reach_GE - price_E[num_experts:]
     cost_G = groups_GE @ price_E[:num_experts] + np.float32(worker_price)
     # With the best experts after, whatever their load: no group before is worth more than this.
-    best_G = np.maximum(-np.sort(-worth_GE, axis=1)[:, :most_after], 0).sum(axis=1) - cost_G
+    best_G = np.maximum(-np.sort(-worth_GE, axis=1)[:, :max_after], 0).sum(axis=1) - cost_G
     order_G = np.argsort(-best_G, kind="stable")
     most, worth, found = -np.inf, [], []
     for begin in range(0, len(order_G), _CHUNK):
         chunk_g = order_G[begin : begin + _CHUNK]
         ceiling = float(best_G[chunk_g[0]])
-        if ceiling <= most or (ceiling <= 0 and begin >= _LEAST_CHUNKS * _CHUNK):
+        if ceiling <= most or (ceiling <= 0 and begin >= _MIN_CHUNKS * _CHUNK):
             break
         excess_gH = worth_GE[chunk_g] @ groups_HE.T
         mate_g = np.argmax(excess_gH, axis=1)
@@ -113,14 +113,14 @@ def _worth_more(
         is_new_g = excess_g > _ROUNDING
         worth.append(excess_g[is_new_g])
         found.append(np.hstack([groups_GE[chunk_g[is_new_g]], groups_HE[mate_g[is_new_g]]]))
-    order = np.argsort(-np.concatenate(worth), kind="stable")[:_MOST_NEW]
+    order = np.argsort(-np.concatenate(worth), kind="stable")[:_MAX_NEW]
     return most, np.concatenate(found)[order]
 
 
 def _groups(bounds: LayerBounds) -> FloatArray:
     """Groups that a worker may host, shape (G, E)."""
-    num_experts, num_workers = len(bounds.load_E), len(bounds.most_load_W)
-    most, total = float(bounds.most_load_W.max()), float(bounds.load_E.sum())
+    num_experts, num_workers = len(bounds.load_E), len(bounds.max_load_W)
+    most, total = float(bounds.max_load_W.max()), float(bounds.load_E.sum())
     slack = 1e-9 * total
     masks = []
     for size in group_sizes(num_experts, bounds):

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from moeless.core.arrays import FloatArray
 from moeless.core.errors import ConfigError
 from moeless.core.expert import FunctionId
-from moeless.core.plan import FloatArray, Plan
+from moeless.core.plan import Plan
 from moeless.planning.affinity.statistics import AffinityStatistics, ExpertSets
 
 

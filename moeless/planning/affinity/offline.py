@@ -14,14 +14,15 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from moeless.core.arrays import FloatArray, IntArray
 from moeless.core.cluster import Cluster, ModelShape
 from moeless.core.errors import ConfigError
 from moeless.core.expert import FunctionId
-from moeless.core.plan import FloatArray, IntArray, Plan
-from moeless.planning.affinity.groups import are_alike, fewest_workers_by_groups, num_groups
+from moeless.core.plan import Plan
+from moeless.planning.affinity.groups import are_alike, min_workers_by_groups, num_groups
 from moeless.planning.affinity.metrics import checked_shares, workers_touched_L
 from moeless.planning.affinity.online import AffinityConfig, layer_bounds, layer_spans, moved_plan
-from moeless.planning.affinity.programme import SolverLimits, fewest_hops_beside, fewest_workers
+from moeless.planning.affinity.programme import SolverLimits, min_hops_beside, min_workers
 from moeless.planning.affinity.search import LayerBounds
 from moeless.planning.affinity.statistics import AffinityStatistics
 
@@ -62,7 +63,7 @@ class OptimalPlan:
     between what it found and the optimum beside the layer's neighbours, in pairs kept."""
 
 
-def fewest_workers_plan(
+def min_workers_plan(
     start: Plan,
     statistics: AffinityStatistics,
     load_LE: FloatArray,
@@ -97,12 +98,12 @@ def fewest_workers_plan(
         within = _within_memory(given, worker_LE[layer], spare_W)
         sets = statistics.sets[layer]
         if are_alike(within) and num_groups(start.num_experts, within) <= config.max_groups:
-            solved = fewest_workers_by_groups(
+            solved = min_workers_by_groups(
                 sets, within, known_cost=float(cost_L[layer]), time_limit_s=config.limits.time_limit_s,
                 gap=config.limits.gap,
             )  # fmt: skip
         else:
-            solved = fewest_workers(sets, within, limits=config.limits, max_sets=config.max_sets)
+            solved = min_workers(sets, within, limits=config.limits, max_sets=config.max_sets)
         bound_L[layer] = min(solved.bound, cost_L[layer])
         if solved.worker_n is not None and solved.cost < cost_L[layer] - 1e-9:
             named_E = _named_alike(solved.worker_n, worker_LE[layer], start.num_workers)
@@ -112,7 +113,7 @@ def fewest_workers_plan(
     return OptimalPlan(plan=moved_plan(start, worker_LE.reshape(-1)), bound_L=bound_L, gap=max(gap, 0.0))
 
 
-def fewest_hops_plan(
+def min_hops_plan(
     start: Plan,
     statistics: AffinityStatistics,
     load_LE: FloatArray,
@@ -125,7 +126,7 @@ def fewest_hops_plan(
 ) -> OptimalPlan:
     """Fewest hops, each layer optimal given its neighbours, until no layer gets better. Replicas keep their shares.
 
-    Args: bounds: as in `fewest_workers_plan`.
+    Args: bounds: as in `min_workers_plan`.
     """
     config = config or ProgrammeConfig()
     checked_shares(start, statistics)
@@ -147,7 +148,7 @@ def fewest_hops_plan(
                 kept_EW += statistics.transitions_LEE[layer] @ shares_LEW[layer + 1]
             spare_W = cluster.capacity_W(model) - np.bincount(worker_N, minlength=start.num_workers)
             within = _within_memory(given[layer], worker_N[span], spare_W)
-            solved = fewest_hops_beside(kept_EW, expert_n, share_n, within, limits=config.limits)
+            solved = min_hops_beside(kept_EW, expert_n, share_n, within, limits=config.limits)
             cost = -float((share_n * kept_EW[expert_n, worker_N[span]]).sum())
             if solved.worker_n is not None and solved.cost < cost - 1e-9:
                 worker_N[span] = solved.worker_n
@@ -163,7 +164,7 @@ def fewest_hops_plan(
 def _within_memory(bounds: LayerBounds, worker_n: IntArray, spare_W: IntArray) -> LayerBounds:
     """The bounds, and no more instances than memory is left for."""
     hosted_W = np.bincount(worker_n, minlength=len(spare_W))
-    return replace(bounds, most_instances_W=np.minimum(bounds.most_instances_W, hosted_W + spare_W))
+    return replace(bounds, max_instances_W=np.minimum(bounds.max_instances_W, hosted_W + spare_W))
 
 
 def _named_alike(worker_n: IntArray, before_n: IntArray, num_workers: int) -> IntArray:

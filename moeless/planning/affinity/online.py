@@ -21,12 +21,14 @@ from typing import Literal
 
 import numpy as np
 
+from moeless.core.arrays import FloatArray, IntArray
 from moeless.core.cluster import Cluster, ModelShape
 from moeless.core.errors import ConfigError
-from moeless.core.plan import FloatArray, IntArray, Plan
+from moeless.core.plan import Plan
 from moeless.planning.affinity.metrics import check_same_model, hops, touched
 from moeless.planning.affinity.search import HopsCost, LayerBounds, LayerSearch, Step, WorkersCost, bounds_of
 from moeless.planning.affinity.statistics import AffinityStatistics
+from moeless.planning.load_check import check_load
 
 Objective = Literal["workers", "hops"]
 
@@ -98,9 +100,7 @@ def place_by_affinity(
     """
     config = config or AffinityConfig()
     check_same_model(start, statistics)
-    shape = (start.num_layers, start.num_experts)
-    if load_LE.shape != shape or not (np.isfinite(load_LE).all() and load_LE.min() >= 0):
-        raise ConfigError(f"load_LE must be finite, >= 0 and of the shape {shape}, got {load_LE.shape}")
+    check_load("load_LE", load_LE, (start.num_layers, start.num_experts))
     if start.num_workers != cluster.num_workers:
         raise ConfigError(f"start must be a plan for {cluster.num_workers} workers, got one for {start.num_workers}")
     search = _PlanSearch(start, statistics, load_LE, cluster, model, config)
@@ -205,7 +205,7 @@ class _PlanSearch:
 
     def descend(self, *, max_moves: int | None = None, min_gain: float = 0.0) -> None:
         """Best step of any layer first, until none lowers the cost or the moves are spent."""
-        least_gain = 0.0 if max_moves is None else min_gain * self.cost / max(len(self._layers), 1)
+        threshold = 0.0 if max_moves is None else min_gain * self.cost / max(len(self._layers), 1)
         while True:
             left = None if max_moves is None else max_moves - sum(layer.num_moved for layer in self._layers)
             if left is not None and left < 2:
@@ -214,7 +214,7 @@ class _PlanSearch:
                 self._steps[layer] = self._best_step(layer, left)
             self._stale = set()
             found = [(step.change / len(step.moves), layer) for layer, step in enumerate(self._steps) if step]
-            if not found or -min(found)[0] < least_gain:
+            if not found or -min(found)[0] < threshold:
                 return
             self._apply(min(found)[1])
 

@@ -1,10 +1,10 @@
 """Integer programmes of affinity-aware placement, solved with HiGHS (scipy.optimize.milp), for plans made offline.
 
-- `fewest_workers`: a layer whose experts are hosted once each, by a variable for each set and worker: touched[u, w] ≥
+- `min_workers`: a layer whose experts are hosted once each, by a variable for each set and worker: touched[u, w] ≥
   x[e, w] for every expert e of set u. Works for workers that differ; affinity.groups proves more where they do not.
-- `fewest_hops_beside`: a layer given its neighbours: a generalised assignment, which is solved fast. MoETuner (arXiv
+- `min_hops_beside`: a layer given its neighbours: a generalised assignment, which is solved fast. MoETuner (arXiv
   2502.06643) goes so from layer to layer.
-- `fewest_hops`: all layers at once, the quadratic objective of ExFlow (arXiv 2401.08383) linearised: both[e, f, w] ≤
+- `min_hops`: all layers at once, the quadratic objective of ExFlow (arXiv 2401.08383) linearised: both[e, f, w] ≤
   x[e, w] and ≤ y[f, w]. For small cases.
 
 Where workers are alike, expert e of the (first) layer may only be on workers 0 to e, which leaves one of each kind of
@@ -21,8 +21,8 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array, eye_array, hstack, kron
 
+from moeless.core.arrays import FloatArray, IntArray
 from moeless.core.errors import ConfigError
-from moeless.core.plan import FloatArray, IntArray
 from moeless.planning.affinity.groups import Solved, are_alike
 from moeless.planning.affinity.metrics import hops, touched
 from moeless.planning.affinity.search import LayerBounds
@@ -45,7 +45,7 @@ class SolverLimits:
             raise ConfigError(f"solver.gap must be at least 0, got {self.gap}")
 
 
-def fewest_workers(
+def min_workers(
     sets: ExpertSets, bounds: LayerBounds, *, limits: SolverLimits | None = None, max_sets: int | None = None
 ) -> Solved:
     """A placement of a layer's experts, each once, on workers of any kind.
@@ -55,7 +55,7 @@ def fewest_workers(
             is that of all sets, and the bound holds for all.
     """
     limits = limits or SolverLimits()
-    num_experts, num_workers = len(bounds.load_E), len(bounds.most_load_W)
+    num_experts, num_workers = len(bounds.load_E), len(bounds.max_load_W)
     heaviest = np.sort(np.argsort(-sets.weight_U, kind="stable")[:max_sets])
     experts_Uk, weight_U = sets.experts_Uk[heaviest], sets.weight_U[heaviest]
     num_sets, top_k = experts_Uk.shape
@@ -90,7 +90,7 @@ def fewest_workers(
     return Solved(worker_n=worker_n, cost=cost, bound=min(bound, cost))
 
 
-def fewest_hops_beside(
+def min_hops_beside(
     kept_EW: FloatArray,
     expert_n: IntArray,
     share_n: FloatArray,
@@ -103,7 +103,7 @@ def fewest_hops_beside(
     Its cost is minus the pairs kept.
     """
     limits = limits or SolverLimits()
-    num_workers = len(bounds.most_load_W)
+    num_workers = len(bounds.max_load_W)
     gain_nW = share_n[:, np.newaxis] * kept_EW[expert_n]
     result = milp(
         -gain_nW.reshape(-1),
@@ -123,12 +123,10 @@ def fewest_hops_beside(
     return Solved(worker_n=worker_n, cost=cost, bound=min(bound, cost))
 
 
-def fewest_hops(
-    transitions_LEE: FloatArray, bounds: list[LayerBounds], *, limits: SolverLimits | None = None
-) -> Solved:
+def min_hops(transitions_LEE: FloatArray, bounds: list[LayerBounds], *, limits: SolverLimits | None = None) -> Solved:
     """A placement of all layers' experts, each once; `worker_n` is layer after layer, the cost the sum of hops."""
     limits = limits or SolverLimits()
-    num_layers, num_experts, num_workers = len(bounds), len(bounds[0].load_E), len(bounds[0].most_load_W)
+    num_layers, num_experts, num_workers = len(bounds), len(bounds[0].load_E), len(bounds[0].max_load_W)
     per_layer = num_experts * num_workers
     num_placing = num_layers * per_layer
     layer_P, before_P, after_P = np.nonzero(transitions_LEE)
@@ -181,13 +179,13 @@ def _placing_rows(
     expert_n: IntArray, tokens_n: FloatArray, bounds: LayerBounds
 ) -> list[tuple[coo_array, FloatArray | float, FloatArray | float]]:
     """Rows over x[n, w]: each instance on one worker, workers within their bounds, no expert twice on a worker."""
-    num_workers = len(bounds.most_load_W)
+    num_workers = len(bounds.max_load_W)
     slack = 1e-9 * float(bounds.load_E.sum())
     each = eye_array(num_workers)
     rows: list[tuple[coo_array, FloatArray | float, FloatArray | float]] = [
         (kron(eye_array(len(expert_n)), np.ones((1, num_workers))), 1.0, 1.0),
-        (kron(np.ones((1, len(expert_n))), each), -np.inf, bounds.most_instances_W.astype(np.float64)),
-        (kron(tokens_n[np.newaxis], each), -np.inf, bounds.most_load_W + slack),
+        (kron(np.ones((1, len(expert_n))), each), -np.inf, bounds.max_instances_W.astype(np.float64)),
+        (kron(tokens_n[np.newaxis], each), -np.inf, bounds.max_load_W + slack),
     ]
     experts_F, which_n, count_F = np.unique(expert_n, return_inverse=True, return_counts=True)
     if (count_F > 1).any():
@@ -200,7 +198,7 @@ def _placing_rows(
 
 def _allowed(num_experts: int, bounds: LayerBounds) -> FloatArray:
     """Upper bounds of x[e, w]: with workers that are alike, expert e is on one of the first e + 1."""
-    num_workers = len(bounds.most_load_W)
+    num_workers = len(bounds.max_load_W)
     allowed_EW = np.ones((num_experts, num_workers))
     if are_alike(bounds):
         allowed_EW = np.tril(allowed_EW)

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moeless.core.plan import FloatArray, IntArray
+from moeless.core.arrays import FloatArray, IntArray
 from moeless.planning.affinity.statistics import ExpertSets
 
-_LEAST_GAIN = 1e-9
+_MIN_GAIN = 1e-9
 """Below it is rounding: costs are at most the number of experts per token."""
 
 
@@ -30,9 +30,9 @@ class LayerBounds:
 
     load_E: FloatArray
     """Of each expert, in any unit."""
-    most_load_W: FloatArray
+    max_load_W: FloatArray
     """That each worker may get, in the same unit."""
-    most_instances_W: IntArray
+    max_instances_W: IntArray
     """That each worker may host of this layer."""
 
 
@@ -146,8 +146,8 @@ class LayerSearch:
         self._home_n = worker_n.copy()
         self._tokens_n = bounds.load_E[expert_n] * share_n
         self._slack = 1e-9 * float(bounds.load_E.sum())
-        self._mean_load = max(float(self._tokens_n.sum()) / len(bounds.most_load_W), 1e-300)
-        num_workers = len(bounds.most_load_W)
+        self._mean_load = max(float(self._tokens_n.sum()) / len(bounds.max_load_W), 1e-300)
+        num_workers = len(bounds.max_load_W)
         self.shares_EW = np.zeros((len(bounds.load_E), num_workers))
         self._hosts_EW = np.zeros(self.shares_EW.shape, dtype=np.bool_)
         self.shares_EW[expert_n, worker_n] = share_n
@@ -158,8 +158,8 @@ class LayerSearch:
     @property
     def is_within_bounds(self) -> bool:
         """Whether no worker gets or hosts more than it may."""
-        is_busy = (self._load_W > self._bounds.most_load_W + 2 * self._slack).any()
-        return not is_busy and not (self.hosted_W > self._bounds.most_instances_W).any()
+        is_busy = (self._load_W > self._bounds.max_load_W + 2 * self._slack).any()
+        return not is_busy and not (self.hosted_W > self._bounds.max_instances_W).any()
 
     @property
     def num_moved(self) -> int:
@@ -180,7 +180,7 @@ class LayerSearch:
         change_nn = self._swap_changes_nn()
         steps.append(self._best_of(change_nn, self._swapped_away_nn(), max_moved, is_swap=True))
         best = min(steps, key=lambda step: step.change / len(step.moves))
-        return best if best.change < -_LEAST_GAIN else None
+        return best if best.change < -_MIN_GAIN else None
 
     def apply(self, step: Step) -> None:
         """Make the step."""
@@ -225,7 +225,7 @@ class LayerSearch:
         linear_nW = self.cost.linear_EW[self.expert_n]
         own_n1 = np.take_along_axis(linear_nW, self.worker_n[:, np.newaxis], axis=1)
         change_nW: FloatArray = self.share_n[:, np.newaxis] * (linear_nW - own_n1)
-        is_full_W = (self.hosted_W >= self._bounds.most_instances_W) | (spare_W <= 0)
+        is_full_W = (self.hosted_W >= self._bounds.max_instances_W) | (spare_W <= 0)
         change_nW[self._hosts_EW[self.expert_n] | is_full_W] = np.inf
         change_nW += self._charge(np.arange(len(self._load_W)), self._tokens_n[:, np.newaxis])
         change_nW += self._charge(self.worker_n, -self._tokens_n)[:, np.newaxis]
@@ -246,7 +246,7 @@ class LayerSearch:
 
     def _charge(self, workers: IntArray, more: FloatArray) -> FloatArray:
         """What it costs in excess load if these workers (the last axis) get so many tokens more."""
-        load, most = self._load_W[workers], self._bounds.most_load_W[workers]
+        load, most = self._load_W[workers], self._bounds.max_load_W[workers]
         if np.isinf(self.price):
             return np.where((load + more > most + self._slack) & (more > 0), np.inf, 0.0)
         charge: FloatArray = np.maximum(load + more - most, 0.0) - np.maximum(load - most, 0.0)
@@ -287,6 +287,4 @@ def bounds_of(
     load_W = np.bincount(worker_n, tokens_n, len(speed_W))
     level = max(max_imbalance * tokens_n.sum() / speed_W.sum(), float((load_W / speed_W).max()))
     hosted_W = np.bincount(worker_n, minlength=len(speed_W))
-    return LayerBounds(
-        load_E=load_E, most_load_W=level * speed_W, most_instances_W=np.maximum(max_instances_W, hosted_W)
-    )
+    return LayerBounds(load_E=load_E, max_load_W=level * speed_W, max_instances_W=np.maximum(max_instances_W, hosted_W))

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moeless.core.arrays import FloatArray, IntArray
 from moeless.core.errors import ConfigError
-from moeless.core.plan import FloatArray, IntArray
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)

@@ -11,7 +11,7 @@ from moeless.core.errors import ConfigError
 from moeless.core.plan import Plan
 from moeless.planning.observation import Observation
 from moeless.planning.place import PlacementConfig, equal_shares, place
-from moeless.planning.planner import PlannedSystem, are_same, hosted_instances
+from moeless.planning.planner import PlanningContext, are_same, hosted_instances
 from moeless.planning.scale import Limits, Stabiliser, fit_budgets, fit_workers, replicas_by_cv
 
 
@@ -28,7 +28,7 @@ class PaperPlanner:
 
     def __init__(
         self,
-        system: PlannedSystem,
+        system: PlanningContext,
         *,
         max_cv: float = 0.2,
         keep_alive_s: float = 30.0,
@@ -65,12 +65,12 @@ class PaperPlanner:
         none_LE = np.zeros_like(used_LE)
         first_LE = fit_budgets(
             used_LE,
-            Limits(least_LE=none_LE, most_LE=used_LE, budget_L=budget_L),
+            Limits(min_LE=none_LE, max_LE=used_LE, budget_L=budget_L),
             load_LE=load_LE,
             wanted_LE=used_LE,
             budget=system.capacity,
         )
-        limits = Limits(least_LE=first_LE, most_LE=np.full_like(first_LE, shape[2]), budget_L=budget_L)
+        limits = Limits(min_LE=first_LE, max_LE=np.full_like(first_LE, shape[2]), budget_L=budget_L)
         wanted_LE = replicas_by_cv(
             np.where(first_LE > 0, load_LE, 0.0), limits, max_cv_L=np.full(shape[0], self._max_cv)
         )

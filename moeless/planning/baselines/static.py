@@ -18,9 +18,10 @@ from heapq import heapify, heappop, heappush
 
 import numpy as np
 
+from moeless.core.arrays import FloatArray, IntArray
 from moeless.core.cluster import Cluster, ModelShape
 from moeless.core.errors import ConfigError
-from moeless.core.plan import FloatArray, IntArray, Plan
+from moeless.core.plan import Plan
 from moeless.planning.observation import Observation
 from moeless.planning.place.heaviest_first import InfeasiblePlacementError, check_counts, heaviest_first
 
@@ -215,7 +216,7 @@ class EplbPlanner:
 
     cluster: Cluster
     model: ModelShape
-    redundant: int = 0
+    spare_replicas: int = 0
     """Instances of each layer beyond one for each expert."""
     interval_steps: int = 3000
     """vLLM's default; SGLang's is 1000."""
@@ -229,7 +230,7 @@ class EplbPlanner:
     _planned_at: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name, least in (("redundant", 0), ("interval_steps", 1), ("window_steps", 1)):
+        for name, least in (("spare_replicas", 0), ("interval_steps", 1), ("window_steps", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"eplb.{name} must be at least {least}, got {getattr(self, name)}")
 
@@ -242,7 +243,7 @@ class EplbPlanner:
         self._planned_at = observation.num_steps
         load_LE = self._load_LE(observation.window_LE)
         counts_LE = np.ones((self.model.num_layers, self.model.num_experts), dtype=np.int64)
-        counts_LE[:, 0] += self.redundant  # EPLB takes the number of slots from them and chooses itself
+        counts_LE[:, 0] += self.spare_replicas  # EPLB takes the number of slots from them and chooses itself
         if self.num_groups is None:
             plan = eplb_global(counts_LE, load_LE, self.cluster, self.model)
         else:

@@ -18,9 +18,9 @@ from collections import deque
 
 import numpy as np
 
+from moeless.core.arrays import BoolArray, FloatArray, IntArray
 from moeless.core.cluster import Cluster, ModelShape
 from moeless.core.errors import ConfigError
-from moeless.core.plan import BoolArray, FloatArray, IntArray
 from moeless_predictors.compiled import compiled
 
 
@@ -81,7 +81,7 @@ def heaviest_first(
         quota_W = np.ceil(capacity_W * part_L[layer] - 1e-9).astype(np.int64) - hosted_LW[layer]
         is_single_E = (counts_LE[layer] == 1) & spreads_singles
         load_W, singles_W = _computed(has_EW, weight_E, is_single_E)
-        singles_W = most_singles(is_single_E, cluster.num_workers) - singles_W
+        singles_W = max_singles(is_single_E, cluster.num_workers) - singles_W
         experts = np.repeat(np.arange(model.num_experts), add_LE[layer])
         experts = experts[np.argsort(-weight_E[experts], kind="stable")]
         placed = 0
@@ -127,7 +127,7 @@ def _computed(has_EW: BoolArray, weight_E: FloatArray, is_single_E: BoolArray) -
     return weight_W, singles_W
 
 
-def most_singles(is_single_E: BoolArray, num_workers: int) -> int:
+def max_singles(is_single_E: BoolArray, num_workers: int) -> int:
     """Functions with a single instance that a worker hosts at most, if they are spread in equal numbers."""
     return -(-int(np.count_nonzero(is_single_E)) // num_workers)
 

@@ -14,15 +14,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moeless.core.arrays import BoolArray, FloatArray, IntArray
 from moeless.core.cluster import Cluster, ModelShape
-from moeless.core.plan import BoolArray, FloatArray, IntArray
-from moeless.planning.place.heaviest_first import most_singles
+from moeless.planning.place.heaviest_first import max_singles
 from moeless.planning.place.shares import descend
 from moeless_predictors.compiled import compiled
 
 _PATIENCE = 3
 """Stop trying for a layer after so many steps that made nothing better."""
-_LEAST_GAIN = 1e-9
+_MIN_GAIN = 1e-9
 """Relative; below it is rounding."""
 
 
@@ -31,20 +31,22 @@ class TransferTimes:
     """Seconds of bringing an instance to a worker by the fastest way: from a worker that has it, or from the host."""
 
     node_W: IntArray
-    load_s: float
+    fetch_s: float
     local_s: float
     remote_s: float
 
     @classmethod
     def of(cls, cluster: Cluster, model: ModelShape) -> TransferTimes:
-        load_s, local_s, remote_s = (
+        fetch_s, local_s, remote_s = (
             model.expert_bytes / bytes_per_s
-            for bytes_per_s in (cluster.load_bytes_per_s, cluster.local_bytes_per_s, cluster.remote_bytes_per_s)
+            for bytes_per_s in (cluster.fetch_bytes_per_s, cluster.local_bytes_per_s, cluster.remote_bytes_per_s)
         )
-        return cls(node_W=cluster.node_W, load_s=load_s, local_s=min(load_s, local_s), remote_s=min(load_s, remote_s))
+        return cls(
+            node_W=cluster.node_W, fetch_s=fetch_s, local_s=min(fetch_s, local_s), remote_s=min(fetch_s, remote_s)
+        )
 
     @property
-    def least_s(self) -> float:
+    def min_s(self) -> float:
         """Of any way."""
         return min(self.local_s, self.remote_s)
 
@@ -54,7 +56,7 @@ class MoveLimits:
     """When moving instances of a layer is worth it."""
 
     max_moves: int
-    good_enough: float
+    max_imbalance: float
     """Stop once busiest over perfectly balanced is at most this."""
     value_s: float
     """Seconds gained over the plan's time in force, for each token less on the busiest worker of speed 1."""
@@ -103,11 +105,11 @@ def improve_layer(
         free_W.astype(np.int64),
         speed_W.astype(np.float64),
         limits.max_moves,
-        limits.good_enough,
+        limits.max_imbalance,
         limits.value_s,
-        most_singles(count_F == 1, len(speed_W)) if limits.spreads_singles else len(starts_F),
+        max_singles(count_F == 1, len(speed_W)) if limits.spreads_singles else len(starts_F),
         transfers.node_W,
-        (transfers.load_s, transfers.local_s, transfers.remote_s),
+        (transfers.fetch_s, transfers.local_s, transfers.remote_s),
     )
     return LayerMoves(best_worker_n, best_share_n, num_moves)
 
@@ -123,9 +125,9 @@ def _improve(
     free_W: IntArray,
     speed_W: FloatArray,
     max_moves: int,
-    good_enough: float,
+    max_imbalance: float,
     value_s: float,
-    most_single: int,
+    max_single: int,
     node_W: IntArray,
     transfer_s: tuple[float, float, float],
 ) -> tuple[IntArray, FloatArray, int]:
@@ -147,7 +149,7 @@ def _improve(
     ideal = load_W.sum() / speed_W.sum()
     start = busiest = (load_W / speed_W).max()
     best_net, spent_s, num_moves, worse = 0.0, 0.0, 0, 0
-    while busiest > good_enough * ideal and worse < _PATIENCE and num_moves < max_moves:
+    while busiest > max_imbalance * ideal and worse < _PATIENCE and num_moves < max_moves:
         first, first_target, second, second_target = _best_step(
             function_n,
             worker_n,
@@ -157,7 +159,7 @@ def _improve(
             bounds_F1,
             free_W,
             speed_W,
-            most_single - singles_W,
+            max_single - singles_W,
             max_moves - num_moves,
         )
         if first < 0:
@@ -228,7 +230,7 @@ def _best_step(
     num_workers = len(speed_W)
     busiest = int(np.argmax(load_W / speed_W))
     high, speed = load_W[busiest], speed_W[busiest]
-    best = _LEAST_GAIN * high * high
+    best = _MIN_GAIN * high * high
     step = (-1, -1, -1, -1)
     for n in range(len(worker_n)):
         if worker_n[n] != busiest or tokens_n[n] <= 0:

@@ -11,9 +11,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from moeless.core.arrays import BoolArray, FloatArray, IntArray
 from moeless.core.cluster import Cluster, ModelShape
 from moeless.core.errors import ConfigError
-from moeless.core.plan import BoolArray, FloatArray, IntArray, Plan
+from moeless.core.plan import Plan
+from moeless.planning.load_check import check_load
 from moeless.planning.place.heaviest_first import check_counts, heaviest_first
 from moeless.planning.place.moves import MoveLimits, TransferTimes, improve_layer
 from moeless.planning.place.shares import busiest_L, ideal_L, settled_shares
@@ -26,7 +28,7 @@ class PlacementConfig:
 
     max_moves: int = 16
     """Instances that may change their worker in one plan, beside those that counts add. 0: warm ones stay."""
-    good_enough: float = 1.05
+    max_imbalance: float = 1.05
     """Leave a layer's instances where they are if its busiest worker is at most so many times as busy as in perfect
     balance: what is left to gain is within what the load changes by from one window to the next."""
     share_tolerance: float = 0.01
@@ -43,8 +45,8 @@ class PlacementConfig:
     def __post_init__(self) -> None:
         if self.max_moves < 0:
             raise ConfigError(f"placement.max_moves must be at least 0, got {self.max_moves}")
-        if not self.good_enough >= 1:
-            raise ConfigError(f"placement.good_enough must be at least 1, got {self.good_enough}")
+        if not self.max_imbalance >= 1:
+            raise ConfigError(f"placement.max_imbalance must be at least 1, got {self.max_imbalance}")
         for name in ("share_tolerance", "token_s", "horizon_steps"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"placement.{name} must be at least 0, got {getattr(self, name)}")
@@ -75,8 +77,7 @@ def place(
     """
     config = config or PlacementConfig()
     check_counts(counts_LE, cluster, model)
-    if load_LE.shape != counts_LE.shape or not (np.isfinite(load_LE).all() and load_LE.min() >= 0):
-        raise ConfigError(f"load_LE must be finite, >= 0 and of the shape {counts_LE.shape}, got {load_LE.shape}")
+    check_load("work_LE", load_LE, counts_LE.shape)
     plan = _with_counts(counts_LE, load_LE, cluster, model, previous, spreads_singles=config.spreads_singles)
     share_N, load_LW = settled_shares(
         plan.layer_N, plan.expert_N, plan.worker_N, plan.share_N, load_LE, cluster.speed_W,
@@ -209,16 +210,16 @@ def _rebalanced(
         return plan
     speed_W = cluster.speed_W
     busy_L, balanced_L = busiest_L(load_LW, speed_W), ideal_L(load_LW, speed_W)
-    excess_L = busy_L - config.good_enough * balanced_L
+    excess_L = busy_L - config.max_imbalance * balanced_L
     transfers = TransferTimes.of(cluster, model)
     limits = MoveLimits(
         max_moves=config.max_moves,
-        good_enough=config.good_enough,
+        max_imbalance=config.max_imbalance,
         value_s=config.token_s * config.horizon_steps,
         spreads_singles=config.spreads_singles,
     )
     # No more can be gained in a layer than its distance from balance.
-    is_open_L = (excess_L > 0) & ((busy_L - balanced_L) * limits.value_s > transfers.least_s)
+    is_open_L = (excess_L > 0) & ((busy_L - balanced_L) * limits.value_s > transfers.min_s)
     if not is_open_L.any():
         return plan
     free_W = cluster.capacity_W(model) - np.bincount(plan.worker_N, minlength=cluster.num_workers)

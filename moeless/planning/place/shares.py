@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from scipy.optimize import linprog
 from scipy.sparse import coo_array
 
-from moeless.core.plan import FloatArray, IntArray, Plan
+from moeless.core.arrays import FloatArray, IntArray
+from moeless.core.plan import Plan
 from moeless_predictors.compiled import compiled
 
 _MAX_SWEEPS = 12

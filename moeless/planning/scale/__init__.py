@@ -3,7 +3,7 @@ but where the arguments say so.
 """
 
 from moeless.planning.scale.benefit import replicas_by_benefit
-from moeless.planning.scale.budget import fit_budgets, fit_workers, least_replicas
+from moeless.planning.scale.budget import fit_budgets, fit_workers, min_replicas
 from moeless.planning.scale.replicas import Limits, replicas_by_cv, replicas_min_max
 from moeless.planning.scale.stabilise import Stabiliser
 
@@ -12,7 +12,7 @@ __all__ = [
     "Stabiliser",
     "fit_budgets",
     "fit_workers",
-    "least_replicas",
+    "min_replicas",
     "replicas_by_benefit",
     "replicas_by_cv",
     "replicas_min_max",

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from moeless.core.plan import FloatArray, IntArray
+from moeless.core.arrays import FloatArray, IntArray
 from moeless.planning.scale.replicas import Extras, Limits, extras_in_order
 
 
@@ -44,11 +44,11 @@ def replicas_by_benefit(
     Source: the spending of a global budget is CRAFT's; there the benefit is found by replaying a trace.
     """
     enough_L = worker_share * load_LE.sum(axis=1) / num_workers
-    room_L = np.minimum(limits.budget_L - limits.least_LE.sum(axis=1), num_extras)
+    room_L = np.minimum(limits.budget_L - limits.min_LE.sum(axis=1), num_extras)
     extras = extras_in_order(load_LE, limits, room_L=room_L, enough_L=enough_L)
     choices = _choices(load_LE, limits, extras, num_workers, seconds or _proportional)
     given_L = _spend(choices, num_extras)
-    return extras.counts_LE(limits.least_LE, extras.rank_X < given_L[extras.layer_X])
+    return extras.counts_LE(limits.min_LE, extras.rank_X < given_L[extras.layer_X])
 
 
 def _choices(
@@ -56,11 +56,11 @@ def _choices(
 ) -> list[tuple[IntArray, FloatArray]]:
     """Of each layer, numbers of extras rising from 0, and the times that fall with them."""
     layer_X, replicas_X = extras.layer_X, extras.replicas_X
-    full_LE = extras.counts_LE(limits.least_LE, np.ones(len(layer_X), dtype=np.bool_))
+    full_LE = extras.counts_LE(limits.min_LE, np.ones(len(layer_X), dtype=np.bool_))
     # The heaviest replica after some extras is the one whom the next would relieve, or one that none relieves.
     last_L = (load_LE / np.maximum(full_LE, 1)).max(axis=1, initial=0.0)
-    least_LE = np.maximum(limits.least_LE, 1)
-    work_L = (limits.least_LE * seconds(load_LE / least_LE)).sum(axis=1)
+    min_LE = np.maximum(limits.min_LE, 1)
+    work_L = (limits.min_LE * seconds(load_LE / min_LE)).sum(axis=1)
     before_s_X = seconds(extras.load_X)
     more_X = (replicas_X + 1) * seconds(extras.load_X * replicas_X / (replicas_X + 1)) - replicas_X * before_s_X
 

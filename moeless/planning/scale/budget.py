@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from moeless.core.plan import BoolArray, FloatArray, IntArray
+from moeless.core.arrays import BoolArray, FloatArray, IntArray
 from moeless.core.policy import ResolvedPolicy
 from moeless.planning.observation import Observation
 from moeless.planning.scale.replicas import Limits
 
 
-def least_replicas(
-    observation: Observation, policy: ResolvedPolicy, *, hosted_LE: IntArray, most_LE: IntArray, budget: int
+def min_replicas(
+    observation: Observation, policy: ResolvedPolicy, *, hosted_LE: IntArray, max_LE: IntArray, budget: int
 ) -> IntArray:
     """Instances that every function must have: the policy's least where it is needed, else none.
 
@@ -24,28 +24,28 @@ def least_replicas(
 
     Args:
         hosted_LE: instances that there are, those being loaded included.
-        most_LE: at least 1.
+        max_LE: at least 1.
         budget: instances of all layers.
     """
     is_used_LE = (observation.mean_LE > 0) | (observation.upper_LE > 0)
     idle_s_LE = observation.time_s - observation.last_used_s_LE
     is_kept_LE = (hosted_LE > 0) & (idle_s_LE <= policy.keep_alive_s_LE)
     is_fixed_LE = ~policy.scale_to_zero_LE
-    full_LE = np.minimum(policy.min_LE, most_LE)
-    least_LE: IntArray = np.where(is_used_LE | is_kept_LE | is_fixed_LE, full_LE, 0)
-    if not _is_over(least_LE, policy.layer_budget_L, budget).any():
-        return least_LE
+    full_LE = np.minimum(policy.min_LE, max_LE)
+    min_LE: IntArray = np.where(is_used_LE | is_kept_LE | is_fixed_LE, full_LE, 0)
+    if not _is_over(min_LE, policy.layer_budget_L, budget).any():
+        return min_LE
 
     # Instances in the order in which they stay: fixed, by load, by use, then those beyond the first.
     class_LE = np.where(is_fixed_LE, 0, np.where(is_used_LE, 1, 2))
     value_LE = np.where(class_LE == 1, observation.upper_LE, np.where(class_LE == 2, -idle_s_LE, 0.0))
-    first_LE = np.where(is_fixed_LE, least_LE, np.minimum(least_LE, 1))
+    first_LE = np.where(is_fixed_LE, min_LE, np.minimum(min_LE, 1))
     order = np.lexsort((-value_LE.ravel(), class_LE.ravel()))
     kept_LE = _first_that_fit(first_LE, order, policy.layer_budget_L, budget)
-    whole_LE: IntArray = np.where(kept_LE > 0, least_LE, 0)
+    whole_LE: IntArray = np.where(kept_LE > 0, min_LE, 0)
     return fit_budgets(
         whole_LE,
-        Limits(least_LE=kept_LE, most_LE=whole_LE, budget_L=policy.layer_budget_L),
+        Limits(min_LE=kept_LE, max_LE=whole_LE, budget_L=policy.layer_budget_L),
         load_LE=observation.upper_LE,
         wanted_LE=kept_LE,
         budget=budget,
@@ -66,19 +66,19 @@ def fit_budgets(
     """
     if not _is_over(counts_LE, limits.budget_L, budget).any():
         return counts_LE
-    num_LE = counts_LE - limits.least_LE
+    num_LE = counts_LE - limits.min_LE
     layer_U, expert_U = np.nonzero(num_LE)
     repeats = num_LE[layer_U, expert_U]
     step_U = np.arange(repeats.sum()) - np.repeat(np.cumsum(repeats) - repeats, repeats)
     layer_U, expert_U = np.repeat(layer_U, repeats), np.repeat(expert_U, repeats)
-    replicas_U = limits.least_LE[layer_U, expert_U] + step_U
+    replicas_U = limits.min_LE[layer_U, expert_U] + step_U
     load_U = load_LE[layer_U, expert_U] / np.maximum(replicas_U, 1)
     order_U = np.lexsort((-load_U, replicas_U >= wanted_LE[layer_U, expert_U]))
     layer_U, expert_U = layer_U[order_U], expert_U[order_U]
 
-    fits_U = _rank_in_layer(layer_U) < (limits.budget_L - limits.least_LE.sum(axis=1))[layer_U]
-    fits_U &= np.cumsum(fits_U) <= budget - limits.least_LE.sum()
-    fitted_LE = limits.least_LE.copy()
+    fits_U = _rank_in_layer(layer_U) < (limits.budget_L - limits.min_LE.sum(axis=1))[layer_U]
+    fits_U &= np.cumsum(fits_U) <= budget - limits.min_LE.sum()
+    fitted_LE = limits.min_LE.copy()
     np.add.at(fitted_LE, (layer_U[fits_U], expert_U[fits_U]), 1)
     return fitted_LE
 

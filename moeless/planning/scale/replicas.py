@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moeless.core.arrays import FloatArray, IntArray
 from moeless.core.errors import ConfigError
-from moeless.core.plan import FloatArray, IntArray
 from moeless_predictors.compiled import compiled
 
 
@@ -22,25 +22,25 @@ from moeless_predictors.compiled import compiled
 class Limits:
     """What counts must stay within."""
 
-    least_LE: IntArray
+    min_LE: IntArray
     """At least 1 for functions with load."""
-    most_LE: IntArray
+    max_LE: IntArray
     budget_L: IntArray
     """Instances of each layer."""
 
     def __post_init__(self) -> None:
-        if (self.least_LE < 0).any() or (self.least_LE > self.most_LE).any():
-            raise ConfigError("limits.least_LE must be from 0 to most_LE for every function")
-        wrong = np.flatnonzero(self.least_LE.sum(axis=1) > self.budget_L)
+        if (self.min_LE < 0).any() or (self.min_LE > self.max_LE).any():
+            raise ConfigError("limits.min_LE must be from 0 to max_LE for every function")
+        wrong = np.flatnonzero(self.min_LE.sum(axis=1) > self.budget_L)
         if len(wrong):
             raise ConfigError(
                 f"limits.budget_L must have room for the least of every layer, got {self.budget_L[wrong[0]]} for the "
-                f"{self.least_LE[wrong[0]].sum()} of layer {wrong[0]}"
+                f"{self.min_LE[wrong[0]].sum()} of layer {wrong[0]}"
             )
 
     def rows(self, layers: IntArray) -> Limits:
         """Of some layers."""
-        return Limits(least_LE=self.least_LE[layers], most_LE=self.most_LE[layers], budget_L=self.budget_L[layers])
+        return Limits(min_LE=self.min_LE[layers], max_LE=self.max_LE[layers], budget_L=self.budget_L[layers])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -58,12 +58,12 @@ class Extras:
     start_L: IntArray
     """Where each layer begins."""
 
-    def counts_LE(self, least_LE: IntArray, given_X: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> IntArray:
+    def counts_LE(self, min_LE: IntArray, given_X: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> IntArray:
         """Least counts and the extras that are given."""
-        num_layers, num_experts = least_LE.shape
+        num_layers, num_experts = min_LE.shape
         index_X = self.layer_X[given_X] * num_experts + self.expert_X[given_X]
         extra = np.bincount(index_X, minlength=num_layers * num_experts)
-        counts_LE: IntArray = least_LE + extra.reshape(least_LE.shape)
+        counts_LE: IntArray = min_LE + extra.reshape(min_LE.shape)
         return counts_LE
 
 
@@ -72,12 +72,12 @@ def extras_in_order(load_LE: FloatArray, limits: Limits, *, room_L: IntArray, en
 
     Raises: ConfigError if a function has load and may have no instance at all.
     """
-    if ((load_LE > 0) & (limits.least_LE < 1)).any():
-        raise ConfigError("limits.least_LE must be at least 1 for functions with load")
+    if ((load_LE > 0) & (limits.min_LE < 1)).any():
+        raise ConfigError("limits.min_LE must be at least 1 for functions with load")
     layer_X, expert_X, replicas_X, load_X, start_L1 = _walk(
         np.ascontiguousarray(load_LE, dtype=np.float64),
-        np.ascontiguousarray(limits.least_LE, dtype=np.int64),
-        np.ascontiguousarray(limits.most_LE, dtype=np.int64),
+        np.ascontiguousarray(limits.min_LE, dtype=np.int64),
+        np.ascontiguousarray(limits.max_LE, dtype=np.int64),
         np.ascontiguousarray(room_L, dtype=np.int64),
         np.ascontiguousarray(enough_L, dtype=np.float64),
     )
@@ -93,7 +93,7 @@ def extras_in_order(load_LE: FloatArray, limits: Limits, *, room_L: IntArray, en
 
 @compiled
 def _walk(
-    load_LE: FloatArray, least_LE: IntArray, most_LE: IntArray, room_L: IntArray, enough_L: FloatArray
+    load_LE: FloatArray, min_LE: IntArray, max_LE: IntArray, room_L: IntArray, enough_L: FloatArray
 ) -> tuple[IntArray, IntArray, IntArray, FloatArray, IntArray]:
     """The extras' layers, experts, replicas before and loads on each of those, and where layers begin and end."""
     num_layers, num_experts = load_LE.shape
@@ -101,11 +101,11 @@ def _walk(
     whole_XC, load_X = np.empty((size, 3), dtype=np.int64), np.empty(size)
     start_L1 = np.zeros(num_layers + 1, dtype=np.int64)
     for layer in range(num_layers):
-        replicas_E, most_E = least_LE[layer].copy(), most_LE[layer]
+        replicas_E, max_E = min_LE[layer].copy(), max_LE[layer]
         heap = [
             (-load_LE[layer, expert] / replicas_E[expert], expert)
             for expert in range(num_experts)
-            if load_LE[layer, expert] > 0 and replicas_E[expert] < most_E[expert]
+            if load_LE[layer, expert] > 0 and replicas_E[expert] < max_E[expert]
         ]
         heapq.heapify(heap)
         for _ in range(room_L[layer]):
@@ -119,7 +119,7 @@ def _walk(
             load_X[num] = load
             num += 1
             replicas_E[expert] += 1
-            if replicas_E[expert] < most_E[expert]:
+            if replicas_E[expert] < max_E[expert]:
                 heapq.heapreplace(heap, (-load_LE[layer, expert] / replicas_E[expert], expert))
             else:
                 heapq.heappop(heap)
@@ -138,10 +138,10 @@ def replicas_by_cv(load_LE: FloatArray, limits: Limits, *, max_cv_L: FloatArray)
     Source: MoEless (arXiv 2603.06350), expert scaling; there one V for all layers.
     """
     load_LE = load_LE.astype(np.float64)
-    counts_LE = limits.least_LE.copy()
+    counts_LE = limits.min_LE.copy()
     is_open_LE = load_LE > 0
     room_L = np.minimum(
-        limits.budget_L - limits.least_LE.sum(axis=1), ((limits.most_LE - limits.least_LE) * is_open_LE).sum(axis=1)
+        limits.budget_L - limits.min_LE.sum(axis=1), ((limits.max_LE - limits.min_LE) * is_open_LE).sum(axis=1)
     )
     left_L = np.flatnonzero(is_open_LE.any(axis=1) & (room_L > 0))
     depth = load_LE.shape[1]
@@ -166,12 +166,12 @@ def replicas_min_max(load_LE: FloatArray, limits: Limits, *, enough_L: FloatArra
         enough_L: load per replica below which nothing is gained. Default: 0.
     Returns: counts, shape (L, E).
     """
-    least_load_L = np.zeros(len(load_LE)) if enough_L is None else enough_L
-    room_L = limits.budget_L - limits.least_LE.sum(axis=1)
-    extras = extras_in_order(load_LE, limits, room_L=room_L, enough_L=least_load_L)
-    full_LE = extras.counts_LE(limits.least_LE, np.ones(len(extras.layer_X), dtype=np.bool_))
+    enough_load_L = np.zeros(len(load_LE)) if enough_L is None else enough_L
+    room_L = limits.budget_L - limits.min_LE.sum(axis=1)
+    extras = extras_in_order(load_LE, limits, room_L=room_L, enough_L=enough_load_L)
+    full_LE = extras.counts_LE(limits.min_LE, np.ones(len(extras.layer_X), dtype=np.bool_))
     highest_L = (load_LE / np.maximum(full_LE, 1)).max(axis=1, initial=0.0)
-    return extras.counts_LE(limits.least_LE, extras.load_X > highest_L[extras.layer_X])
+    return extras.counts_LE(limits.min_LE, extras.load_X > highest_L[extras.layer_X])
 
 
 def _first_even(
@@ -184,8 +184,8 @@ def _first_even(
     """
     extras = extras_in_order(load_LE, limits, room_L=room_L, enough_L=np.zeros(len(load_LE)))
     is_open_LE = load_LE > 0
-    squares_L = np.divide(load_LE**2, limits.least_LE, where=is_open_LE, out=np.zeros_like(load_LE)).sum(axis=1)
-    replicas_L = (limits.least_LE * is_open_LE).sum(axis=1)
+    squares_L = np.divide(load_LE**2, limits.min_LE, where=is_open_LE, out=np.zeros_like(load_LE)).sum(axis=1)
+    replicas_L = (limits.min_LE * is_open_LE).sum(axis=1)
     total_L = load_LE.sum(axis=1)
     bound_L = (1 + max_cv_L**2) * (1 + 1e-12) * total_L**2
     is_even_L = replicas_L * squares_L <= bound_L
@@ -202,4 +202,4 @@ def _first_even(
     hit_layers, first = np.unique(layer_X[hits], return_index=True)
     needed_L[hit_layers] = extras.rank_X[hits[first]] + 1
     is_even_L[hit_layers] = True
-    return extras.counts_LE(limits.least_LE, extras.rank_X < needed_L[layer_X]), is_even_L
+    return extras.counts_LE(limits.min_LE, extras.rank_X < needed_L[layer_X]), is_even_L

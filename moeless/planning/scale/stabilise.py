@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moeless.core.plan import FloatArray, IntArray
+from moeless.core.arrays import FloatArray, IntArray
 
 _PARTS = 16
 """A window is remembered in so many parts at most, however often it is asked for: what is kept is bounded."""

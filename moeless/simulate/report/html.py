@@ -35,7 +35,7 @@ def report_html(report: SimulationReport) -> str:
 
     Raises: ModuleNotFoundError that says how to install matplotlib.
     """
-    names = ", ".join(result.policy for result in report.results)
+    names = ", ".join(result.system for result in report.results)
     parts = [
         *(_table(table) for table in comparison_tables(report.results)),
         *(_figure(plot) for plot in report_plots(report)),
@@ -55,7 +55,7 @@ def report_html(report: SimulationReport) -> str:
             f"<style>{_STYLE}</style>",
             "</head>",
             "<body>",
-            "<h1>Simulated policies</h1>",
+            "<h1>Simulated systems</h1>",
             f"<p>{escape(report.scenario['model'])}<br>{escape(names)}</p>",
             *parts,
             "</body>",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from moeless.simulate.report.results import Latency, PolicyResult, SimulationReport
+from moeless.simulate.report.results import Latency, SimulationReport, SystemResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -81,8 +81,8 @@ def report_plots(report: SimulationReport) -> list[Plot]:
     ]
 
 
-def _draw_latency(axes: Sequence[Axes], results: Sequence[PolicyResult]) -> None:
-    kinds: list[tuple[str, float, Callable[[PolicyResult], Latency]]] = [
+def _draw_latency(axes: Sequence[Axes], results: Sequence[SystemResult]) -> None:
+    kinds: list[tuple[str, float, Callable[[SystemResult], Latency]]] = [
         ("time to first token, ms", 1e3, lambda result: result.ttft_s),
         ("time per token after it, ms", 1e3, lambda result: result.tpot_s),
         ("MoE layer, µs", 1e6, lambda result: result.layer_s),
@@ -120,7 +120,7 @@ def _draw_instances(axes: Sequence[Axes], report: SimulationReport) -> None:
         _label_time(panel)
 
 
-def _draw_load(axes: Sequence[Axes], results: Sequence[PolicyResult]) -> None:
+def _draw_load(axes: Sequence[Axes], results: Sequence[SystemResult]) -> None:
     arrived, busy, waiting = axes
     first = results[0].series
     arrived.fill_between(
@@ -138,7 +138,7 @@ def _draw_load(axes: Sequence[Axes], results: Sequence[PolicyResult]) -> None:
     busy.axhline(1.0, color=_TEXT, linewidth=0.6)
 
 
-def _draw_imbalance(panel: Axes, results: Sequence[PolicyResult]) -> None:
+def _draw_imbalance(panel: Axes, results: Sequence[SystemResult]) -> None:
     for result in results:
         imbalance = np.array(result.series.imbalance, dtype=np.float64)
         imbalance[imbalance == 0] = np.nan  # nothing was computed
@@ -153,11 +153,11 @@ def _label_time(panel: Axes) -> None:
     panel.set_xlabel("virtual time, s")
 
 
-def _style(result: PolicyResult) -> dict[str, Any]:
+def _style(result: SystemResult) -> dict[str, Any]:
     return {
-        "label": result.policy,
-        "color": _COLOURS.get(result.policy, "#7a6ff0"),
-        "linestyle": _STYLES.get(result.policy, "-"),
+        "label": result.system,
+        "color": _COLOURS.get(result.system, "#7a6ff0"),
+        "linestyle": _STYLES.get(result.system, "-"),
         "linewidth": 1.6,
     }
 

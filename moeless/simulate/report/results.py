@@ -42,10 +42,10 @@ class Series(msgspec.Struct, frozen=True, kw_only=True):
     waiting_requests: list[int]
 
 
-class PolicyResult(msgspec.Struct, frozen=True, kw_only=True):
-    """One policy on one scenario."""
+class SystemResult(msgspec.Struct, frozen=True, kw_only=True):
+    """One system on one scenario."""
 
-    policy: str
+    system: str
     num_requests: int
     num_tokens: int
     """Computed: of prompts and outputs, less the last one of each, which no step reads."""
@@ -80,7 +80,7 @@ class PolicyResult(msgspec.Struct, frozen=True, kw_only=True):
     peak_instances: int
     mean_instances: float
     moved_bytes: int
-    num_loads: int
+    num_starts: int
     num_cold_starts: int
     num_plans: int
     """Changes of the plan that were made."""
@@ -93,7 +93,7 @@ class PolicyResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SimulationReport(msgspec.Struct, frozen=True, kw_only=True):
-    """All policies on one scenario."""
+    """All systems on one scenario."""
 
     scenario: dict[str, str]
     """What was simulated, in words."""
@@ -104,7 +104,7 @@ class SimulationReport(msgspec.Struct, frozen=True, kw_only=True):
     expert_bytes: int
     capacity_instances: int
     """That fit all workers."""
-    results: list[PolicyResult]
+    results: list[SystemResult]
 
 
 def latency_of(seconds: ArrayLike) -> Latency:
@@ -121,7 +121,7 @@ def latency_of(seconds: ArrayLike) -> Latency:
 class LatencyHistogram:
     """A distribution of many values in little memory: bins that are 1 % wide."""
 
-    _LEAST_S, _GROWTH = 1e-7, 1.01
+    _MIN_S, _GROWTH = 1e-7, 1.01
     _NUM_BINS = 2400
 
     def __init__(self) -> None:
@@ -131,7 +131,7 @@ class LatencyHistogram:
     def add(self, seconds: ArrayLike) -> None:
         """Count values; those from 1e-7 s to half an hour are told apart."""
         values = np.asarray(seconds, dtype=np.float64)
-        bins = np.log(np.maximum(values, self._LEAST_S) / self._LEAST_S) * (1 / math.log(self._GROWTH))
+        bins = np.log(np.maximum(values, self._MIN_S) / self._MIN_S) * (1 / math.log(self._GROWTH))
         self._counts += np.bincount(np.minimum(bins.astype(np.int64), self._NUM_BINS - 1), minlength=self._NUM_BINS)
         self._sum_s += float(values.sum())
 
@@ -146,7 +146,7 @@ class LatencyHistogram:
             return latency_of([])
         upto = np.cumsum(self._counts)
         bins = np.searchsorted(upto, np.maximum(1, np.arange(101) / 100 * total))
-        cdf = self._LEAST_S * self._GROWTH ** (bins + 0.5)
+        cdf = self._MIN_S * self._GROWTH ** (bins + 0.5)
         return Latency(
             mean=self._sum_s / total, p50=float(cdf[50]), p90=float(cdf[90]), p99=float(cdf[99]), cdf=cdf.tolist()
         )

@@ -10,7 +10,7 @@ import numpy as np
 
 from moeless.core.expert import FunctionId
 from moeless.simulate.recommend import Alternative, CapacityReport, Recommendation
-from moeless.simulate.report.results import Latency, PolicyResult
+from moeless.simulate.report.results import Latency, SystemResult
 
 REFERENCE = "static"
 _CLOSE = 0.005
@@ -18,7 +18,7 @@ _CLOSE = 0.005
 
 
 class TextTable(NamedTuple):
-    """Of cells; the first column names the policy. Headers may have two lines."""
+    """Of cells; the first column names the system. Headers may have two lines."""
 
     title: str
     note: str
@@ -26,18 +26,18 @@ class TextTable(NamedTuple):
     rows: list[list[str]]
 
 
-def comparison_tables(results: Sequence[PolicyResult]) -> list[TextTable]:
-    """Requests, layers and cost; changes are against static expert parallelism, or the first policy without it."""
-    reference = next((result for result in results if result.policy == REFERENCE), results[0])
+def comparison_tables(results: Sequence[SystemResult]) -> list[TextTable]:
+    """Requests, layers and cost; changes are against static expert parallelism, or the first system without it."""
+    reference = next((result for result in results if result.system == REFERENCE), results[0])
     return [_requests(results), _layers(results, reference), _costs(results, reference)]
 
 
-def _requests(results: Sequence[PolicyResult]) -> TextTable:
+def _requests(results: Sequence[SystemResult]) -> TextTable:
     names = ("TTFT\nms", "TPOT\nms", "request\ns")
-    headers = ["policy", *(f"{name} p{percentile}" for name in names for percentile in (50, 90, 99))]
+    headers = ["system", *(f"{name} p{percentile}" for name in names for percentile in (50, 90, 99))]
     rows = [
         [
-            result.policy,
+            result.system,
             *_percentiles(result.ttft_s, 1e3),
             *_percentiles(result.tpot_s, 1e3),
             *_percentiles(result.request_s, 1),
@@ -48,16 +48,16 @@ def _requests(results: Sequence[PolicyResult]) -> TextTable:
     return TextTable("Requests", note, headers, rows)
 
 
-def _layers(results: Sequence[PolicyResult], reference: PolicyResult) -> TextTable:
-    headers = ["policy", "layer\nµs mean", "\nchange", *(f"layer\nµs p{percentile}" for percentile in (50, 90, 99))]
+def _layers(results: Sequence[SystemResult], reference: SystemResult) -> TextTable:
+    headers = ["system", "layer\nµs mean", "\nchange", *(f"layer\nµs p{percentile}" for percentile in (50, 90, 99))]
     headers += ["busiest\n/ mean", "tokens\n/ s"]
     note = (
-        f"layer: an MoE layer from dispatch to combine; changes are against {reference.policy}. busiest / mean: pairs "
+        f"layer: an MoE layer from dispatch to combine; changes are against {reference.system}. busiest / mean: pairs "
         "of token and expert on a worker, averaged over layers and steps."
     )
     rows = [
         [
-            result.policy,
+            result.system,
             f"{result.layer_s.mean * 1e6:,.0f}",
             _change(result.layer_s.mean, reference.layer_s.mean),
             *_percentiles(result.layer_s, 1e6),
@@ -74,17 +74,17 @@ def _layers(results: Sequence[PolicyResult], reference: PolicyResult) -> TextTab
     return TextTable("MoE layers", note, headers, rows)
 
 
-def _costs(results: Sequence[PolicyResult], reference: PolicyResult) -> TextTable:
-    headers = ["policy", "billed\nGB·s", "\nchange", "resident\nGB·s", "\nchange", "instan-\nces", "moved\nGB"]
+def _costs(results: Sequence[SystemResult], reference: SystemResult) -> TextTable:
+    headers = ["system", "billed\nGB·s", "\nchange", "resident\nGB·s", "\nchange", "instan-\nces", "moved\nGB"]
     headers += ["plans\nmade", "cold\nstarts", "stalled\ns"]
     note = (
         "billed: bytes of a layer's instances times its execution's duration. resident: all bytes on workers over all "
-        f"the time. Changes are against {reference.policy}. instances: mean over time. stalled: engines waited for "
+        f"the time. Changes are against {reference.system}. instances: mean over time. stalled: engines waited for "
         "weights to move."
     )
     rows = [
         [
-            result.policy,
+            result.system,
             _short(result.billed_byte_s / 1e9),
             _change(result.billed_byte_s, reference.billed_byte_s),
             _short(result.resident_byte_s / 1e9),
@@ -205,7 +205,7 @@ def _capacity_costs(alternatives: Sequence[Alternative]) -> TextTable:
     return TextTable("Cost", note, headers, rows)
 
 
-def plan_table(found: Recommendation, *, memory_per_worker: int, most_workers: int = 16) -> TextTable:
+def plan_table(found: Recommendation, *, memory_per_worker: int, max_workers: int = 16) -> TextTable:
     """The workers of a plan; of many, the first."""
     headers = ["worker", "\ninstances", "\nGB", "of its\nmemory", "of a layer\nleast", "\nmost", "load\n/ mean"]
     num_workers = len(found.plan)
@@ -223,22 +223,22 @@ def plan_table(found: Recommendation, *, memory_per_worker: int, most_workers: i
             str(instances_LW[:, index].max()),
             f"{worker.load_share * num_workers:.2f}",
         ]
-        for index, worker in enumerate(found.plan[:most_workers])
+        for index, worker in enumerate(found.plan[:max_workers])
     ]
     note = "load / mean: tokens of all layers. "
-    if num_workers > most_workers:
-        note += f"{num_workers - most_workers} workers more are in the JSON file. "
+    if num_workers > max_workers:
+        note += f"{num_workers - max_workers} workers more are in the JSON file. "
     return TextTable("Plan", note.strip(), headers, rows)
 
 
-def plan_notes(found: Recommendation, *, top_k: int, most_functions: int = 6) -> list[str]:
+def plan_notes(found: Recommendation, *, top_k: int, max_functions: int = 6) -> list[str]:
     """What the plan comes to."""
     hosts: dict[str, list[str]] = {}
     for index, worker in enumerate(found.plan):
         for name in worker.functions:
             hosts.setdefault(name, []).append(str(index))
     replicated = sorted((name for name in hosts if len(hosts[name]) > 1), key=lambda name: (-len(hosts[name]), name))
-    told = "; ".join(f"{name} on {', '.join(hosts[name])}" for name in replicated[:most_functions])
+    told = "; ".join(f"{name} on {', '.join(hosts[name])}" for name in replicated[:max_functions])
     instances_L = [layer.instances for layer in found.layers]
     worst = max(found.layers, key=lambda layer: layer.imbalance)
     notes = [

@@ -13,7 +13,8 @@ from typing import Self
 import numpy as np
 from numpy.typing import ArrayLike
 
-from moeless_predictors.traces.checks import FloatArray, IntArray, check_range, check_shapes
+from moeless_predictors.arrays import FloatArray, IntArray
+from moeless_predictors.traces.checks import check_range, check_shapes
 from moeless_predictors.traces.container import TraceFormatError, read_container, write_container
 from moeless_predictors.traces.ragged import check_offsets
 

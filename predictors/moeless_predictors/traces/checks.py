@@ -7,15 +7,11 @@ Shapes: T tokens, L MoE layers, k experts per token, S sequences, H hidden size.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from moeless_predictors.traces.container import AnyArray, TraceFormatError
-
-IntArray = NDArray[np.integer[Any]]
-FloatArray = NDArray[np.floating[Any]]
+from moeless_predictors.arrays import AnyArray, FloatArray, IntArray
+from moeless_predictors.traces.container import TraceFormatError
 
 _BLOCK_VALUES = 1 << 20
 _MAX_FLOAT16 = float(np.finfo(np.float16).max)

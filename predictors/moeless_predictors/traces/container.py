@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-AnyArray = NDArray[Any]
+from moeless_predictors.arrays import AnyArray
 
 FORMAT = "moeless-trace"
 VERSION = 1

@@ -13,8 +13,8 @@ from typing import NoReturn, TextIO
 
 import numpy as np
 
-from moeless_predictors.traces.checks import FloatArray, IntArray
-from moeless_predictors.traces.container import AnyArray, TraceFormatError
+from moeless_predictors.arrays import AnyArray, FloatArray, IntArray
+from moeless_predictors.traces.container import TraceFormatError
 from moeless_predictors.traces.npz import NpzArrays
 from moeless_predictors.traces.routing import DECODE, RoutingTrace, TraceMetadata
 

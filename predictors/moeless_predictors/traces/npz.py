@@ -12,7 +12,8 @@ from typing import Self
 import numpy as np
 from numpy.lib.npyio import NpzFile
 
-from moeless_predictors.traces.container import AnyArray, TraceFormatError
+from moeless_predictors.arrays import AnyArray
+from moeless_predictors.traces.container import TraceFormatError
 
 
 class NpzArrays:

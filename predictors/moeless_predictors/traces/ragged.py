@@ -8,8 +8,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from moeless_predictors.traces.checks import IntArray
-from moeless_predictors.traces.container import AnyArray, TraceFormatError
+from moeless_predictors.arrays import AnyArray, IntArray
+from moeless_predictors.traces.container import TraceFormatError
 
 
 def join_texts(texts: Sequence[str]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

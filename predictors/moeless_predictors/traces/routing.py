@@ -15,9 +15,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from moeless_predictors.arrays import AnyArray, FloatArray, IntArray
 from moeless_predictors.traces.checks import (
-    FloatArray,
-    IntArray,
     check_choices,
     check_finite,
     check_positions,
@@ -25,7 +24,7 @@ from moeless_predictors.traces.checks import (
     check_shapes,
     check_starts,
 )
-from moeless_predictors.traces.container import AnyArray, TraceFormatError, read_container, write_container
+from moeless_predictors.traces.container import TraceFormatError, read_container, write_container
 from moeless_predictors.traces.ragged import join_texts, split_texts
 
 PREFILL, DECODE = 0, 1

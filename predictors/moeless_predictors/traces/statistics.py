@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import adjusted_mutual_info_score
 
+from moeless_predictors.arrays import FloatArray, IntArray
 from moeless_predictors.traces.arrivals import ArrivalTrace
-from moeless_predictors.traces.checks import FloatArray, IntArray
 from moeless_predictors.traces.routing import PREFILL, RoutingTrace
 
 _BLOCK_VALUES = 1 << 20

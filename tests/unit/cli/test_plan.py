@@ -190,7 +190,7 @@ def test_routing_can_be_made_up_and_a_shape_that_is_known_brings_its_costs(tmp_p
         (("--systems", "static,limit"), ("--systems must be among static", "got limit")),
         (("--systems", "static", "--worker-idle", 5), ("--systems must have moeless", "got static")),
         (("--worker-idle", -1), ("--worker-idle must be at least 0, got -1",)),
-        (("--eplb-redundant", -1), ("--eplb-redundant must be at least 0, got -1",)),
+        (("--eplb-spare-replicas", -1), ("--eplb-spare-replicas must be at least 0, got -1",)),
         (("--recall", 1.5), ("--recall must be from 0 to 1, got 1.5",)),
         (("--workers-per-node", 0), ("--workers-per-node must be at least 1, got 0",)),
         (("--device", "tpu"), ("--device must be one of a6000, h800, got 'tpu'",)),

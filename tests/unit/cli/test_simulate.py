@@ -51,7 +51,7 @@ def test_the_table_shows_what_the_json_file_holds(trace: Path, tmp_path: Path) -
     result = moeless_simulate(trace, *SMALL, "--json", out, "--ttft-slo", 0.5, "--tpot-slo", 0.05)
     assert result.exit_code == 0, result.output
     found = read(out)
-    assert [r.policy for r in found.results] == [
+    assert [r.system for r in found.results] == [
         *("static", "eplb-vllm", "eplb-sglang", "moeless-paper", "moeless", "foresight", "whole-experts", "limit")
     ]
     lines = {line.strip() for line in re.sub(" +", " ", result.output).splitlines()}
@@ -65,21 +65,21 @@ def test_the_table_shows_what_the_json_file_holds(trace: Path, tmp_path: Path) -
 
 
 def test_tables_fit_a_terminal_of_80_columns(trace: Path) -> None:
-    result = moeless_simulate(trace, *SMALL, "--ttft-slo", 0.5, "--tpot-slo", 0.05, "--policies", "moeless-paper")
+    result = moeless_simulate(trace, *SMALL, "--ttft-slo", 0.5, "--tpot-slo", 0.05, "--systems", "moeless-paper")
     assert result.exit_code == 0, result.output
     assert "…" not in result.output
 
 
 def test_the_same_seed_gives_the_same_file(trace: Path, tmp_path: Path) -> None:
     for name, seed in (("one", 1), ("again", 1), ("other", 2)):
-        moeless_simulate(trace, *SMALL, "--policies", "moeless", "--seed", seed, "--json", tmp_path / name)
+        moeless_simulate(trace, *SMALL, "--systems", "moeless", "--seed", seed, "--json", tmp_path / name)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "again").read_bytes()
     assert (tmp_path / "one").read_bytes() != (tmp_path / "other").read_bytes()
 
 
 def test_a_report_is_written(trace: Path, tmp_path: Path) -> None:
     out = tmp_path / "report.html"
-    result = moeless_simulate(trace, *SMALL, "--policies", "static,limit", "--report", out)
+    result = moeless_simulate(trace, *SMALL, "--systems", "static,limit", "--report", out)
     assert result.exit_code == 0, result.output
     assert out.read_text().startswith("<!doctype html>")
 
@@ -88,7 +88,7 @@ def test_routing_can_be_made_up(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     result = moeless_simulate(
         *("--generate", "2x16x4", "--sequences", 4, "--tokens-per-sequence", 20, "--in-order"),
-        *(*SMALL, "--policies", "static", "--json", out, "--engines", 2),
+        *(*SMALL, "--systems", "static", "--json", out, "--engines", 2),
     )
     assert result.exit_code == 0, result.output
     assert "2 MoE layers x 16 experts, top-4" in read(out).scenario["model"]
@@ -99,7 +99,7 @@ def test_a_shape_that_is_known_brings_its_costs(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     result = moeless_simulate(
         *("--generate", "24x32x4", "--sequences", 2, "--tokens-per-sequence", 30, "--requests", 3),
-        *("--policies", "static", "--json", out),
+        *("--systems", "static", "--json", out),
     )
     assert result.exit_code == 0, result.output
     assert "a6000-gpt-oss-20b" in read(out).scenario["costs"]
@@ -120,7 +120,7 @@ def test_arrivals_come_from_a_trace_or_the_files_others_publish(trace: Path, tmp
         (azure, ("--speed-up", 1000, "--thin", 0.5, "--seed", 3), None),
     ):
         out = tmp_path / "out.json"
-        options = (*SIZES, "--workers", 4, "--policies", "static", "--arrivals", path, *options)
+        options = (*SIZES, "--workers", 4, "--systems", "static", "--arrivals", path, *options)
         result = moeless_simulate(trace, *options, "--json", out)
         assert result.exit_code == 0, result.output
         (found,) = read(out).results
@@ -138,14 +138,14 @@ def test_moeless_follows_a_policy_file_and_fitted_predictors(trace: Path, tmp_pa
     fit_predictors(fitted_on, FitConfig(kinds=("transition",), distances=(1,))).save(predictors)
     out = tmp_path / "out.json"
     result = moeless_simulate(
-        trace, *SMALL, "--policies", "moeless", "--policy", policy, "--predictors", predictors, "--json", out
+        trace, *SMALL, "--systems", "moeless", "--policy", policy, "--predictors", predictors, "--json", out
     )
     assert result.exit_code == 0, result.output
     found = read(out)
     assert found.results[0].peak_instances >= 48
-    assert "every 0.2 s" in found.scenario["policy moeless"]
-    assert "the predictors given" in found.scenario["policy moeless"]
-    assert "begins with a plan for the load recorded before" in found.scenario["policy moeless"]
+    assert "every 0.2 s" in found.scenario["system moeless"]
+    assert "the predictors given" in found.scenario["system moeless"]
+    assert "begins with a plan for the load recorded before" in found.scenario["system moeless"]
     assert 0.3 < float(str(found.settings["recall"])) < 1
 
 
@@ -157,13 +157,13 @@ def test_first_plans_are_for_a_trace_that_was_recorded_earlier(trace: Path, tmp_
     found = []
     for options in ((), ("--prior", prior)):
         out = tmp_path / "out.json"
-        result = moeless_simulate(trace, *SMALL, "--policies", "moeless,eplb-vllm", *options, "--json", out)
+        result = moeless_simulate(trace, *SMALL, "--systems", "moeless,eplb-vllm", *options, "--json", out)
         assert result.exit_code == 0, result.output
         found.append(read(out))
     without, knowing = found
-    assert "for equal loads" in without.scenario["policy moeless"]
-    assert "for the load recorded before" in knowing.scenario["policy moeless"]
-    assert "for equal loads" in knowing.scenario["policy eplb-vllm"]
+    assert "for equal loads" in without.scenario["system moeless"]
+    assert "for the load recorded before" in knowing.scenario["system moeless"]
+    assert "for equal loads" in knowing.scenario["system eplb-vllm"]
     assert knowing.results[0].layer_s != without.results[0].layer_s
     assert knowing.results[1] == without.results[1]
     refused = moeless_simulate(trace, *SMALL, "--prior", other)
@@ -177,15 +177,15 @@ def test_first_plans_are_for_a_trace_that_was_recorded_earlier(trace: Path, tmp_
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--policies", "static,best"), ("--policies must be among static", "got best")),
+        (("--systems", "static,best"), ("--systems must be among static", "got best")),
         (("--workers", 0), ("--workers must be at least 1, got 0",)),
         (("--memory-per-worker", "lots"), ("--memory-per-worker must be bytes, with a unit", "'lots'")),
         (
             ("--memory-per-worker", "99999999Ti"),
             ("worker-0: memory_bytes must be from 0 to", "got 109951161678088372224"),
         ),
-        (("--memory-per-worker", "100%"), ("--eplb-redundant must leave room",)),
-        (("--memory-per-worker", "2M", "--policies", "static"), ("worker-0", "fit its memory")),
+        (("--memory-per-worker", "100%"), ("--eplb-spare-replicas must leave room",)),
+        (("--memory-per-worker", "2M", "--systems", "static"), ("worker-0", "fit its memory")),
         (("--rate", 0, "--duration", 5), ("--rate must be above 0, got 0",)),
         (("--prompt-tokens", 0), ("--prompt-tokens must be at least 1, got 0",)),
         (("--gap-cv", -1), ("--gap-cv must be at least 0",)),
@@ -200,7 +200,7 @@ def test_first_plans_are_for_a_trace_that_was_recorded_earlier(trace: Path, tmp_
         (("--transfer-share", 1), ("--transfer-share must be from 0 to below 1, got 1",)),
         (("--worker-idle", -1), ("--worker-idle must be at least 0, got -1",)),
         (("--recall", 1.5), ("--recall must be from 0 to 1, got 1.5",)),
-        (("--eplb-redundant", -1), ("--eplb-redundant must be at least 0, got -1",)),
+        (("--eplb-spare-replicas", -1), ("--eplb-spare-replicas must be at least 0, got -1",)),
         (("--ttft-slo", 1), ("--ttft-slo and --tpot-slo must be given together",)),
         (("--ttft-slo", 1, "--tpot-slo", 0), ("--tpot-slo must be above 0, got 0",)),
         (("--device", "tpu"), ("--device must be one of a6000, h800, got 'tpu'",)),
@@ -261,7 +261,7 @@ def test_simulating_needs_neither_torch_nor_ray(trace: Path) -> None:
 import sys
 from typer.testing import CliRunner
 from moeless.cli.app import app
-done = CliRunner().invoke(app, {["simulate", str(trace), *map(str, SMALL), "--policies", "static,moeless"]!r})
+done = CliRunner().invoke(app, {["simulate", str(trace), *map(str, SMALL), "--systems", "static,moeless"]!r})
 assert done.exit_code == 0, done.output
 print(*sorted({{"torch", "ray", "transformers", "matplotlib"}} & set(sys.modules)))
 """

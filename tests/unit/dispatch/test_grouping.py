@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from moeless.core.arrays import Float64Array
 from moeless.core.call_cost import CallCost
 from moeless.core.errors import ConfigError
 from moeless.core.expert import FunctionId
@@ -19,7 +20,6 @@ from moeless.dispatch.grouping import WorkerGroup, compile_layer, group_by_worke
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 WORKERS = ("engine", "worker-0", "worker-1", "worker-2", "worker-3")
 LAYER = 3
-FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Case:
         shares = self.table.instances.get(FunctionId(LAYER, expert), ())
         return {share.worker for share in shares if share.worker in known} or {LOCAL_WORKER}
 
-    def inputs_and_output(self) -> tuple[FloatArray, FloatArray, FloatArray]:
+    def inputs_and_output(self) -> tuple[Float64Array, Float64Array, Float64Array]:
         """Hidden states of size 1, gate weights, and the layer's output where expert e turns x into (e + 1) x."""
         rng = np.random.default_rng(0)
         x_T, weights_Tk = rng.random(len(self.experts_Tk)), rng.random(self.experts_Tk.shape)
@@ -67,7 +67,7 @@ def assert_consistent(group: WorkerGroup, experts_Tk: npt.NDArray[np.int64]) -> 
     assert set(group.rows_n.tolist()) == set(range(len(group.tokens_R)))
 
 
-def weighted_sums(group: WorkerGroup, x_T: FloatArray, weights_Tk: FloatArray) -> FloatArray:
+def weighted_sums(group: WorkerGroup, x_T: Float64Array, weights_Tk: Float64Array) -> Float64Array:
     """A worker's answer."""
     out_R = np.zeros(len(group.tokens_R))
     y_n = (group.experts_n + 1) * x_T[group.tokens_R][group.rows_n]

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 from torch import Tensor
 
+from moeless.core.arrays import Float32Array, Int64Array
 from moeless.core.errors import ConfigError
 from moeless.core.recording import RecordingOptions
-from moeless.dispatch.wire import FloatArray
 from moeless.engine.observing import rows_in
 from moeless.engine.prediction import PredictionObserver, live_predictor
 from moeless.engine.routing_recorder import RoutingRecorder
-from moeless.functions.pool import IntArray
 from moeless_predictors.fitting import FitConfig, fit_predictors, inputs_by_layer
 from moeless_predictors.live import LiveConfig, LivePredictor
 from moeless_predictors.predictor_set import KINDS, PredictorSet
@@ -77,14 +76,14 @@ class _Forecasts(PredictionObserver):
 
     def __init__(self, live: LivePredictor) -> None:
         super().__init__(live)
-        self.loads: dict[tuple[int, int], FloatArray] = {}
+        self.loads: dict[tuple[int, int], Float32Array] = {}
 
     def begin_step(self, spans: list[Any]) -> None:
         super().begin_step(spans)
         self._position = spans[0].first_position if len(spans) == 1 and spans[0].num_rows == 1 else -1
         self._step_rows = rows_in(spans)
 
-    def observe_layer(self, layer: int, hidden_TH: Tensor, experts_Tk: IntArray, weights_Tk: FloatArray) -> None:
+    def observe_layer(self, layer: int, hidden_TH: Tensor, experts_Tk: Int64Array, weights_Tk: Float32Array) -> None:
         rows = self._step_rows
         forecast = self.live.observe(layer, experts_Tk[rows], weights_Tk[rows], lambda: hidden_TH[rows])
         if forecast is not None and self._position >= 0:

@@ -8,7 +8,7 @@ import pytest
 
 from moeless.core.errors import ConfigError
 from moeless.core.policy import parse_policy, resolve
-from moeless.planning.planner import MoelessPlanner, PlannedSystem, hosted_instances, merged_layers
+from moeless.planning.planner import MoelessPlanner, PlanningContext, hosted_instances, merged_layers
 from tests.support.planners import moeless, observed, policy, system, ticks
 from tests.support.planning import assert_whole, busiest_of, cluster_of, counts_of, model_of, plan_of, workers_of
 
@@ -16,14 +16,14 @@ from tests.support.planning import assert_whole, busiest_of, cluster_of, counts_
 
 
 def test_an_instance_is_ready_after_its_bytes_and_the_time_beside() -> None:
-    cluster = replace(cluster_of([1, 1]), load_bytes_per_s=4.0)
-    planned = PlannedSystem(model=model_of(1, 1, expert_bytes=8), cluster=cluster, load_s=0.5)
+    cluster = replace(cluster_of([1, 1]), fetch_bytes_per_s=4.0)
+    planned = PlanningContext(model=model_of(1, 1, expert_bytes=8), cluster=cluster, start_s=0.5)
     assert planned.ready_s == 2.5
-    assert (planned.loads_within(10.0), planned.loads_within(0.1)) == (8, 1)
+    assert (planned.starts_within(10.0), planned.starts_within(0.1)) == (8, 1)
 
 
 def test_the_capacity_is_what_fits_each_worker() -> None:
-    planned = PlannedSystem(model=model_of(1, 1, expert_bytes=2), cluster=cluster_of([5, 3]))
+    planned = PlanningContext(model=model_of(1, 1, expert_bytes=2), cluster=cluster_of([5, 3]))
     assert planned.capacity == 2 + 1
 
 
@@ -287,11 +287,11 @@ def test_warm_instances_stay_where_the_placer_moves_none() -> None:
     assert planner.plan(observed([[6.0, 4.0, 2.0]]), before) is before
 
 
-@pytest.mark.parametrize(("good_enough", "stays"), [(1.7, True), (1.6, False)])
-def test_a_layer_that_is_good_enough_for_the_placer_stays(good_enough: float, stays: bool) -> None:
+@pytest.mark.parametrize(("max_imbalance", "stays"), [(1.7, True), (1.6, False)])
+def test_a_layer_that_is_good_enough_for_the_placer_stays(max_imbalance: float, stays: bool) -> None:
     # The busiest has 10 of 12 tokens: 1.67 times its half.
     before = plan_of(2, [{0: 1.0}, {0: 1.0}, {1: 1.0}])
-    placer = {"name": "minimalMoves", "goodEnough": good_enough}
+    placer = {"name": "minimalMoves", "maxImbalance": max_imbalance}
     planner = moeless(system(1, 3, cluster_of([9, 9])), maxReplicas=1, placer=placer)
     assert (planner.plan(observed([[6.0, 4.0, 2.0]]), before) is before) == stays
 
@@ -341,7 +341,7 @@ def test_where_no_room_can_be_made_instances_still_move() -> None:
 
 def test_by_default_a_tick_moves_what_the_links_load_in_a_quarter_of_it() -> None:
     # Two workers that load an instance in a second: two instances in a second of a tick of four.
-    slow = replace(cluster_of([20, 20]), local_bytes_per_s=1.0, remote_bytes_per_s=1.0, load_bytes_per_s=1.0)
+    slow = replace(cluster_of([20, 20]), local_bytes_per_s=1.0, remote_bytes_per_s=1.0, fetch_bytes_per_s=1.0)
     planned = system(1, 12, slow, horizon_steps=1e9)
     planner = MoelessPlanner(policy(planned.model, tick_s=4.0, maxReplicas=1), planned)
     before = plan_of(2, [{0: 1.0}] * 12)
@@ -374,5 +374,5 @@ def test_workers_of_different_memory_are_planned_for_as_far_as_a_function_can_be
     planned = system(1, 4, cluster_of([1, 9]))
     plan = moeless(planned).plan(observed([[9, 8, 1, 1]]), None)
     assert plan.counts_LE.tolist() == [[2, 1, 1, 1]]
-    least_twice = moeless(planned, minReplicas=2).plan(observed([[9, 8, 1, 1]]), None)
-    assert_whole(least_twice, planned.cluster, planned.model)
+    min_twice = moeless(planned, minReplicas=2).plan(observed([[9, 8, 1, 1]]), None)
+    assert_whole(min_twice, planned.cluster, planned.model)

@@ -11,14 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeless.core.plan import FloatArray, IntArray, Plan
+from moeless.core.arrays import FloatArray, IntArray
+from moeless.core.plan import Plan
 from moeless.planning.baselines.paper import PaperPlanner
 from moeless.planning.observation import Observation, Planner
-from moeless.planning.planner import PlannedSystem, hosted_instances
+from moeless.planning.planner import PlanningContext, hosted_instances
 from tests.support.planners import moeless, observed, system
 from tests.support.planning import assert_whole, cluster_of, clusters
 
-Walk = tuple[PlannedSystem, list[FloatArray], list[FloatArray], np.random.Generator]
+Walk = tuple[PlanningContext, list[FloatArray], list[FloatArray], np.random.Generator]
 
 
 def with_floor(tokens: FloatArray) -> FloatArray:
@@ -35,12 +36,12 @@ def walks(draw: st.DrawFn, *, is_tight: bool = False) -> Walk:
     if is_tight:  # equal workers, on which whatever is no more than their memory together finds room
         cluster = cluster_of([draw(st.integers(1, whole))] * draw(st.integers(1, 4)))
     else:
-        cluster = draw(clusters(least_memory=whole, most_memory=2 * whole))
+        cluster = draw(clusters(min_memory=whole, max_memory=2 * whole))
     planned = system(
         num_layers,
         num_experts,
         cluster,
-        load_s=draw(st.sampled_from([0.0, 3.0])),
+        start_s=draw(st.sampled_from([0.0, 3.0])),
         seconds=draw(st.sampled_from([None, with_floor])),
     )
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
@@ -65,7 +66,7 @@ settings_of_policies = st.fixed_dictionaries(
         "scaleUpStabilizationSeconds": st.sampled_from([0, 2]),
         "scaleDownStabilizationSeconds": st.sampled_from([0, 2]),
         "scaler": st.sampled_from([{"name": "cv"}, {"name": "minMax"}, {"name": "benefit"}]),
-        "placer": st.sampled_from([{"name": "localityFirst"}, {"name": "minimalMoves", "goodEnough": 1.0}]),
+        "placer": st.sampled_from([{"name": "localityFirst"}, {"name": "minimalMoves", "maxImbalance": 1.0}]),
         "maxMovesPerTick": st.sampled_from([0, 1, 3, 99]),
         "benefitThreshold": st.sampled_from([0.0, 0.02, 0.2]),
     }
@@ -74,7 +75,7 @@ settings_of_policies = st.fixed_dictionaries(
 
 def walked(
     planner: Planner,
-    planned: PlannedSystem,
+    planned: PlanningContext,
     loads: Sequence[FloatArray],
     uppers: Sequence[FloatArray],
     rng: np.random.Generator,
@@ -265,7 +266,7 @@ def test_layers_that_change_alone_do_not_overfill_a_worker_that_others_were_to_l
         num_layers, num_experts, num_workers = (int(n) for n in rng.integers((2, 4, 2), (5, 9, 5)))
         room = int(np.ceil(rng.uniform(1.0, 1.6) * num_layers * num_experts / num_workers))
         planned = system(num_layers, num_experts, cluster_of([room] * num_workers))
-        planner = moeless(planned, placer={"name": "minimalMoves", "goodEnough": 1.0}, maxMovesPerTick=99)
+        planner = moeless(planned, placer={"name": "minimalMoves", "maxImbalance": 1.0}, maxMovesPerTick=99)
         loads = [rng.lognormal(0.0, 1.2, (num_layers, num_experts)) for _ in range(5)]
         for _, _, plan in walked(planner, planned, loads, loads, rng):
             assert_whole(plan, planned.cluster, planned.model)

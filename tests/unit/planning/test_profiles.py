@@ -17,7 +17,7 @@ def test_a_mixtral_expert_reads_its_weights_for_half_a_millisecond() -> None:
 
 def test_a_load_takes_its_bytes_over_the_link_and_its_start() -> None:
     profile = builtin_profiles()["a6000-mixtral-8x7b"]
-    assert profile.load_time(352e6, 24.8e9) == pytest.approx(14.2e-3 + profile.load_s, rel=0.01)
+    assert profile.start_time(352e6, 24.8e9) == pytest.approx(14.2e-3 + profile.start_s, rel=0.01)
 
 
 def test_a_model_of_other_sizes_gets_a_profile_by_the_same_rules() -> None:

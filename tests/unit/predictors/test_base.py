@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from moeless_predictors.base import FloatArray, as_routing, capped_to_sum, num_found, one_hot, top_k_of
+from moeless_predictors.arrays import FloatArray
+from moeless_predictors.base import as_routing, capped_to_sum, num_found, one_hot, top_k_of
 from moeless_predictors.popularity import PopularityPredictor
 
 scores = hnp.arrays(

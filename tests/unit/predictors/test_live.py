@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moeless_predictors import base, live_loops
-from moeless_predictors.base import FloatArray
+from moeless_predictors.arrays import FloatArray
 from moeless_predictors.features import FeatureConfig
 from moeless_predictors.fitting import FitConfig, fit_predictors
 from moeless_predictors.live import LiveConfig, LivePredictor

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moeless.core.cluster import Cluster, even_cluster
 from moeless.planning.cost import ExpertTime
-from moeless.simulate.hosting import balanced_load
+from moeless.simulate.layer_times import balanced_load
 
 FLAT_UP_TO_100 = ExpertTime.from_knots([(1, 1e-3), (100, 1e-3), (200, 2e-3)])
 FOUR = even_cluster(4, memory_bytes=1)
@@ -19,7 +19,7 @@ FOUR = even_cluster(4, memory_bytes=1)
 
 def layer_s(tokens: list[int], *, whole: bool, cluster: Cluster = FOUR) -> float:
     load = balanced_load(
-        np.array(tokens), cluster, FLAT_UP_TO_100, num_layers=1, top_k=1, num_tokens=9, are_calls_whole=whole
+        np.array(tokens), cluster, FLAT_UP_TO_100, num_layers=1, top_k=1, num_tokens=9, are_calls_integral=whole
     )
     return float(load.seconds_LW.max())
 

@@ -45,10 +45,10 @@ def test_memory_is_an_amount_or_a_share_of_an_even_part(amount: str, expected: i
 
 
 def test_workers_stand_on_nodes_and_have_the_links_given() -> None:
-    settings = replace(SIZED, workers=4, workers_per_node=2, local_gb_s=160, remote_gb_s=40, load_gb_s=10)
+    settings = replace(SIZED, workers=4, workers_per_node=2, local_gb_s=160, remote_gb_s=40, fetch_gb_s=10)
     cluster = make_scenario(settings, routing(), ARRIVALS).cluster
     assert cluster.node_W.tolist() == [0, 0, 1, 1]
-    assert (cluster.local_bytes_per_s, cluster.remote_bytes_per_s, cluster.load_bytes_per_s) == (160e9, 40e9, 10e9)
+    assert (cluster.local_bytes_per_s, cluster.remote_bytes_per_s, cluster.fetch_bytes_per_s) == (160e9, 40e9, 10e9)
 
 
 def test_a_known_shape_has_its_profile_unless_sizes_or_a_name_are_given() -> None:

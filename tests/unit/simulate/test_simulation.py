@@ -13,10 +13,9 @@ from moeless.core.plan import Plan
 from moeless.planning.cost import BackboneTime, CostProfile, ExchangeTime
 from moeless.simulate.batching import BatchingConfig
 from moeless.simulate.forecasts import ForecastConfig
-from moeless.simulate.report.results import PolicyResult
-from moeless.simulate.residency import TransferConfig
+from moeless.simulate.report.results import SystemResult
 from moeless.simulate.routing import SequenceRouting
-from moeless.simulate.scenario import Policy, Scenario
+from moeless.simulate.scenario import Scenario, System, TransferConfig
 from moeless.simulate.simulation import simulate
 from moeless.simulate.workload import made_up_arrivals
 from moeless_predictors.traces import ArrivalTrace, RoutingTrace, TraceMetadata
@@ -39,7 +38,7 @@ def round_robin_routing(num_experts: int, top_k: int, num_layers: int = 1) -> Se
     )
 
 
-def served_one_by_one(arrivals: ArrivalTrace, make_profile: Callable[..., CostProfile], planner: Any) -> PolicyResult:
+def served_one_by_one(arrivals: ArrivalTrace, make_profile: Callable[..., CostProfile], planner: Any) -> SystemResult:
     """Requests of one token, one at a time: 1 ms of backbone and 1 ms of the only expert each."""
     scenario = Scenario(
         profile=make_profile(
@@ -51,7 +50,7 @@ def served_one_by_one(arrivals: ArrivalTrace, make_profile: Callable[..., CostPr
         arrivals=arrivals,
         batching=BatchingConfig(max_batch_tokens=1, max_running=1),
     )
-    return simulate(scenario, Policy(name="one", planner=planner, topology="all_to_all"))
+    return simulate(scenario, System(name="one", planner=planner, topology="all_to_all"))
 
 
 def one_instance() -> Plan:
@@ -114,7 +113,7 @@ def test_balanced_load_takes_as_long_as_computed_by_hand(
     fixed_planner: Any,
 ) -> None:
     scenario = balanced_scenario(make_profile)
-    result = simulate(scenario, Policy(name="even", planner=fixed_planner(spread_plan(3, 8, 4)), topology=topology))
+    result = simulate(scenario, System(name="even", planner=fixed_planner(spread_plan(3, 8, 4)), topology=topology))
     layer_s = BUSY_S + exchange_s
     assert result.moe_s == pytest.approx(3 * layer_s)
     assert result.duration_s == pytest.approx(2e-3 + 3 * layer_s)
@@ -135,8 +134,8 @@ def test_with_balanced_load_the_bound_computes_as_long_as_the_plan(
         cluster=replace(scenario.cluster, local_bytes_per_s=1e30),
     )
     planned, bound = (
-        simulate(scenario, Policy(name="x", planner=fixed_planner(spread_plan(3, 8, 4)), bound=bound))
-        for bound in (None, "sand")
+        simulate(scenario, System(name="x", planner=fixed_planner(spread_plan(3, 8, 4)), bound=bound))
+        for bound in (None, "fluid")
     )
     assert bound.moe_s == pytest.approx(planned.moe_s)
 
@@ -146,8 +145,8 @@ def test_no_plan_is_faster_than_the_bound(
 ) -> None:
     scenario = make_scenario()
     planned, bound = (
-        simulate(scenario, Policy(name="x", planner=fixed_planner(spread_plan(3, 8, 4)), bound=bound))
-        for bound in (None, "sand")
+        simulate(scenario, System(name="x", planner=fixed_planner(spread_plan(3, 8, 4)), bound=bound))
+        for bound in (None, "fluid")
     )
     assert bound.layer_s.mean < planned.layer_s.mean
 
@@ -157,7 +156,7 @@ def test_every_token_is_served_once(
     num_engines: int, make_scenario: MakeScenario, spread_plan: MakePlan, fixed_planner: Any
 ) -> None:
     scenario = make_scenario(num_engines=num_engines)
-    result = simulate(scenario, Policy(name="x", planner=fixed_planner(spread_plan(3, 8, 4))))
+    result = simulate(scenario, System(name="x", planner=fixed_planner(spread_plan(3, 8, 4))))
     arrivals = scenario.arrivals
     assert result.num_tokens == int((arrivals.prompt_tokens + arrivals.output_tokens - 1).sum())
     assert 0 < result.ttft_s.cdf[0] <= result.request_s.cdf[0]
@@ -168,9 +167,9 @@ def test_every_token_is_served_once(
 def test_the_same_scenario_gives_the_same_result(
     num_engines: int, make_scenario: MakeScenario, spread_plan: MakePlan, fixed_planner: Any
 ) -> None:
-    def run(seed: int) -> PolicyResult:
+    def run(seed: int) -> SystemResult:
         scenario = make_scenario(num_engines=num_engines, seed=seed)
-        return simulate(scenario, Policy(name="x", planner=fixed_planner(spread_plan(3, 8, 4))))
+        return simulate(scenario, System(name="x", planner=fixed_planner(spread_plan(3, 8, 4))))
 
     assert run(1) == run(1)
     assert run(1) != run(2)
@@ -184,7 +183,7 @@ def test_layers_as_events_take_as_long_as_all_at_once(
     alone, beside = (
         simulate(
             make_scenario(arrivals=arrivals, num_engines=num_engines),
-            Policy(name="x", planner=fixed_planner(spread_plan(3, 8, 4)), topology="all_to_all"),
+            System(name="x", planner=fixed_planner(spread_plan(3, 8, 4)), topology="all_to_all"),
         )
         for num_engines in (1, 2)
     )
@@ -202,7 +201,7 @@ def test_engines_that_share_workers_wait_for_each_other(
             make_scenario(
                 arrivals=arrivals, num_engines=num_engines, batching=BatchingConfig(max_batch_tokens=60, max_running=1)
             ),
-            Policy(name="x", planner=fixed_planner(spread_plan(3, 8, 4))),
+            System(name="x", planner=fixed_planner(spread_plan(3, 8, 4))),
         )
         for num_engines in (1, 4)
     )
@@ -215,9 +214,9 @@ def test_a_changed_plan_serves_once_its_instances_are_loaded(
 ) -> None:
     scenario = make_scenario()
     planner = fixed_planner(spread_plan(3, 8, 4), spread_plan(3, 8, 4, version=2, turn=1))
-    result = simulate(scenario, Policy(name="x", planner=planner, interval_s=0.5))
+    result = simulate(scenario, System(name="x", planner=planner, interval_s=0.5))
     assert result.num_plans == 1
-    assert result.num_loads == 24
+    assert result.num_starts == 24
     assert result.moved_bytes == 24 * 1_000_000
     assert result.peak_instances == 48
     assert result.stall_s == 0
@@ -229,9 +228,9 @@ def test_engines_stall_while_a_blocking_policy_moves_weights(
 ) -> None:
     scenario = make_scenario()
     planner = fixed_planner(spread_plan(3, 8, 4), spread_plan(3, 8, 4, version=2, turn=1))
-    result = simulate(scenario, Policy(name="x", planner=planner, interval_steps=20, is_blocking=True))
+    result = simulate(scenario, System(name="x", planner=planner, interval_steps=20, is_blocking=True))
     assert result.stall_s == pytest.approx(6 * 1e6 / scenario.cluster.local_bytes_per_s)
-    still = simulate(scenario, Policy(name="x", planner=fixed_planner(spread_plan(3, 8, 4))))
+    still = simulate(scenario, System(name="x", planner=fixed_planner(spread_plan(3, 8, 4))))
     assert result.num_tokens == still.num_tokens
 
 
@@ -242,13 +241,13 @@ def test_loads_in_the_background_slow_the_exchange_on_a_shared_link(
     scenario = replace(
         scenario,
         profile=replace(scenario.profile, model=replace(scenario.profile.model, hidden_bytes=1_000_000)),
-        cluster=replace(scenario.cluster, load_bytes_per_s=1e7),
+        cluster=replace(scenario.cluster, fetch_bytes_per_s=1e7),
         transfers=TransferConfig(transfer_share=0.9),
     )
 
     def moe_s(transfers: TransferConfig, *plans: Plan) -> float:
-        policy = Policy(name="x", planner=fixed_planner(*plans), interval_s=0.1)
-        return simulate(replace(scenario, transfers=transfers), policy).moe_s
+        system = System(name="x", planner=fixed_planner(*plans), interval_s=0.1)
+        return simulate(replace(scenario, transfers=transfers), system).moe_s
 
     before, after = spread_plan(3, 8, 4), spread_plan(3, 8, 4, version=2, turn=1)
     still = moe_s(TransferConfig(transfer_share=0.9), before)
@@ -264,13 +263,13 @@ def empty_plan(version: int = 1) -> Plan:
 def test_tokens_that_meet_no_instance_wait_for_a_cold_start(make_scenario: MakeScenario, fixed_planner: Any) -> None:
     arrivals = made_up_arrivals(rate_per_s=1, num_requests=1, prompt_tokens=40, output_tokens=1)
     scenario = make_scenario(arrivals=arrivals)
-    result = simulate(scenario, Policy(name="cold", planner=fixed_planner(empty_plan())))
+    result = simulate(scenario, System(name="cold", planner=fixed_planner(empty_plan())))
     used = int((scenario.routing.of_span(0, 0, 40) > 0).sum())
     assert 0 < result.num_cold_starts <= 24
     assert result.num_cold_starts == pytest.approx(used, abs=4)  # of the sequence drawn
     assert result.peak_instances == result.num_cold_starts
     # Four workers load the first layer's experts side by side, two each.
-    assert result.moe_s > 2 * 1e6 / scenario.cluster.load_bytes_per_s
+    assert result.moe_s > 2 * 1e6 / scenario.cluster.fetch_bytes_per_s
 
 
 def test_prefetching_hides_a_cold_start_behind_the_layers_before(
@@ -278,11 +277,11 @@ def test_prefetching_hides_a_cold_start_behind_the_layers_before(
 ) -> None:
     arrivals = made_up_arrivals(rate_per_s=1, num_requests=1, prompt_tokens=40, output_tokens=1)
     scenario = make_scenario(arrivals=arrivals)
-    scenario = replace(scenario, cluster=replace(scenario.cluster, load_bytes_per_s=1e9))
+    scenario = replace(scenario, cluster=replace(scenario.cluster, fetch_bytes_per_s=1e9))
     moe_s = [
         simulate(
             scenario,
-            Policy(name="x", planner=fixed_planner(empty_plan()), prefetch_layers=ahead, prefetch_recall=recall),
+            System(name="x", planner=fixed_planner(empty_plan()), prefetch_layers=ahead, prefetch_recall=recall),
         ).moe_s
         for ahead, recall in ((0, 1.0), (1, 0.5), (1, 1.0), (2, 1.0))
     ]
@@ -291,7 +290,7 @@ def test_prefetching_hides_a_cold_start_behind_the_layers_before(
 
 
 def test_cold_starts_of_several_engines_are_waited_for_too(make_scenario: MakeScenario, fixed_planner: Any) -> None:
-    result = simulate(make_scenario(num_engines=2), Policy(name="x", planner=fixed_planner(empty_plan())))
+    result = simulate(make_scenario(num_engines=2), System(name="x", planner=fixed_planner(empty_plan())))
     assert result.num_cold_starts == 24
     assert result.layer_s.cdf[100] > 1e6 / 24.8e9
 
@@ -301,7 +300,7 @@ def test_a_worker_that_was_stopped_takes_its_start_up(make_scenario: MakeScenari
         transfers=TransferConfig(worker_idle_s=0.0),
         arrivals=made_up_arrivals(rate_per_s=1, num_requests=2, prompt_tokens=40, output_tokens=1, gap_cv=0),
     )
-    result = simulate(scenario, Policy(name="x", planner=fixed_planner(empty_plan())))
+    result = simulate(scenario, System(name="x", planner=fixed_planner(empty_plan())))
     assert result.num_worker_starts == 4
     assert result.ttft_s.cdf[100] > 10
     assert result.worker_s < 4 * result.duration_s
@@ -316,25 +315,25 @@ def test_billed_memory_is_never_above_resident_memory(
         (fixed_planner(*plans), True),
         (fixed_planner(empty_plan()), False),
     ):
-        result = simulate(make_scenario(), Policy(name="x", planner=planner, interval_s=0.3, is_blocking=blocking))
+        result = simulate(make_scenario(), System(name="x", planner=planner, interval_s=0.3, is_blocking=blocking))
         assert 0 < result.billed_byte_s < result.resident_byte_s
 
 
 def test_goodput_counts_the_requests_that_keep_the_slo(
     make_scenario: MakeScenario, spread_plan: MakePlan, fixed_planner: Any
 ) -> None:
-    policy = Policy(name="x", planner=fixed_planner(spread_plan(3, 8, 4)))
+    system = System(name="x", planner=fixed_planner(spread_plan(3, 8, 4)))
     scenario = make_scenario()
-    result = simulate(scenario, policy)
-    half = simulate(scenario, policy, slo=(result.ttft_s.p50, 1e9))
+    result = simulate(scenario, system)
+    half = simulate(scenario, system, slo=(result.ttft_s.p50, 1e9))
     assert half.slo_share == pytest.approx(0.5, abs=0.02)
     assert half.goodput_per_s == pytest.approx(0.5 * 60 / half.duration_s, rel=0.05)
     assert result.goodput_per_s is None
 
 
 def test_a_result_survives_json(make_scenario: MakeScenario, spread_plan: MakePlan, fixed_planner: Any) -> None:
-    result = simulate(make_scenario(), Policy(name="x", planner=fixed_planner(spread_plan(3, 8, 4))))
-    assert msgspec.json.decode(msgspec.json.encode(result), type=PolicyResult) == result
+    result = simulate(make_scenario(), System(name="x", planner=fixed_planner(spread_plan(3, 8, 4))))
+    assert msgspec.json.decode(msgspec.json.encode(result), type=SystemResult) == result
 
 
 def test_planners_are_told_what_was_and_what_will_be(
@@ -342,8 +341,8 @@ def test_planners_are_told_what_was_and_what_will_be(
 ) -> None:
     scenario = make_scenario()
     planner = fixed_planner(spread_plan(3, 8, 4))
-    policy = Policy(name="x", planner=planner, interval_s=0.25, window_s=0.5, forecast=ForecastConfig(kind="foresight"))
-    simulate(scenario, policy)
+    system = System(name="x", planner=planner, interval_s=0.25, window_s=0.5, forecast=ForecastConfig(kind="foresight"))
+    simulate(scenario, system)
     first, *later = planner.observations
     assert first.num_steps == 0
     assert (first.mean_LE == 16).all()  # a full step, spread evenly
@@ -361,7 +360,7 @@ def test_progress_ends_with_all_requests(
     make_scenario: MakeScenario, spread_plan: MakePlan, fixed_planner: Any
 ) -> None:
     calls: list[tuple[int, int]] = []
-    policy = Policy(name="x", planner=fixed_planner(spread_plan(3, 8, 4)))
-    simulate(make_scenario(), policy, on_progress=lambda done, total: calls.append((done, total)))
+    system = System(name="x", planner=fixed_planner(spread_plan(3, 8, 4)))
+    simulate(make_scenario(), system, on_progress=lambda done, total: calls.append((done, total)))
     assert calls[-1] == (60, 60)
     assert calls == sorted(calls)

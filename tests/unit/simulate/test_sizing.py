@@ -21,16 +21,16 @@ from moeless.simulate.settings import ScenarioSettings
 from moeless.simulate.simulation import OnProgress, simulate
 from moeless.simulate.sizing import (
     BUYABLE,
+    Candidate,
     Sized,
     SizingCase,
     SizingConfig,
-    System,
     checked_systems,
-    fewest_workers,
+    min_workers,
     sized,
     worker_memory,
 )
-from moeless.simulate.systems import STANDARD, StandardConfig, routing_statistics
+from moeless.simulate.systems import SYSTEMS, SystemConfig, routing_statistics
 from moeless.simulate.workload import made_up_arrivals
 from moeless_predictors.traces import synthetic_trace
 
@@ -51,7 +51,7 @@ def make_case(
         ),
         routing=ROUTING,
         arrivals=ARRIVALS,
-        standard=StandardConfig(**standard),
+        systems=SystemConfig(**standard),
         sizing=SizingConfig(slo=(0.1, tpot_s), attainment=attainment, max_workers=max_workers),
     )
 
@@ -61,7 +61,7 @@ def shares_by_brute_force(case: SizingCase, name: str) -> list[float]:
     shares = []
     for workers in range(1, case.sizing.max_workers + 1):
         scenario = case.scenario(workers)
-        result = simulate(scenario, STANDARD[name](scenario, case.standard), slo=case.sizing.slo)
+        result = simulate(scenario, SYSTEMS[name](scenario, case.systems), slo=case.sizing.slo)
         assert result.slo_share is not None
         shares.append(result.slo_share)
     return shares
@@ -73,7 +73,7 @@ def test_the_fewest_workers_are_those_that_trying_every_size_finds(name: str) ->
     shares = shares_by_brute_force(case, name)
     expected = next(workers for workers, share in enumerate(shares, start=1) if share >= 0.9)
     assert 1 < expected < 8, "a case that says nothing"
-    found = sized(case, System(policy=name))
+    found = sized(case, Candidate(system=name))
     assert found.workers == found.best == expected
     assert found.result is not None
     assert found.result.slo_share == shares[expected - 1]
@@ -86,36 +86,38 @@ def test_the_fewest_workers_are_those_that_trying_every_size_finds(name: str) ->
 
 @pytest.mark.parametrize("name", ["static", "moeless"])
 def test_a_tighter_slo_never_needs_fewer_workers(name: str) -> None:
-    needed = [sized(make_case(tpot_s=tpot_s), System(policy=name)).workers for tpot_s in (4e-3, 2e-3, 1.5e-3, 1.2e-3)]
+    needed = [
+        sized(make_case(tpot_s=tpot_s), Candidate(system=name)).workers for tpot_s in (4e-3, 2e-3, 1.5e-3, 1.2e-3)
+    ]
     sizes = [99 if workers is None else workers for workers in needed]
     assert sizes == sorted(sizes)
     assert len(set(sizes)) > 2
 
 
 def test_the_same_case_gives_the_same_sizes_and_figures() -> None:
-    one, again = (sized(make_case(), System(policy="moeless")) for _ in range(2))
+    one, again = (sized(make_case(), Candidate(system="moeless")) for _ in range(2))
     assert alternative_of(one) == alternative_of(again)
 
 
 def test_sizes_without_room_are_left_out_with_the_reason() -> None:
-    found = sized(make_case(room=9), System(policy="static"))
+    found = sized(make_case(room=9), Candidate(system="static"))
     assert [size for size, probe in found.probes.items() if probe.slo_share is None] == [1, 2]
     assert found.probes[1].why_not == "the routing uses 24 functions, and 9 fit the workers' memory"
     assert found.workers == 3
     assert found.one_fewer == found.probes[2]
-    spare = sized(make_case(room=9), System(policy="eplb-vllm"))
-    assert "spare instances on each worker and layer a worker holds 12, and 9" in str(spare.probes[3].why_not)
+    spare = sized(make_case(room=9), Candidate(system="eplb-vllm"))
+    assert "with 1 on each worker and layer a worker holds 12 instances, and 9" in str(spare.probes[3].why_not)
     assert spare.workers == 4
 
 
 def test_what_keeps_the_slo_at_no_size_shows_the_best_that_it_reached() -> None:
     case = make_case(tpot_s=0.3e-3, max_workers=6)
-    found = sized(case, System(policy="static"))
+    found = sized(case, Candidate(system="static"))
     assert (found.workers, found.one_fewer, sorted(found.probes)) == (None, None, [1, 2, 4, 6])
     assert found.best is not None
     assert found.result is not None
     assert found.result.slo_share == max(probe.slo_share or 0 for probe in found.probes.values()) < 0.9
-    nowhere = sized(make_case(room=2), System(policy="static"))
+    nowhere = sized(make_case(room=2), Candidate(system="static"))
     assert (nowhere.workers, nowhere.best, nowhere.result) == (None, None, None)
     assert chosen([found, nowhere]) is None
 
@@ -130,7 +132,7 @@ def test_what_is_found_is_enough_and_one_fewer_was_tried_and_is_not(
         asked.add(workers)
         return shares[workers - 1]
 
-    found = fewest_workers(share, attainment=attainment, max_workers=len(shares))
+    found = min_workers(share, attainment=attainment, max_workers=len(shares))
     if found is None:
         assert all((shares[size - 1] or 0) < attainment for size in asked)
         assert len(shares) in asked
@@ -142,7 +144,7 @@ def test_what_is_found_is_enough_and_one_fewer_was_tried_and_is_not(
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=70), st.floats(0.01, 1))
 def test_where_shares_rise_the_fewest_are_found_in_few_tries(shares: list[float], attainment: float) -> None:
     shares.sort()
-    found = fewest_workers(lambda size: shares[size - 1], attainment=attainment, max_workers=len(shares))
+    found = min_workers(lambda size: shares[size - 1], attainment=attainment, max_workers=len(shares))
     assert found == next((size for size, share in enumerate(shares, start=1) if share >= attainment), None)
 
 
@@ -157,7 +159,7 @@ def test_where_shares_rise_the_fewest_are_found_in_few_tries(shares: list[float]
     ],
 )
 def test_shares_that_do_not_rise_with_every_worker_are_followed(shares: list[float], expected: int | None) -> None:
-    assert fewest_workers(lambda size: shares[size - 1], attainment=0.99, max_workers=len(shares)) == expected
+    assert min_workers(lambda size: shares[size - 1], attainment=0.99, max_workers=len(shares)) == expected
 
 
 def test_every_simulation_is_watched() -> None:
@@ -168,7 +170,7 @@ def test_every_simulation_is_watched() -> None:
         seen.append(what)
         yield lambda done, total: seen.append(f"{done} of {total}") if done == total else None
 
-    sized(make_case(max_workers=1), System(policy="static"), watch=watch)
+    sized(make_case(max_workers=1), Candidate(system="static"), watch=watch)
     assert seen == ["static on 1 workers", "30 of 30"]
 
 
@@ -194,7 +196,7 @@ def plan_of(found: Recommendation, workers: list[str]) -> Plan:
 @pytest.mark.parametrize("name", BUYABLE)
 def test_the_plan_is_one_that_can_be_had(name: str) -> None:
     case = make_case(tpot_s=4e-3, room=12)
-    found = sized(case, System(policy=name))
+    found = sized(case, Candidate(system=name))
     assert found.workers is not None
     told = recommended(case, found, "because", routing_statistics(ROUTING))
     plan = plan_of(told, [f"worker-{index}" for index in range(found.workers)])
@@ -214,9 +216,9 @@ def test_moeless_places_by_affinity_where_the_policy_says_so() -> None:
     placers = {"minimalMoves": {}, "affinity": {"maxImbalance": 1.5}}
     touched = {}
     for name, settings in placers.items():
-        document = parse_policy({"defaults": {"placer": {"name": name, **settings}, "maxReplicas": 1}})
-        case = make_case(document=document, affinity=routing_statistics(ROUTING))
-        found = sized(case, System(policy="moeless"))
+        policy = parse_policy({"defaults": {"placer": {"name": name, **settings}, "maxReplicas": 1}})
+        case = make_case(policy=policy, affinity=routing_statistics(ROUTING))
+        found = sized(case, Candidate(system="moeless"))
         assert found.workers is not None
         touched[name] = recommended(case, found, "because", routing_statistics(ROUTING)).workers_touched
     assert touched["affinity"] < touched["minimalMoves"]
@@ -224,11 +226,9 @@ def test_moeless_places_by_affinity_where_the_policy_says_so() -> None:
 
 def test_idle_workers_that_stop_are_not_paid_for() -> None:
     arrivals = made_up_arrivals(rate_per_s=1, num_requests=4, prompt_tokens=20, output_tokens=4, gap_cv=0)
-    document = parse_policy(
-        {"tickSeconds": 0.1, "defaults": {"keepAliveSeconds": 0, "scaleDownStabilizationSeconds": 0}}
-    )
-    case = replace(make_case(tpot_s=1.0, attainment=0.2, room=90, document=document), arrivals=arrivals)
-    always, stopping = (sized(case, System(policy="moeless", worker_idle_s=idle_s)) for idle_s in (None, 0.05))
+    policy = parse_policy({"tickSeconds": 0.1, "defaults": {"keepAliveSeconds": 0, "scaleDownStabilizationSeconds": 0}})
+    case = replace(make_case(tpot_s=1.0, attainment=0.2, room=90, policy=policy), arrivals=arrivals)
+    always, stopping = (sized(case, Candidate(system="moeless", worker_idle_s=idle_s)) for idle_s in (None, 0.05))
     costs = [alternative_of(found, worker_hour_cost=2.0).cost for found in (always, stopping)]
     assert costs[0] is not None
     assert costs[1] is not None
@@ -236,11 +236,11 @@ def test_idle_workers_that_stop_are_not_paid_for() -> None:
     assert (costs[0].mean_workers, costs[0].dollars_per_hour) == (1, 2)
     assert costs[1].mean_workers < 1
     assert chosen([always, stopping])[0] is stopping  # type: ignore[index]
-    assert "stop after 0.05 s" in assumptions(case, [stopping.system], is_memory_given=True)["system moeless-idle"]
+    assert "stop after 0.05 s" in assumptions(case, [stopping.candidate], is_memory_given=True)["system moeless-idle"]
 
 
 def test_dollars_are_those_of_the_workers_hours() -> None:
-    found = sized(make_case(), System(policy="static"))
+    found = sized(make_case(), Candidate(system="static"))
     cost, result = alternative_of(found, worker_hour_cost=3.6).cost, found.result
     assert cost is not None
     assert result is not None
@@ -270,7 +270,7 @@ def test_the_cheapest_has_the_fewest_workers_and_then_the_least_memory(make_size
 
 @pytest.fixture(name="make_sized")
 def make_sized_fixture() -> Callable[..., Sized]:
-    result = sized(make_case(max_workers=1, tpot_s=1.0), System(policy="static")).result
+    result = sized(make_case(max_workers=1, tpot_s=1.0), Candidate(system="static")).result
 
     def make(name: str, workers: int | None, *, resident: float = 1.0) -> Sized:
         import msgspec
@@ -279,7 +279,7 @@ def make_sized_fixture() -> Callable[..., Sized]:
         changed = msgspec.structs.replace(
             result, duration_s=10.0, worker_s=10.0 * (workers or 1), resident_byte_s=resident * 1e10
         )
-        return Sized(system=System(policy=name), workers=workers, probes={}, best=workers, result=changed)
+        return Sized(candidate=Candidate(system=name), workers=workers, probes={}, best=workers, result=changed)
 
     return make
 

@@ -5,13 +5,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moeless.core.arrays import FloatArray
 from moeless.core.cluster import Cluster, ModelShape, WorkerSpec, even_cluster
 from moeless.core.errors import ConfigError
-from moeless.core.plan import FloatArray, Plan
+from moeless.core.plan import Plan
 from moeless.planning.affinity.metrics import balance_L, hops_L, workers_touched_L
-from moeless.planning.affinity.offline import ProgrammeConfig, fewest_hops_plan, fewest_workers_plan
+from moeless.planning.affinity.offline import ProgrammeConfig, min_hops_plan, min_workers_plan
 from moeless.planning.affinity.online import AffinityConfig, layer_bounds, place_by_affinity
-from moeless.planning.affinity.programme import fewest_hops
+from moeless.planning.affinity.programme import min_hops
 from moeless.planning.affinity.statistics import AffinityStatistics, gather_statistics
 from moeless.planning.place import place
 
@@ -36,13 +37,13 @@ def test_the_local_search_is_within_2_percent_of_the_fewest_workers(seed: int, m
     problem = problem_of(seed)
     config = AffinityConfig(max_imbalance=max_imbalance, max_instances=3, num_kicks=20)
     found = place_by_affinity(*problem, config=config)
-    optimal = fewest_workers_plan(*problem, affinity=config)
+    optimal = min_workers_plan(*problem, affinity=config)
     assert optimal.bound_L is not None
     assert optimal.gap <= 1e-6
     np.testing.assert_allclose(workers_touched_L(optimal.plan, problem[1]), optimal.bound_L, atol=1e-6)
     assert workers_touched_L(found, problem[1]).sum() <= 1.02 * optimal.bound_L.sum() + 1e-9
-    most_L = np.maximum(max_imbalance, balance_L(problem[0], problem[2], np.ones(4)))
-    assert (balance_L(optimal.plan, problem[2], np.ones(4)) <= most_L + 1e-6).all()
+    max_L = np.maximum(max_imbalance, balance_L(problem[0], problem[2], np.ones(4)))
+    assert (balance_L(optimal.plan, problem[2], np.ones(4)) <= max_L + 1e-6).all()
 
 
 @settings(max_examples=8, deadline=None)
@@ -50,7 +51,7 @@ def test_the_local_search_is_within_2_percent_of_the_fewest_workers(seed: int, m
 def test_the_local_search_is_within_2_percent_of_the_fewest_hops(seed: int) -> None:
     problem = problem_of(seed, experts=4, workers=2, layers=3, topics=2)
     config = AffinityConfig(objective="hops", max_imbalance=1.2, num_kicks=20)
-    optimum = fewest_hops(problem[1].transitions_LEE, layer_bounds(problem[0], problem[2], problem[3].speed_W, config))
+    optimum = min_hops(problem[1].transitions_LEE, layer_bounds(problem[0], problem[2], problem[3].speed_W, config))
     assert optimum.gap <= 1e-6
     found = place_by_affinity(*problem, config=config)
     assert hops_L(found, problem[1]).sum() <= 1.02 * optimum.cost + 1e-9
@@ -61,25 +62,25 @@ def test_the_local_search_is_within_2_percent_of_the_fewest_hops(seed: int) -> N
 def test_layer_by_layer_hops_never_rise_and_bounds_hold(seed: int) -> None:
     problem = problem_of(seed, layers=3)
     config = AffinityConfig(objective="hops", max_imbalance=1.2, max_instances=3)
-    result = fewest_hops_plan(*problem, affinity=config)
+    result = min_hops_plan(*problem, affinity=config)
     assert result.bound_L is None
     assert result.gap <= 1e-6
     assert hops_L(result.plan, problem[1]).sum() <= hops_L(problem[0], problem[1]).sum() + 1e-9
-    most_L = np.maximum(1.2, balance_L(problem[0], problem[2], np.ones(4)))
-    assert (balance_L(result.plan, problem[2], np.ones(4)) <= most_L + 1e-6).all()
+    max_L = np.maximum(1.2, balance_L(problem[0], problem[2], np.ones(4)))
+    assert (balance_L(result.plan, problem[2], np.ones(4)) <= max_L + 1e-6).all()
     assert (result.plan.dense()[0].sum(axis=1) <= 3).all()
-    assert fewest_hops_plan(result.plan, *problem[1:], affinity=config).plan is result.plan
+    assert min_hops_plan(result.plan, *problem[1:], affinity=config).plan is result.plan
 
 
 def test_workers_are_named_so_that_most_instances_stay() -> None:
     problem = problem_of(3)
     config = AffinityConfig(max_imbalance=1.2)
-    best = fewest_workers_plan(*problem, affinity=config).plan
+    best = min_workers_plan(*problem, affinity=config).plan
     swapped = Plan.from_instances(
         version=1, num_layers=2, num_experts=8, num_workers=4, layer_N=best.layer_N, expert_N=best.expert_N,
         worker_N=(best.worker_N + 1) % 4, share_N=best.share_N,
     )  # fmt: skip
-    assert fewest_workers_plan(swapped, *problem[1:], affinity=config).plan is swapped
+    assert min_workers_plan(swapped, *problem[1:], affinity=config).plan is swapped
 
 
 def test_workers_that_differ_and_many_groups_are_solved_by_sets() -> None:
@@ -87,13 +88,13 @@ def test_workers_that_differ_and_many_groups_are_solved_by_sets() -> None:
     cluster = Cluster(workers=tuple(WorkerSpec(name=f"w{i}", memory_bytes=100, speed=1 + i % 2) for i in range(4)))
     start = place(start.counts_LE, load_LE, cluster, model)
     config = AffinityConfig(max_imbalance=1.3)
-    result = fewest_workers_plan(
+    result = min_workers_plan(
         start, statistics, load_LE, cluster, model, affinity=config, config=ProgrammeConfig(max_sets=None)
     )
     assert result.bound_L is not None
     assert result.gap <= 1e-6
-    few = fewest_workers_plan(*problem_of(5), affinity=config, config=ProgrammeConfig(max_groups=0, max_sets=None))
-    by_groups = fewest_workers_plan(*problem_of(5), affinity=config)
+    few = min_workers_plan(*problem_of(5), affinity=config, config=ProgrammeConfig(max_groups=0, max_sets=None))
+    by_groups = min_workers_plan(*problem_of(5), affinity=config)
     assert few.bound_L is not None
     np.testing.assert_allclose(few.bound_L, by_groups.bound_L, atol=1e-6)
 
@@ -104,8 +105,8 @@ def test_full_workers_only_swap() -> None:
     start = place(start.counts_LE, load_LE, cluster, model)
     config = AffinityConfig(max_imbalance=1.5, max_instances=4)
     for plan in (
-        fewest_workers_plan(start, statistics, load_LE, cluster, model, affinity=config).plan,
-        fewest_hops_plan(start, statistics, load_LE, cluster, model, affinity=config).plan,
+        min_workers_plan(start, statistics, load_LE, cluster, model, affinity=config).plan,
+        min_hops_plan(start, statistics, load_LE, cluster, model, affinity=config).plan,
     ):
         assert np.bincount(plan.worker_N).tolist() == [4, 4, 4, 4]
 
@@ -116,7 +117,7 @@ def test_replicas_are_refused_where_workers_touched_are_optimised() -> None:
     counts_LE[1, 3] = 2
     start = place(counts_LE, load_LE, cluster, model)
     with pytest.raises(ConfigError, match="start must have one instance of every function, got 2 of L01.E003"):
-        fewest_workers_plan(start, statistics, load_LE, cluster, model, affinity=AffinityConfig())
+        min_workers_plan(start, statistics, load_LE, cluster, model, affinity=AffinityConfig())
 
 
 @pytest.mark.parametrize("name", ["max_groups", "max_sets", "max_sweeps"])

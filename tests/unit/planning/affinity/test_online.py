@@ -84,8 +84,8 @@ def test_no_bound_is_broken_and_the_start_is_never_better(
     )
     plan = place_by_affinity(*problem, config=config)
     assert cost(plan, statistics, objective) <= cost(start, statistics, objective) + 1e-9
-    most_L = np.maximum(max_imbalance, balance_L(start, load_LE, cluster.speed_W))
-    assert (balance_L(plan, load_LE, cluster.speed_W) <= most_L + 1e-6).all()
+    max_L = np.maximum(max_imbalance, balance_L(start, load_LE, cluster.speed_W))
+    assert (balance_L(plan, load_LE, cluster.speed_W) <= max_L + 1e-6).all()
     np.testing.assert_array_equal(plan.counts_LE, start.counts_LE)
     assert (np.bincount(plan.worker_N, minlength=3) <= cluster.capacity_W(model)).all()
     hosted_LW, start_LW = (p.dense()[0].sum(axis=1) for p in (plan, start))

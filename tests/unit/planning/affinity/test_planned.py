@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moeless.core.arrays import FloatArray
 from moeless.core.cluster import ModelShape, even_cluster
 from moeless.core.errors import ConfigError
-from moeless.core.plan import FloatArray
 from moeless.core.policy import ResolvedPolicy, parse_policy, resolve
 from moeless.planning.affinity.metrics import balance_L, hops_L, workers_touched_L
 from moeless.planning.affinity.statistics import AffinityStatistics, gather_statistics
 from moeless.planning.observation import Observation
-from moeless.planning.planner import MoelessPlanner, PlannedSystem
+from moeless.planning.planner import MoelessPlanner, PlanningContext
 
 L, E, W = 3, 16, 4
 MODEL = ModelShape(num_layers=L, num_experts=E, top_k=2, expert_bytes=1, hidden_bytes=1)
@@ -46,15 +46,15 @@ def observed(load_LE: FloatArray, time_s: float) -> Observation:
 @pytest.mark.parametrize("objective", ["workers", "hops"])
 def test_the_first_plan_goes_by_affinity(objective: str) -> None:
     statistics = topics(0)
-    system = PlannedSystem(model=MODEL, cluster=CLUSTER, affinity=statistics)
+    system = PlanningContext(model=MODEL, cluster=CLUSTER, affinity=statistics)
     observation = observed(statistics.load_LE * 100, 0.0)
     balanced = MoelessPlanner(policy({"name": "minimalMoves"}), system).plan(observation, None)
     planner = MoelessPlanner(policy({"name": "affinity", "objective": objective, "maxImbalance": 1.1}), system)
     plan = planner.plan(observation, None)
     measure = workers_touched_L if objective == "workers" else hops_L
     assert measure(plan, statistics).mean() < 0.9 * measure(balanced, statistics).mean()
-    most_L = np.maximum(1.1, balance_L(balanced, observation.mean_LE, np.ones(W)))
-    assert (balance_L(plan, observation.mean_LE, np.ones(W)) <= most_L + 1e-6).all()
+    max_L = np.maximum(1.1, balance_L(balanced, observation.mean_LE, np.ones(W)))
+    assert (balance_L(plan, observation.mean_LE, np.ones(W)) <= max_L + 1e-6).all()
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_the_first_plan_goes_by_affinity(objective: str) -> None:
 )
 def test_later_plans_come_closer_with_few_moves_each_and_then_stay(scaler: dict[str, Any]) -> None:
     statistics = topics(1)
-    system = PlannedSystem(model=MODEL, cluster=CLUSTER, affinity=statistics)
+    system = PlanningContext(model=MODEL, cluster=CLUSTER, affinity=statistics)
     load_LE = statistics.load_LE * 100
     plan = MoelessPlanner(policy({"name": "minimalMoves"}, scaler=scaler), system).plan(observed(load_LE, 0.0), None)
     placer = {"name": "affinity", "maxImbalance": 1.1}
@@ -86,7 +86,7 @@ def test_later_plans_come_closer_with_few_moves_each_and_then_stay(scaler: dict[
 
 def test_no_moves_are_made_where_the_policy_allows_none() -> None:
     statistics = topics(2)
-    system = PlannedSystem(model=MODEL, cluster=CLUSTER, affinity=statistics)
+    system = PlanningContext(model=MODEL, cluster=CLUSTER, affinity=statistics)
     load_LE = statistics.load_LE * 100
     start = MoelessPlanner(policy({"name": "minimalMoves"}), system).plan(observed(load_LE, 0.0), None)
     planner = MoelessPlanner(policy({"name": "affinity", "maxImbalance": 1.5}, maxMovesPerTick=0), system)
@@ -99,7 +99,7 @@ def test_functions_that_are_scaled_to_zero_do_not_disturb() -> None:
     load_LE[:, ::4] = 0.0
     observation = observed(load_LE, 0.0)
     planner = MoelessPlanner(
-        policy({"name": "affinity"}), PlannedSystem(model=MODEL, cluster=CLUSTER, affinity=statistics)
+        policy({"name": "affinity"}), PlanningContext(model=MODEL, cluster=CLUSTER, affinity=statistics)
     )
     plan = planner.plan(observation, None)
     assert (plan.counts_LE[:, 1::4] >= 1).all()
@@ -107,11 +107,11 @@ def test_functions_that_are_scaled_to_zero_do_not_disturb() -> None:
 
 def test_affinity_without_statistics_is_refused() -> None:
     with pytest.raises(ConfigError, match="placer affinity needs the statistics of recorded routing, got none"):
-        MoelessPlanner(policy({"name": "affinity"}), PlannedSystem(model=MODEL, cluster=CLUSTER))
+        MoelessPlanner(policy({"name": "affinity"}), PlanningContext(model=MODEL, cluster=CLUSTER))
 
 
 def test_statistics_of_another_model_are_refused() -> None:
     other = gather_statistics(np.array([[[0, 1]]]), num_experts=E)
-    system = PlannedSystem(model=MODEL, cluster=CLUSTER, affinity=other)
+    system = PlanningContext(model=MODEL, cluster=CLUSTER, affinity=other)
     with pytest.raises(ConfigError, match="affinity must be of \\(3, 16\\) layers and experts as the model is, got"):
         MoelessPlanner(policy({"name": "affinity"}), system)

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moeless.core.arrays import FloatArray, IntArray
 from moeless.core.cluster import even_cluster
 from moeless.core.errors import ConfigError
-from moeless.core.plan import FloatArray, IntArray, Plan
+from moeless.core.plan import Plan
 from moeless.planning.baselines.static import (
     EplbPlanner,
     StaticPlanner,
@@ -116,7 +117,7 @@ def test_every_worker_is_as_likely_at_random() -> None:
 @given(st.data(), st.integers(0, 2**32 - 1))
 def test_whatever_fits_is_placed_at_random_within_memory(data: st.DataObject, seed: int) -> None:
     model = model_of(2, 3)
-    cluster = data.draw(clusters(least_memory=0, most_memory=6))
+    cluster = data.draw(clusters(min_memory=0, max_memory=6))
     counts_LE = np.random.default_rng(seed).integers(0, cluster.num_workers, (2, 3), endpoint=True)
     while not fits(counts_LE, cluster.capacity_W(model)):
         counts_LE[np.unravel_index(np.argmax(counts_LE), counts_LE.shape)] -= 1
@@ -300,7 +301,7 @@ def replicated(plan: Plan) -> list[int]:
 
 
 def eplb(**changed: Any) -> EplbPlanner:
-    settings: dict[str, Any] = {"redundant": 1, "interval_steps": 100, "window_steps": 50, **changed}
+    settings: dict[str, Any] = {"spare_replicas": 1, "interval_steps": 100, "window_steps": 50, **changed}
     return EplbPlanner(cluster=cluster_of([9, 9]), model=model_of(1, 4), **settings)
 
 
@@ -316,7 +317,7 @@ def test_eplbs_first_plan_is_by_the_load_that_is_known() -> None:
 
 
 def test_until_a_load_is_known_eplb_takes_all_for_equal() -> None:
-    plan = eplb(redundant=4).plan(observed(np.zeros((1, 4)), 0), None)
+    plan = eplb(spare_replicas=4).plan(observed(np.zeros((1, 4)), 0), None)
     assert plan.counts_LE.tolist() == [[2, 2, 2, 2]]
 
 
@@ -376,14 +377,14 @@ def test_eplb_counts_the_same_steps_once() -> None:
     assert replicated(planner.plan(observed(hot(2) * 3.0, 110), plan)) == [2]
 
 
-def test_eplbs_redundant_instances_come_beside_one_for_each_expert() -> None:
-    plan = eplb(redundant=3).plan(observed(np.array([[9.0, 1.0, 1.0, 8.0]]), 10), None)
+def test_eplbs_spare_replicas_come_beside_one_for_each_expert() -> None:
+    plan = eplb(spare_replicas=3).plan(observed(np.array([[9.0, 1.0, 1.0, 8.0]]), 10), None)
     assert plan.counts_LE.sum() == 4 + 3
 
 
 def test_eplb_with_groups_is_hierarchical() -> None:
     cluster = even_cluster(8, memory_bytes=4, workers_per_node=4)
-    planner = EplbPlanner(cluster=cluster, model=model_of(2, 12), redundant=4, num_groups=4)
+    planner = EplbPlanner(cluster=cluster, model=model_of(2, 12), spare_replicas=4, num_groups=4)
     plan = planner.plan(observed(README_LOAD, 10), None)
     assert hosted(plan, 1)[0] == [7, 10]
 
@@ -391,7 +392,7 @@ def test_eplb_with_groups_is_hierarchical() -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"redundant": -1}, "eplb.redundant must be at least 0, got -1"),
+        ({"spare_replicas": -1}, "eplb.spare_replicas must be at least 0, got -1"),
         ({"interval_steps": 0}, "eplb.interval_steps must be at least 1, got 0"),
         ({"window_steps": 0}, "eplb.window_steps must be at least 1, got 0"),
     ],

@@ -6,12 +6,12 @@ import pytest
 
 from moeless.core.errors import ConfigError
 from moeless.planning.baselines.paper import PaperPlanner
-from moeless.planning.planner import PlannedSystem
+from moeless.planning.planner import PlanningContext
 from tests.support.planners import observed, system, ticks
 from tests.support.planning import cluster_of, counts_of, plan_of, workers_of
 
 
-def paper(planned: PlannedSystem, **changed: Any) -> PaperPlanner:
+def paper(planned: PlanningContext, **changed: Any) -> PaperPlanner:
     return PaperPlanner(planned, **changed)
 
 

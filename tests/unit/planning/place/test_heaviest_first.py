@@ -5,12 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moeless.core.arrays import BoolArray, FloatArray, IntArray
 from moeless.core.cluster import Cluster, ModelShape
 from moeless.core.errors import ConfigError
-from moeless.core.plan import BoolArray, FloatArray, IntArray
 from moeless.planning.place import InfeasiblePlacementError
 from moeless.planning.place.heaviest_first import check_counts, heaviest_first
-from tests.support.planning import cluster_of, clusters, fits, least_busiest, model_of
+from tests.support.planning import cluster_of, clusters, fits, min_busiest, model_of
 
 
 def placed(
@@ -43,14 +43,14 @@ def problems(draw: st.DrawFn) -> tuple[BoolArray, IntArray, FloatArray, Cluster,
     """Some instances in place and others to add, with about as much memory as they need."""
     model = model_of(draw(st.integers(1, 3)), draw(st.integers(1, 4)))
     shape = (model.num_layers, model.num_experts)
-    cluster = draw(clusters(least_memory=0, most_memory=model.num_layers * model.num_experts))
+    cluster = draw(clusters(min_memory=0, max_memory=model.num_layers * model.num_experts))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     has_LEW = np.zeros((*shape, cluster.num_workers), dtype=np.bool_)
     for worker, capacity in enumerate(cluster.capacity_W(model).tolist()):
         chosen = rng.permutation(model.num_layers * model.num_experts)[: rng.integers(0, capacity, endpoint=True)]
         has_LEW.reshape(-1, cluster.num_workers)[chosen, worker] = True
-    most_LE = cluster.num_workers - has_LEW.sum(axis=2)
-    add_LE = rng.integers(0, most_LE, endpoint=True) * (rng.random(shape) < draw(st.sampled_from([0.3, 0.8])))
+    max_LE = cluster.num_workers - has_LEW.sum(axis=2)
+    add_LE = rng.integers(0, max_LE, endpoint=True) * (rng.random(shape) < draw(st.sampled_from([0.3, 0.8])))
     return has_LEW, add_LE, rng.lognormal(0.0, 1.0, shape), cluster, model
 
 
@@ -198,7 +198,7 @@ def test_equal_workers_are_within_grahams_bound_of_the_optimum(loads: list[int],
     cluster, model = cluster_of([len(loads)] * num_workers), model_of(1, len(loads))
     heaviest_first(has_LEW, np.ones((1, len(loads)), dtype=np.int64), load_E[np.newaxis], cluster, model)
     # Graham (1969): heaviest first is at most 4/3 - 1/(3W) times the optimum.
-    bound = (4 / 3 - 1 / (3 * num_workers)) * least_busiest(load_E, speed_W)
+    bound = (4 / 3 - 1 / (3 * num_workers)) * min_busiest(load_E, speed_W)
     assert busiest(has_LEW[0], load_E, speed_W) <= bound + 1e-9
 
 
@@ -213,5 +213,5 @@ def test_workers_of_different_speeds_are_within_the_bound_of_the_optimum(loads: 
     cluster, model = cluster_of([len(loads)] * len(speeds), speeds=speeds), model_of(1, len(loads))
     heaviest_first(has_LEW, np.ones((1, len(loads)), dtype=np.int64), load_E[np.newaxis], cluster, model)
     # Gonzalez, Ibarra and Sahni (1977): at most 2 - 2/(W + 1) times.
-    bound = (2 - 2 / (len(speeds) + 1)) * least_busiest(load_E, speed_W)
+    bound = (2 - 2 / (len(speeds) + 1)) * min_busiest(load_E, speed_W)
     assert busiest(has_LEW[0], load_E, speed_W) <= bound + 1e-9

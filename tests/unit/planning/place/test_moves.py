@@ -7,17 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeless.core.plan import FloatArray, IntArray
+from moeless.core.arrays import FloatArray, IntArray
 from moeless.planning.place import min_max_shares
 from moeless.planning.place.moves import LayerMoves, MoveLimits, TransferTimes, improve_layer
 from tests.support.planning import cluster_of, model_of
 
-EAGER = MoveLimits(max_moves=99, good_enough=1.0, value_s=1.0)
+EAGER = MoveLimits(max_moves=99, max_imbalance=1.0, value_s=1.0)
 """A token less on the busiest worker is worth a second."""
 
 
-def transfers(*nodes: int, local_s: float = 1e-9, remote_s: float = 1e-9, load_s: float = 1e-9) -> TransferTimes:
-    return TransferTimes(node_W=np.array(nodes), load_s=load_s, local_s=local_s, remote_s=remote_s)
+def transfers(*nodes: int, local_s: float = 1e-9, remote_s: float = 1e-9, fetch_s: float = 1e-9) -> TransferTimes:
+    return TransferTimes(node_W=np.array(nodes), fetch_s=fetch_s, local_s=local_s, remote_s=remote_s)
 
 
 class Layer:
@@ -122,7 +122,7 @@ def test_workers_that_are_equally_busy_are_relieved_together_or_not_at_all() -> 
 
 def test_a_move_that_gains_no_more_than_it_costs_is_not_made() -> None:
     layer = Layer([(0, 0), (1, 0), (2, 1)], [6.0, 4.0, 2.0])
-    second = transfers(0, 0, local_s=1.0, remote_s=1.0, load_s=1.0)
+    second = transfers(0, 0, local_s=1.0, remote_s=1.0, fetch_s=1.0)
     # It takes four tokens off the busiest worker.
     assert layer.improved([0, 1], limits=replace(EAGER, value_s=0.25), times=second).num_moves == 0
     assert layer.improved([0, 1], limits=replace(EAGER, value_s=0.26), times=second).num_moves == 1
@@ -131,15 +131,15 @@ def test_a_move_that_gains_no_more_than_it_costs_is_not_made() -> None:
 def test_moves_end_where_the_next_gains_less_than_it_costs() -> None:
     # The first takes 6 tokens off the busiest worker, the second 1 more.
     layer = Layer([(0, 0), (1, 0), (2, 0), (3, 1)], [6.0, 6.0, 2.0, 5.0])
-    second = transfers(0, 0, 0, local_s=1.0, remote_s=1.0, load_s=1.0)
+    second = transfers(0, 0, 0, local_s=1.0, remote_s=1.0, fetch_s=1.0)
     assert moved(layer, [9, 9, 9], limits=replace(EAGER, value_s=0.9), times=second) == [(0, 2), (1, 0), (2, 0), (3, 1)]
     assert moved(layer, [9, 9, 9], limits=replace(EAGER, value_s=1.1), times=second) == [(0, 2), (1, 0), (2, 1), (3, 1)]
 
 
 def test_a_layer_that_is_balanced_well_enough_stays() -> None:
     layer = Layer([(0, 0), (1, 0), (2, 1)], [6.0, 4.0, 2.0])
-    assert layer.improved([0, 1], limits=replace(EAGER, good_enough=1.66)).num_moves == 1
-    assert layer.improved([0, 1], limits=replace(EAGER, good_enough=1.67)).num_moves == 0
+    assert layer.improved([0, 1], limits=replace(EAGER, max_imbalance=1.66)).num_moves == 1
+    assert layer.improved([0, 1], limits=replace(EAGER, max_imbalance=1.67)).num_moves == 0
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_a_layer_that_is_balanced_well_enough_stays() -> None:
 )
 def test_a_move_costs_what_the_link_takes(free: list[int], value_s: float, is_made: bool) -> None:
     layer = Layer([(0, 0), (1, 0), (2, 1), (3, 2)], [6.0, 4.0, 2.0, 2.0])
-    times = transfers(0, 0, 1, local_s=1.0, remote_s=10.0, load_s=100.0)
+    times = transfers(0, 0, 1, local_s=1.0, remote_s=10.0, fetch_s=100.0)
     found = layer.improved(free, limits=replace(EAGER, value_s=value_s, max_moves=1), times=times)
     assert found.num_moves == is_made
 
@@ -161,7 +161,7 @@ def test_a_move_costs_what_the_link_takes(free: list[int], value_s: float, is_ma
 def test_an_instance_comes_from_the_nearest_worker_that_has_it(nodes: tuple[int, ...], is_made: bool) -> None:
     # Expert 0 leaves w3 for w2; w0 has it too. That takes 1.5 tokens off the busiest worker.
     layer = Layer([(0, 0, 0.75), (0, 3, 0.25), (1, 0), (2, 3)], [6.0, 8.0, 11.0])
-    times = transfers(*nodes, local_s=1.0, remote_s=10.0, load_s=100.0)
+    times = transfers(*nodes, local_s=1.0, remote_s=10.0, fetch_s=100.0)
     found = moved(layer, [0, 0, 1, 0], limits=replace(EAGER, max_moves=1), times=times)
     assert found[:2] == [(0, 0), (0, 2 if is_made else 3)]
 
@@ -171,17 +171,17 @@ def test_transfers_take_the_bytes_over_the_rate_of_the_fastest_way() -> None:
         cluster_of([1, 1, 1], nodes=["b", "a", "b"]),
         local_bytes_per_s=50.0,
         remote_bytes_per_s=20.0,
-        load_bytes_per_s=10.0,
+        fetch_bytes_per_s=10.0,
     )
     times = TransferTimes.of(cluster, model_of(1, 1, expert_bytes=100))
     assert times.node_W.tolist() == [0, 1, 0]
-    assert (times.load_s, times.local_s, times.remote_s, times.least_s) == (10.0, 2.0, 5.0, 2.0)
-    from_host = TransferTimes.of(replace(cluster, load_bytes_per_s=25.0), model_of(1, 1, expert_bytes=100))
-    assert (from_host.load_s, from_host.local_s, from_host.remote_s, from_host.least_s) == (4.0, 2.0, 4.0, 2.0)
-    fast_host = TransferTimes.of(replace(cluster, load_bytes_per_s=100.0), model_of(1, 1, expert_bytes=100))
-    assert (fast_host.local_s, fast_host.remote_s, fast_host.least_s) == (1.0, 1.0, 1.0)
+    assert (times.fetch_s, times.local_s, times.remote_s, times.min_s) == (10.0, 2.0, 5.0, 2.0)
+    from_host = TransferTimes.of(replace(cluster, fetch_bytes_per_s=25.0), model_of(1, 1, expert_bytes=100))
+    assert (from_host.fetch_s, from_host.local_s, from_host.remote_s, from_host.min_s) == (4.0, 2.0, 4.0, 2.0)
+    fast_host = TransferTimes.of(replace(cluster, fetch_bytes_per_s=100.0), model_of(1, 1, expert_bytes=100))
+    assert (fast_host.local_s, fast_host.remote_s, fast_host.min_s) == (1.0, 1.0, 1.0)
     remote = TransferTimes.of(replace(cluster, remote_bytes_per_s=100.0), model_of(1, 1, expert_bytes=100))
-    assert remote.least_s == 1.0
+    assert remote.min_s == 1.0
 
 
 def test_what_is_given_is_not_changed() -> None:
@@ -214,7 +214,7 @@ def problems(draw: st.DrawFn) -> Problem:
 all_limits = st.builds(
     MoveLimits,
     max_moves=st.sampled_from([0, 1, 2, 3, 99]),
-    good_enough=st.sampled_from([1.0, 1.2]),
+    max_imbalance=st.sampled_from([1.0, 1.2]),
     value_s=st.sampled_from([0.0, 1.0, 10.0, 1e9]),
 )
 
@@ -228,7 +228,7 @@ def busiest(worker_n: IntArray, tokens_n: FloatArray, speed_W: FloatArray) -> fl
 def test_no_bound_is_broken_and_what_is_gained_is_worth_the_transfers(problem: Problem, limits: MoveLimits) -> None:
     expert_n, worker_n, share_n, load_E, free_W, speed_W = problem
     num_workers = len(speed_W)
-    found = improve_layer(*problem, limits=limits, transfers=transfers(*[0] * num_workers, local_s=1.0, load_s=1.0))
+    found = improve_layer(*problem, limits=limits, transfers=transfers(*[0] * num_workers, local_s=1.0, fetch_s=1.0))
     num_changed = int((found.worker_n != worker_n).sum())
     assert num_changed <= found.num_moves <= limits.max_moves
     hosted_W, before_W = (np.bincount(workers, minlength=num_workers) for workers in (found.worker_n, worker_n))

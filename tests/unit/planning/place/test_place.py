@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moeless.core.arrays import FloatArray, IntArray
 from moeless.core.cluster import Cluster, ModelShape
 from moeless.core.errors import ConfigError
-from moeless.core.plan import FloatArray, IntArray, Plan
+from moeless.core.plan import Plan
 from moeless.planning.place import InfeasiblePlacementError, PlacementConfig, place
 from tests.support.planning import (
     assert_whole,
@@ -18,14 +19,14 @@ from tests.support.planning import (
     cluster_of,
     clusters,
     fits,
-    least_busiest,
+    min_busiest,
     model_of,
     plan_of,
     workers_of,
 )
 
 STILL = PlacementConfig(max_moves=0)
-EAGER = PlacementConfig(max_moves=99, good_enough=1.0, share_tolerance=0.0, token_s=1.0)
+EAGER = PlacementConfig(max_moves=99, max_imbalance=1.0, share_tolerance=0.0, token_s=1.0)
 """Moves whatever makes anything better."""
 
 
@@ -43,7 +44,7 @@ def placed(
 
 def with_slow_links(cluster: Cluster) -> Cluster:
     """An instance of one byte takes a second, whichever way it comes."""
-    return replace(cluster, local_bytes_per_s=1.0, remote_bytes_per_s=1.0, load_bytes_per_s=1.0)
+    return replace(cluster, local_bytes_per_s=1.0, remote_bytes_per_s=1.0, fetch_bytes_per_s=1.0)
 
 
 def random_counts(rng: np.random.Generator, model: ModelShape, cluster: Cluster, most: int) -> IntArray:
@@ -71,7 +72,7 @@ def problems(draw: st.DrawFn, *, is_tight: bool = False) -> Problem:
     """What to place now, and perhaps a plan for other counts and loads, on workers of different speed and memory."""
     model = model_of(draw(st.integers(1, 3)), draw(st.integers(1, 6)))
     whole = model.num_layers * model.num_experts
-    cluster = draw(clusters(least_memory=0 if is_tight else whole, most_memory=whole))
+    cluster = draw(clusters(min_memory=0 if is_tight else whole, max_memory=whole))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     most = draw(st.sampled_from([1, 2, 4]))
     previous = None
@@ -84,7 +85,7 @@ def problems(draw: st.DrawFn, *, is_tight: bool = False) -> Problem:
 configs = st.builds(
     PlacementConfig,
     max_moves=st.sampled_from([0, 1, 2, 5, 99]),
-    good_enough=st.sampled_from([1.0, 1.05, 1.5]),
+    max_imbalance=st.sampled_from([1.0, 1.05, 1.5]),
     share_tolerance=st.sampled_from([0.0, 0.01, 0.5]),
     token_s=st.sampled_from([1e-11, 1e-6, 1.0]),
 )
@@ -141,7 +142,7 @@ def test_a_move_is_made_only_where_it_gains_more_than_the_transfer_takes() -> No
     before = plan_of(2, [{0: 1.0}, {0: 1.0}, {1: 1.0}])
     counts, load, cluster = [[1, 1, 1]], [[6.0, 4.0, 2.0]], with_slow_links(cluster_of([3, 3]))
     # Four tokens less on the busiest worker, in each of ten steps, for a second.
-    config = PlacementConfig(good_enough=1.0, horizon_steps=10.0, token_s=1 / 40)
+    config = PlacementConfig(max_imbalance=1.0, horizon_steps=10.0, token_s=1 / 40)
     assert placed(counts, load, cluster, previous=before, config=replace(config, token_s=0.99 / 40)) is before
     plan = placed(counts, load, cluster, previous=before, config=replace(config, token_s=1.01 / 40))
     assert workers_of(plan) == {(0, 0): [0], (0, 1): [1], (0, 2): [1]}
@@ -151,8 +152,8 @@ def test_a_plan_that_is_balanced_well_enough_stays() -> None:
     before = plan_of(2, [{0: 1.0}, {0: 1.0}, {1: 1.0}])
     counts, load, cluster = [[1, 1, 1]], [[6.0, 4.0, 2.0]], cluster_of([3, 3])
     # The busiest has 10 of 12 tokens: 1.67 times its half.
-    assert placed(counts, load, cluster, previous=before, config=replace(EAGER, good_enough=1.7)) is before
-    assert placed(counts, load, cluster, previous=before, config=replace(EAGER, good_enough=1.6)) is not before
+    assert placed(counts, load, cluster, previous=before, config=replace(EAGER, max_imbalance=1.7)) is before
+    assert placed(counts, load, cluster, previous=before, config=replace(EAGER, max_imbalance=1.6)) is not before
 
 
 def test_moves_go_to_the_layers_that_need_them_most() -> None:
@@ -189,8 +190,8 @@ def test_functions_may_have_no_instance() -> None:
     ("changed", "message"),
     [
         ({"max_moves": -1}, "placement.max_moves must be at least 0, got -1"),
-        ({"good_enough": 0.99}, "placement.good_enough must be at least 1, got 0.99"),
-        ({"good_enough": float("nan")}, "placement.good_enough must be at least 1, got nan"),
+        ({"max_imbalance": 0.99}, "placement.max_imbalance must be at least 1, got 0.99"),
+        ({"max_imbalance": float("nan")}, "placement.max_imbalance must be at least 1, got nan"),
         ({"share_tolerance": -0.1}, "placement.share_tolerance must be at least 0, got -0.1"),
         ({"token_s": -1.0}, "placement.token_s must be at least 0, got -1.0"),
         ({"horizon_steps": float("nan")}, "placement.horizon_steps must be at least 0, got nan"),
@@ -295,7 +296,7 @@ def test_a_plan_within_the_tolerances_is_not_touched(problem: Problem, config: P
     load_LW = plan.worker_load_LW(load_LE)
     ideal_L = load_LW.sum(axis=1) / speeds.sum()
     imbalance = max([1.0, *((load_LW / speeds).max(axis=1) / np.where(ideal_L > 0, ideal_L, 1.0)).tolist()])
-    config = replace(config, good_enough=imbalance * (1 + 1e-9), share_tolerance=1.0)
+    config = replace(config, max_imbalance=imbalance * (1 + 1e-9), share_tolerance=1.0)
     assert place(counts_LE, load_LE, cluster, model, previous=plan, config=config) is plan
 
 
@@ -318,5 +319,5 @@ def test_the_order_of_layers_and_experts_does_not_matter(problem: Problem, is_mo
 def test_equal_workers_are_within_grahams_bound_of_the_optimum(loads: list[int], num_workers: int) -> None:
     load_LE, cluster = np.array([loads], dtype=np.float64), cluster_of([len(loads)] * num_workers)
     plan = place(np.ones((1, len(loads)), dtype=np.int64), load_LE, cluster, model_of(1, len(loads)))
-    optimum = least_busiest(load_LE[0], np.ones(num_workers))
+    optimum = min_busiest(load_LE[0], np.ones(num_workers))
     assert busiest_of(plan, load_LE, np.ones(num_workers))[0] <= (4 / 3 - 1 / (3 * num_workers)) * optimum + 1e-9

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeless.core.plan import BoolArray, FloatArray, Plan
+from moeless.core.arrays import BoolArray, FloatArray
+from moeless.core.plan import Plan
 from moeless.planning.place import equal_shares, exact_shares, min_max_shares
 from moeless.planning.place.shares import busiest_L, ideal_L
 
@@ -31,23 +32,23 @@ def min_max(plan: Plan, load_LE: FloatArray, speed_W: FloatArray, *, start_N: Fl
 
 
 def busiest(plan: Plan, share_N: FloatArray, load_LE: FloatArray, speed_W: FloatArray) -> FloatArray:
-    slot_N = plan.layer_N * plan.num_workers + plan.worker_N
+    layer_worker_N = plan.layer_N * plan.num_workers + plan.worker_N
     tokens_N = load_LE[plan.layer_N, plan.expert_N] * share_N
-    load_S = np.bincount(slot_N, weights=tokens_N, minlength=plan.num_layers * plan.num_workers)
+    load_S = np.bincount(layer_worker_N, weights=tokens_N, minlength=plan.num_layers * plan.num_workers)
     return busiest_L(load_S.reshape(plan.num_layers, -1), speed_W)
 
 
-def least_busiest(plan: Plan, load_LE: FloatArray, speed_W: FloatArray) -> FloatArray:
+def min_busiest(plan: Plan, load_LE: FloatArray, speed_W: FloatArray) -> FloatArray:
     """What no shares can get below: of every set of workers, what only they host over their speeds. By the theorem of
     max-flow and min-cut the highest of these is reached."""
     has_LEW, _ = plan.dense()
-    least_L = np.zeros(plan.num_layers)
+    min_L = np.zeros(plan.num_layers)
     for size in range(1, plan.num_workers + 1):
         for workers in combinations(range(plan.num_workers), size):
             elsewhere_LE = np.delete(has_LEW, workers, axis=2).any(axis=2)
             bound_L = (load_LE * ~elsewhere_LE).sum(axis=1) / speed_W[list(workers)].sum()
-            least_L = np.maximum(least_L, bound_L)
-    return least_L
+            min_L = np.maximum(min_L, bound_L)
+    return min_L
 
 
 @st.composite
@@ -132,7 +133,7 @@ def test_no_shares_have_a_less_busy_worker_than_the_exact_ones(problem: tuple[Pl
     plan, load_LE, speed_W = problem
     share_N = exact_shares(*problem)
     assert (share_N >= 0).all()
-    np.testing.assert_allclose(busiest(plan, share_N, load_LE, speed_W), least_busiest(*problem), rtol=1e-5, atol=1e-9)
+    np.testing.assert_allclose(busiest(plan, share_N, load_LE, speed_W), min_busiest(*problem), rtol=1e-5, atol=1e-9)
 
 
 @settings(max_examples=60, deadline=None)
@@ -149,8 +150,8 @@ def test_fast_shares_are_close_to_optimal(problem: tuple[Plan, FloatArray, Float
     # Rounds end once little changes. The worst of thousands of random layers is 2 % off; climbing from there to worse
     # ones ended at 5.6 %.
     plan, load_LE, speed_W = problem
-    most_L = 1.08 * least_busiest(*problem)
-    assert (busiest(plan, min_max(*problem), load_LE, speed_W) <= most_L + 1e-12).all()
+    max_L = 1.08 * min_busiest(*problem)
+    assert (busiest(plan, min_max(*problem), load_LE, speed_W) <= max_L + 1e-12).all()
 
 
 @settings(max_examples=60, deadline=None)
@@ -158,7 +159,7 @@ def test_fast_shares_are_close_to_optimal(problem: tuple[Plan, FloatArray, Float
 def test_with_two_workers_fast_shares_are_optimal(problem: tuple[Plan, FloatArray, FloatArray]) -> None:
     plan, load_LE, speed_W = problem
     found_L = busiest(plan, min_max(*problem), load_LE, speed_W)
-    np.testing.assert_allclose(found_L, least_busiest(*problem), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(found_L, min_busiest(*problem), rtol=1e-9, atol=1e-12)
 
 
 @settings(max_examples=100, deadline=None)

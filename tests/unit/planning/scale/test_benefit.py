@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeless.core.plan import FloatArray, IntArray
+from moeless.core.arrays import FloatArray, IntArray
 from moeless.planning.scale import Limits, replicas_by_benefit
 
 UNLIMITED = 2**31 - 1
@@ -14,8 +14,8 @@ UNLIMITED = 2**31 - 1
 
 def limits(load_LE: FloatArray, *, budget: int = UNLIMITED, most: int = UNLIMITED) -> Limits:
     return Limits(
-        least_LE=np.ones(load_LE.shape, dtype=np.int64),
-        most_LE=np.full(load_LE.shape, most, dtype=np.int64),
+        min_LE=np.ones(load_LE.shape, dtype=np.int64),
+        max_LE=np.full(load_LE.shape, most, dtype=np.int64),
         budget_L=np.full(len(load_LE), budget, dtype=np.int64),
     )
 
@@ -80,7 +80,7 @@ def test_no_counts_take_less_time(loads: list[list[int]], num_extras: int, most:
         load_LE, bounds, num_extras=num_extras, num_workers=3, seconds=lambda tokens: np.maximum(tokens, float(floor))
     )
     assert counts_LE.sum() <= load_LE.size + num_extras
-    assert (counts_LE <= bounds.most_LE).all()
+    assert (counts_LE <= bounds.max_LE).all()
     assert (counts_LE.sum(axis=1) <= bounds.budget_L).all()
     # Of each layer alone, the least time with each number of extras; then all ways to divide the extras.
     best_of = []

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from moeless.core.cluster import ModelShape
 from moeless.core.policy import UNLIMITED, ResolvedPolicy, parse_policy, resolve
 from moeless.planning.observation import Observation
-from moeless.planning.scale import Limits, fit_budgets, fit_workers, least_replicas
+from moeless.planning.scale import Limits, fit_budgets, fit_workers, min_replicas
 from tests.support.planning import fits
 
 
@@ -34,11 +34,11 @@ def observed(load: list[list[float]], *, idle_s: list[list[float]] | None = None
 def least(
     observation: Observation, policy: ResolvedPolicy, hosted: list[list[int]], *, budget: int = UNLIMITED
 ) -> list[list[int]]:
-    counts: list[list[int]] = least_replicas(
+    counts: list[list[int]] = min_replicas(
         observation,
         policy,
         hosted_LE=np.array(hosted),
-        most_LE=np.full(observation.mean_LE.shape, 8),
+        max_LE=np.full(observation.mean_LE.shape, 8),
         budget=budget,
     ).tolist()
     return counts
@@ -77,13 +77,13 @@ def test_the_models_budget_is_for_all_layers() -> None:
 
 def test_counts_within_budgets_stay() -> None:
     counts = np.array([[3, 1]])
-    bounds = Limits(least_LE=np.ones((1, 2), dtype=np.int64), most_LE=counts, budget_L=np.array([4]))
+    bounds = Limits(min_LE=np.ones((1, 2), dtype=np.int64), max_LE=counts, budget_L=np.array([4]))
     assert fit_budgets(counts, bounds, load_LE=np.array([[9.0, 1.0]]), wanted_LE=counts, budget=4) is counts
 
 
 def test_what_is_only_held_goes_before_what_is_wanted() -> None:
     counts = np.array([[3, 3]])
-    bounds = Limits(least_LE=np.ones((1, 2), dtype=np.int64), most_LE=counts, budget_L=np.array([4]))
+    bounds = Limits(min_LE=np.ones((1, 2), dtype=np.int64), max_LE=counts, budget_L=np.array([4]))
     fitted = fit_budgets(counts, bounds, load_LE=np.array([[9.0, 1.0]]), wanted_LE=np.array([[1, 3]]), budget=UNLIMITED)
     assert fitted.tolist() == [[1, 3]]
 
@@ -91,14 +91,14 @@ def test_what_is_only_held_goes_before_what_is_wanted() -> None:
 @given(st.integers(0, 2**32 - 1))
 def test_fitted_counts_are_within_every_budget_and_spend_it(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    least_LE = rng.integers(0, 2, (3, 5))
-    counts_LE = least_LE + rng.integers(0, 4, (3, 5))
-    budget_L = least_LE.sum(axis=1) + rng.integers(0, 12, 3)
-    budget = int(least_LE.sum() + rng.integers(0, 25))
-    bounds = Limits(least_LE=least_LE, most_LE=counts_LE, budget_L=budget_L)
-    wanted_LE = np.minimum(counts_LE, least_LE + 1)
+    min_LE = rng.integers(0, 2, (3, 5))
+    counts_LE = min_LE + rng.integers(0, 4, (3, 5))
+    budget_L = min_LE.sum(axis=1) + rng.integers(0, 12, 3)
+    budget = int(min_LE.sum() + rng.integers(0, 25))
+    bounds = Limits(min_LE=min_LE, max_LE=counts_LE, budget_L=budget_L)
+    wanted_LE = np.minimum(counts_LE, min_LE + 1)
     fitted_LE = fit_budgets(counts_LE, bounds, load_LE=rng.random((3, 5)), wanted_LE=wanted_LE, budget=budget)
-    assert (least_LE <= fitted_LE).all()
+    assert (min_LE <= fitted_LE).all()
     assert (fitted_LE <= counts_LE).all()
     assert (fitted_LE.sum(axis=1) <= budget_L).all()
     assert fitted_LE.sum() == min(budget, np.minimum(budget_L, counts_LE.sum(axis=1)).sum())

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moeless.core.arrays import FloatArray, IntArray
 from moeless.core.errors import ConfigError
-from moeless.core.plan import FloatArray, IntArray
 from moeless.planning.scale import Limits, replicas, replicas_by_cv, replicas_min_max
 
 UNLIMITED = 2**31 - 1
@@ -18,10 +18,10 @@ UNLIMITED = 2**31 - 1
 def limits(
     load_LE: FloatArray, *, budget: int = UNLIMITED, most: int = UNLIMITED, least: IntArray | None = None
 ) -> Limits:
-    least_LE = (load_LE > 0).astype(np.int64) if least is None else least
+    min_LE = (load_LE > 0).astype(np.int64) if least is None else least
     return Limits(
-        least_LE=least_LE,
-        most_LE=np.maximum(least_LE, most),
+        min_LE=min_LE,
+        max_LE=np.maximum(min_LE, most),
         budget_L=np.full(len(load_LE), budget, dtype=np.int64),
     )
 
@@ -34,18 +34,18 @@ def small_layers(draw: st.DrawFn, *, distinct: bool = False) -> tuple[FloatArray
     load_LE = np.array([loads], dtype=np.float64)
     least = draw(st.lists(st.integers(0, 2), min_size=num_experts, max_size=num_experts))
     more = draw(st.lists(st.integers(0, 4), min_size=num_experts, max_size=num_experts))
-    least_LE = np.maximum(np.array([least]), load_LE > 0)
+    min_LE = np.maximum(np.array([least]), load_LE > 0)
     return load_LE, Limits(
-        least_LE=least_LE,
-        most_LE=least_LE + np.array([more]),
-        budget_L=least_LE.sum(axis=1) + draw(st.integers(0, 6)),
+        min_LE=min_LE,
+        max_LE=min_LE + np.array([more]),
+        budget_L=min_LE.sum(axis=1) + draw(st.integers(0, 6)),
     )
 
 
 def all_counts(limits: Limits) -> list[tuple[int, ...]]:
     """Of one layer, all that are within its limits."""
     ranges = [
-        range(low, high + 1) for low, high in zip(limits.least_LE[0].tolist(), limits.most_LE[0].tolist(), strict=True)
+        range(low, high + 1) for low, high in zip(limits.min_LE[0].tolist(), limits.max_LE[0].tolist(), strict=True)
     ]
     return [counts for counts in itertools.product(*ranges) if sum(counts) <= limits.budget_L[0]]
 
@@ -82,9 +82,9 @@ def spread(load_E: FloatArray, counts_E: IntArray) -> float:
 
 def one_by_one(load_E: FloatArray, limits: Limits, max_cv: float) -> list[int]:
     """The rule as it is told: a loop."""
-    counts = limits.least_LE[0].copy()
+    counts = limits.min_LE[0].copy()
     while counts.sum() < limits.budget_L[0] and load_E.any() and spread(load_E, counts) > max_cv + 1e-9:
-        each = np.where(counts < limits.most_LE[0], load_E / np.maximum(counts, 1), -1.0)
+        each = np.where(counts < limits.max_LE[0], load_E / np.maximum(counts, 1), -1.0)
         if each.max() <= 0:
             break
         counts[int(each.argmax())] += 1
@@ -126,7 +126,7 @@ def test_functions_without_load_get_nothing_beyond_their_least() -> None:
 def test_no_instance_is_spent_on_what_is_not_the_highest() -> None:
     load_LE = np.array([[100.0, 60.0, 60.0]])
     # The first cannot grow: relieving the others would not lower the highest load.
-    bound = Limits(least_LE=np.ones((1, 3), dtype=np.int64), most_LE=np.array([[1, 9, 9]]), budget_L=np.array([10]))
+    bound = Limits(min_LE=np.ones((1, 3), dtype=np.int64), max_LE=np.array([[1, 9, 9]]), budget_L=np.array([10]))
     assert replicas_min_max(load_LE, bound).tolist() == [[1, 1, 1]]
 
 
@@ -137,15 +137,15 @@ def test_enough_is_enough() -> None:
 
 def test_a_function_with_load_must_be_allowed_an_instance() -> None:
     load_LE = np.array([[1.0]])
-    with pytest.raises(ConfigError, match=r"limits.least_LE must be at least 1 for functions with load"):
+    with pytest.raises(ConfigError, match=r"limits.min_LE must be at least 1 for functions with load"):
         replicas_min_max(load_LE, limits(load_LE, least=np.array([[0]])))
 
 
 def test_limits_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"limits.budget_L must have room .* got 1 for the 2 of layer 0"):
         limits(np.array([[1.0, 1.0]]), budget=1)
-    with pytest.raises(ConfigError, match=r"limits.least_LE must be from 0 to most_LE"):
-        Limits(least_LE=np.array([[2]]), most_LE=np.array([[1]]), budget_L=np.array([9]))
+    with pytest.raises(ConfigError, match=r"limits.min_LE must be from 0 to max_LE"):
+        Limits(min_LE=np.array([[2]]), max_LE=np.array([[1]]), budget_L=np.array([9]))
 
 
 @given(small_layers())
@@ -172,7 +172,7 @@ def test_the_order_of_experts_does_not_matter(layer: tuple[FloatArray, Limits], 
     load_LE, bounds = layer
     order = np.arange(load_LE.shape[1])
     random.shuffle(order)  # type: ignore[attr-defined]  # hypothesis gives a random.Random
-    shuffled = Limits(least_LE=bounds.least_LE[:, order], most_LE=bounds.most_LE[:, order], budget_L=bounds.budget_L)
+    shuffled = Limits(min_LE=bounds.min_LE[:, order], max_LE=bounds.max_LE[:, order], budget_L=bounds.budget_L)
     np.testing.assert_array_equal(
         replicas_min_max(load_LE[:, order], shuffled), replicas_min_max(load_LE, bounds)[:, order]
     )
@@ -201,8 +201,8 @@ def test_bounds_and_budgets_are_never_broken(seed: int, extra: int) -> None:
         replicas_by_cv(load_LE, bounds, max_cv_L=np.full(4, 0.05)),
         replicas_min_max(load_LE, bounds),
     ):
-        assert (counts_LE >= bounds.least_LE).all()
-        assert (counts_LE <= bounds.most_LE).all()
+        assert (counts_LE >= bounds.min_LE).all()
+        assert (counts_LE <= bounds.max_LE).all()
         assert (counts_LE.sum(axis=1) <= bounds.budget_L).all()
         assert (counts_LE[load_LE > 0] >= 1).all()
 

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeless.core.plan import IntArray
+from moeless.core.arrays import IntArray
 from moeless.planning.scale import Stabiliser
 
 

@@ -19,7 +19,7 @@ from moeless.simulate.report.tables import comparison_tables
 from moeless.simulate.scenario import Scenario
 from moeless.simulate.settings import described
 from moeless.simulate.simulation import simulate
-from moeless.simulate.systems import standard_policies
+from moeless.simulate.systems import make_systems
 from moeless.simulate.workload import made_up_arrivals
 from tests.support.browser import Browser
 
@@ -39,8 +39,8 @@ def report_fixture(make_scenario: MakeScenario) -> SimulationReport:
         expert_bytes=profile.model.expert_bytes,
         capacity_instances=400,
         results=[
-            simulate(scenario, policy, slo=(0.5, 0.05))
-            for policy in standard_policies(scenario, names=["static", "moeless", "limit"])
+            simulate(scenario, system, slo=(0.5, 0.05))
+            for system in make_systems(scenario, names=["static", "moeless", "limit"])
         ],
     )
 
@@ -107,8 +107,8 @@ def test_the_same_results_make_the_same_page(report: SimulationReport, page: str
 def test_answers_of_one_token_have_a_report_too(report: SimulationReport, make_scenario: MakeScenario) -> None:
     arrivals = made_up_arrivals(rate_per_s=1, num_requests=1, prompt_tokens=30, output_tokens=1)
     scenario = make_scenario(arrivals=arrivals)
-    (policy,) = standard_policies(scenario, names=["limit"])
-    alone = msgspec.structs.replace(report, slo_s=None, results=[simulate(scenario, policy)])
+    (system,) = make_systems(scenario, names=["limit"])
+    alone = msgspec.structs.replace(report, slo_s=None, results=[simulate(scenario, system)])
     assert "within" not in _Page(report_html(alone)).words
 
 

@@ -1,6 +1,6 @@
 """Static expert parallelism, EPLB, the MoEless paper's system and moeless on the same requests: latency and cost.
 
-`python -m benchmarks --all policies` simulates prefill-heavy and decode-heavy requests at four loads (shares of what
+`python -m benchmarks --all systems` simulates prefill-heavy and decode-heavy requests at four loads (shares of what
 static expert parallelism can serve, and all at once) on the routing of models: recorded ones where their files are
 given, made up ones of the same shapes otherwise; then arrivals thinned to 5 %; then the MoEless paper's setting.
 docs/simulator.md says what is assumed. Every figure is a ratio or a share of two simulations of the same requests:
@@ -9,12 +9,12 @@ docs/simulator.md says what is assumed. Every figure is a ratio or a share of tw
   above that under a bound, how much less it is. Two bounds: perfect balance, of work that is divided like sand; and
   what whole experts allow, whose calls read all their weights. With --json also of the mean MoE layer's time, though a
   faster system makes more steps of fewer tokens, so that its layers compare badly;
-- billed and resident memory x time, both by the same rule for all policies.
+- billed and resident memory x time, both by the same rule for all systems.
 
 First plans of moeless, the paper's system and SGLang's EPLB are for the load of other sequences: those that predictors
 are fitted on, or (made-up routing) that came earlier. vLLM's EPLB begins with equal loads, as it does.
 
-Besides moeless's default policy: `moeless, once` makes no replicas; `moeless, twice` keeps two instances of every
+Besides moeless's default system: `moeless, once` makes no replicas; `moeless, twice` keeps two instances of every
 function, so that each step can choose; `moeless, lean` is for traffic with gaps: instances go half a second after their
 last token, but for the first layers', behind whose work the other layers' cold starts hide.
 """
@@ -44,15 +44,15 @@ from benchmarks._scenarios import (
     saturation_per_s,
 )
 from moeless.core.policy import parse_policy
-from moeless.simulate.report.results import Latency, PolicyResult
+from moeless.simulate.report.results import Latency, SystemResult
 from moeless.simulate.scenario import Scenario
 from moeless.simulate.simulation import simulate
-from moeless.simulate.systems import StandardConfig, standard_policies
+from moeless.simulate.systems import SystemConfig, make_systems
 from moeless.simulate.workload import thinned
 from moeless_predictors.traces import ArrivalTrace, import_trace
 
 COMPARED = ("static", "eplb-vllm", "eplb-sglang", "moeless-paper", "moeless", "foresight", "whole-experts", "limit")
-MOST_TTFT, MOST_TPOT = 1.5, 1.2
+MAX_TTFT, MAX_TPOT = 1.5, 1.2
 """Of everything resident, at the 99th percentile: a saving counts only within both."""
 THINNED = 0.05
 ONCE: dict[str, object] = {"defaults": {"scaler": {"name": "minMax", "maxExtraShare": 0.0}}}
@@ -82,12 +82,12 @@ class Gap:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One policy on one scenario, beside others on the same requests."""
+    """One system on one scenario, beside others on the same requests."""
 
     setting: str
     shape: str
     level: str
-    policy: str
+    system: str
     layer_us: float
     layer_gap: Gap
     request_gap: Gap
@@ -181,22 +181,20 @@ def arrivals_file(path: Path | None) -> ArrivalTrace | None:
 
 
 def _results(
-    setting: Setting, scenario: Scenario, names: tuple[str, ...], **documents: dict[str, object]
-) -> dict[str, PolicyResult]:
-    """Of the policies named, and of moeless by other policy documents."""
-    config = StandardConfig(prior_LE=setting.prior_LE)
-    policies = standard_policies(scenario, names=list(names), config=config)
-    results = {policy.name: simulate(scenario, policy) for policy in policies}
-    for suffix, document in documents.items():
-        (policy,) = standard_policies(
-            scenario, names=["moeless"], config=replace(config, document=parse_policy(document))
-        )
+    setting: Setting, scenario: Scenario, names: tuple[str, ...], **policies: dict[str, object]
+) -> dict[str, SystemResult]:
+    """Of the policies named, and of moeless by other policy policies."""
+    config = SystemConfig(prior_LE=setting.prior_LE)
+    systems = make_systems(scenario, names=list(names), config=config)
+    results = {system.name: simulate(scenario, system) for system in systems}
+    for suffix, policy in policies.items():
+        (system,) = make_systems(scenario, names=["moeless"], config=replace(config, policy=parse_policy(policy)))
         name = f"moeless, {suffix}"
-        results[name] = simulate(scenario, replace(policy, name=name))
+        results[name] = simulate(scenario, replace(system, name=name))
     return results
 
 
-def _rows(setting: Setting, shape: str, level: str, results: dict[str, PolicyResult]) -> list[Row]:
+def _rows(setting: Setting, shape: str, level: str, results: dict[str, SystemResult]) -> list[Row]:
     static, foresight = results["static"], results["foresight"]
     eplb = min((r for name, r in results.items() if name.startswith("eplb")), key=lambda r: r.request_s.mean)
     rows = []
@@ -208,7 +206,7 @@ def _rows(setting: Setting, shape: str, level: str, results: dict[str, PolicyRes
                 setting=setting.name,
                 shape=shape,
                 level=level,
-                policy=name,
+                system=name,
                 layer_us=result.layer_s.mean * 1e6,
                 layer_gap=_gap(results, eplb, result, lambda of: of.layer_s),
                 request_gap=_gap(results, eplb, result, lambda of: of.request_s),
@@ -217,7 +215,7 @@ def _rows(setting: Setting, shape: str, level: str, results: dict[str, PolicyRes
                 resident=result.resident_byte_s / static.resident_byte_s,
                 ttft_p99=ttft,
                 tpot_p99=tpot,
-                is_fast_enough=ttft <= MOST_TTFT and tpot <= MOST_TPOT,
+                is_fast_enough=ttft <= MAX_TTFT and tpot <= MAX_TPOT,
                 cold_starts=result.num_cold_starts,
             )
         )
@@ -225,9 +223,9 @@ def _rows(setting: Setting, shape: str, level: str, results: dict[str, PolicyRes
 
 
 def _gap(
-    results: dict[str, PolicyResult], eplb: PolicyResult, after: PolicyResult, of: Callable[[PolicyResult], Latency]
+    results: dict[str, SystemResult], eplb: SystemResult, after: SystemResult, of: Callable[[SystemResult], Latency]
 ) -> Gap:
-    def closed(before: PolicyResult, bound: str) -> float:
+    def closed(before: SystemResult, bound: str) -> float:
         return (of(before).mean - of(after).mean) / (of(before).mean - of(results[bound]).mean)
 
     static = results["static"]
@@ -240,9 +238,9 @@ def _gap(
 
 
 def show(title: str, rows: list[Row]) -> None:
-    """A row for each policy."""
+    """A row for each system."""
     table = Table(
-        *("requests", "load", "policy", "layer µs", "static→limit", "→whole", "EPLB→limit", "→whole", "to foresight"),
+        *("requests", "load", "system", "layer µs", "static→limit", "→whole", "EPLB→limit", "→whole", "to foresight"),
         *("billed", "resident", "TTFT p99", "TPOT p99", "cold"),
         title=f"{title}: shares of the gaps in request time that are closed, and ratios to static",
     )
@@ -254,7 +252,7 @@ def show(title: str, rows: list[Row]) -> None:
         table.add_row(
             row.shape if begins else "",
             row.level if begins else "",
-            row.policy,
+            row.system,
             f"{row.layer_us:.0f}",
             f"{row.request_gap.static_to_limit:+.0%}",
             f"{row.request_gap.static_to_whole:+.0%}",
@@ -270,30 +268,30 @@ def show(title: str, rows: list[Row]) -> None:
     Console(width=170).print(table)
 
 
-def show_published(setting: Setting, results: dict[str, PolicyResult], *, num_layers: int) -> None:
+def show_published(setting: Setting, results: dict[str, SystemResult], *, num_layers: int) -> None:
     """moeless's and the paper's system's reductions beside the published ones."""
-    columns = ("measure", "policy", "against static", "against EPLB")
+    columns = ("measure", "system", "against static", "against EPLB")
     table = Table(*columns, title=f"{setting.name}: reductions beside the paper's")
     static = results["static"]
     eplb = min((results["eplb-vllm"], results["eplb-sglang"]), key=lambda result: result.layer_s.mean)
-    for policy in ("moeless-paper", "moeless", "moeless, twice", "whole-experts", "limit"):
-        result = results[policy]
+    for system in ("moeless-paper", "moeless", "moeless, twice", "whole-experts", "limit"):
+        result = results[system]
         table.add_row(
             "MoE layer latency",
-            policy,
+            system,
             f"{result.layer_s.mean / static.layer_s.mean - 1:+.0%}",
             f"{result.layer_s.mean / eplb.layer_s.mean - 1:+.0%}",
         )
         table.add_row(
             "billed memory x time, one rule",
-            policy,
+            system,
             f"{result.billed_byte_s / static.billed_byte_s - 1:+.0%}",
             f"{result.billed_byte_s / eplb.billed_byte_s - 1:+.0%}",
         )
         # A system that is not serverless holds every layer's experts while one of them runs.
         table.add_row(
             "the same, others billed for all layers at once",
-            policy,
+            system,
             f"{result.billed_byte_s / (num_layers * static.billed_byte_s) - 1:+.0%}",
             f"{result.billed_byte_s / (num_layers * eplb.billed_byte_s) - 1:+.0%}",
         )

@@ -1,46 +1,30 @@
-"""Which instances are on the workers: loads, cold starts, publishing, workers that stop and start; and what it costs.
+"""The instances in the workers' memory over virtual time: starts, cold starts, rollouts, workers that stop and start.
 
-A changed plan is loaded first and published when all of it is there, as control applies it; until then the old one
-serves and both are resident. A worker loads one instance after the other.
+A plan comes into force as planning.rollout orders it: its instances start beside those in force, then it is published,
+then the engines end their steps, then what it leaves out is evicted. A worker starts one instance after the other.
 
 Shapes: L MoE layers, E experts, C = L x E cells, W workers, N instances.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from moeless.core.arrays import BoolArray, FloatArray, IntArray
 from moeless.core.cluster import Cluster, ModelShape
-from moeless.core.errors import ConfigError
 from moeless.core.plan import Plan
 from moeless.planning.cost import CostProfile
 from moeless.planning.place import InfeasiblePlacementError
-from moeless.simulate.hosting import Hosting
+from moeless.planning.rollout import Phase, Rollout
+from moeless.simulate.layer_times import CompiledPlan
+from moeless.simulate.scenario import TransferConfig
 
-FloatArray = NDArray[np.floating[Any]]
-IntArray = NDArray[np.integer[Any]]
-BoolArray = NDArray[np.bool_]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TransferConfig:
-    """How weights reach workers."""
-
-    transfer_share: float = 0.5
-    """Most of a worker's link that a load takes while it runs, so that less is left for hidden states; 0: loads have
-    a path of their own."""
-    worker_idle_s: float | None = None
-    """A worker that hosts nothing for so long is stopped, and takes the profile's start-up when needed; None: never."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.transfer_share < 1:
-            raise ConfigError(f"transfers.transfer_share must be from 0 to below 1, got {self.transfer_share}")
-        if self.worker_idle_s is not None and not self.worker_idle_s >= 0:
-            raise ConfigError(f"transfers.worker_idle_s must be at least 0, got {self.worker_idle_s}")
+_EPOCH = 1
+"""A simulation has one controller."""
 
 
 class ColdStart(NamedTuple):
@@ -51,12 +35,12 @@ class ColdStart(NamedTuple):
     """A plan to come has it, and the worker's memory holds a place for it."""
 
 
-class Residency:
+class WorkerMemory:
     """The workers' memory over virtual time.
 
     Args:
         plan: in force, and loaded, at time 0.
-        sample_MLk: as of Hosting.
+        sample_MLk: as of CompiledPlan.
     """
 
     def __init__(
@@ -75,14 +59,16 @@ class Residency:
         self._model: ModelShape = profile.model
         self._rng = np.random.default_rng(seed)
         num_workers = cluster.num_workers
-        self.hosting = self._hosting(plan)
-        self.target: Plan | None = None
-        """The plan that is being loaded, and the instances that have to be."""
+        self.serving = self._compiled(plan)
+        self._rollout: Rollout | None = None
+        """Of the plan that is to come, until what it leaves out has been evicted."""
         self.pending_keys: IntArray = np.empty(0, dtype=np.int64)
+        """Instances that are being started for the plan to come."""
         self._resident_W: IntArray = np.bincount(plan.worker_N, minlength=num_workers)
         self._hosted_meanwhile: set[int] = set()
+        self._evicted_meanwhile: set[int] = set()
         self._capacity_W = cluster.capacity_W(self._model)
-        self._loading_until_W = np.zeros(num_workers)
+        self._starting_until_W = np.zeros(num_workers)
         self._asked_until_W = np.zeros(num_workers)
         """The same of what steps wait for, which goes before what a plan starts."""
         self._target_until_W = np.zeros(num_workers)
@@ -94,7 +80,7 @@ class Residency:
         """Integral of the resident instances over time."""
         self.worker_s = 0.0
         """The same of the workers that are not stopped."""
-        self.num_loads = self.num_cold_starts = self.num_worker_starts = self.num_evicted = 0
+        self.num_starts = self.num_cold_starts = self.num_worker_starts = self.num_evicted = 0
         self.num_over_memory = 0
         """Plans whose instances did not fit beside those they replaced: memory was overdrawn while they loaded."""
         self.peak_instances = int(self._resident_W.sum())
@@ -109,17 +95,17 @@ class Residency:
         return int(np.isinf(self._stopped_since_W).sum())
 
     @property
-    def load_bytes_per_s(self) -> float:
+    def fetch_bytes_per_s(self) -> float:
         """That a load from host memory gets."""
         share, cluster = self._config.transfer_share, self._cluster
-        return min(cluster.load_bytes_per_s, share * cluster.local_bytes_per_s) if share else cluster.load_bytes_per_s
+        return min(cluster.fetch_bytes_per_s, share * cluster.local_bytes_per_s) if share else cluster.fetch_bytes_per_s
 
     def free_link_W(self, now_s: float) -> FloatArray | None:
         """Share of each worker's link that loads leave; None: all of every one."""
-        if not self._config.transfer_share or not (self._loading_until_W > now_s).any():
+        if not self._config.transfer_share or not (self._starting_until_W > now_s).any():
             return None
-        taken = self.load_bytes_per_s / self._cluster.local_bytes_per_s
-        return np.where(self._loading_until_W > now_s, 1 - min(taken, self._config.transfer_share), 1.0)
+        taken = self.fetch_bytes_per_s / self._cluster.local_bytes_per_s
+        return np.where(self._starting_until_W > now_s, 1 - min(taken, self._config.transfer_share), 1.0)
 
     def advance(self, now_s: float) -> None:
         """Bring the integrals up to date, and stop workers that were idle for long enough."""
@@ -142,19 +128,21 @@ class Residency:
             bytes_per_s: of a load; default: from host memory, as configured.
         Returns: when the plan can be published, if no step has to wait for a load meanwhile.
         """
-        assert self.target is None
+        assert not self.is_changing
         self.advance(now_s)
-        started_N = plan.started_since(self.hosting.plan)
-        self.target, self.pending_keys = plan, plan.keys_N[started_N]
-        loads_W = np.bincount(plan.worker_N[started_N], minlength=self._cluster.num_workers)
-        load_s = self._profile.load_time(self._model.expert_bytes, bytes_per_s or self.load_bytes_per_s)
-        needed_W = loads_W > 0
-        begin_W = self._begin_W(needed_W, now_s, self._loading_until_W)
-        self._target_until_W = np.where(needed_W, begin_W + loads_W * load_s, now_s)
-        self._loading_until_W = np.where(needed_W, self._target_until_W, self._loading_until_W)
-        self._resident_W = self._resident_W + loads_W
-        self.num_loads += len(started_N)
-        self._note_memory()
+        self._rollout = Rollout(self.serving.plan, plan, epoch=_EPOCH)
+        self.pending_keys = self._rollout.start_keys
+        started_N = plan.started_since(self.serving.plan)
+        starts_W = np.bincount(plan.worker_N[started_N], minlength=self._cluster.num_workers)
+        start_s = self._profile.start_time(self._model.expert_bytes, bytes_per_s or self.fetch_bytes_per_s)
+        needed_W = starts_W > 0
+        begin_W = self._begin_W(needed_W, now_s, self._starting_until_W)
+        self._target_until_W = np.where(needed_W, begin_W + starts_W * start_s, now_s)
+        self._starting_until_W = np.where(needed_W, self._target_until_W, self._starting_until_W)
+        self._resident_W = self._resident_W + starts_W
+        self.num_starts += len(started_N)
+        self.peak_instances = max(self.peak_instances, self.num_resident)
+        self.num_over_memory += bool((self._resident_W > self._capacity_W).any())
         return self.target_ready_s
 
     @property
@@ -162,14 +150,43 @@ class Residency:
         """When everything of the plan to come is loaded, as far as is known."""
         return float(self._target_until_W.max())
 
-    def publish(self, now_s: float) -> None:
-        """Let the loaded plan serve and drop what it has not."""
-        assert self.target is not None
+    @property
+    def is_changing(self) -> bool:
+        """Whether a rollout is under way."""
+        return self._rollout is not None
+
+    def publish(self, now_s: float, *, engines: Sequence[int] = ()) -> None:
+        """Let the plan to come serve; what it leaves out is evicted once the engines have acknowledged.
+
+        Args:
+            engines: those in a step, which they end under the old table.
+        Raises: RolloutOrderError if an instance of the plan has not started by now.
+        """
+        assert self._rollout is not None
         self.advance(now_s)
-        plan, self.target = self._with_hosted_meanwhile(self.target), None
+        is_warm_W = self._target_until_W <= now_s
+        self._rollout.mark_warm(self.pending_keys[is_warm_W[self.pending_keys % self._cluster.num_workers]])
+        plan = self._with_changes_meanwhile(self._rollout.after)
+        self._table = self._rollout.publish(engines, in_force=self.serving.plan, plan=plan)
         self.pending_keys = self.pending_keys[:0]
-        self.hosting = self._hosting(plan)
-        self._set_resident(np.bincount(plan.worker_N, minlength=self._cluster.num_workers), now_s)
+        self.serving = self._compiled(plan)
+        self._evict_drained(now_s)
+
+    def acknowledge(self, engine: int, now_s: float) -> None:
+        """The engine has ended its step."""
+        if self._rollout is not None and self._rollout.phase is Phase.ACKNOWLEDGE:
+            self._rollout.acknowledge(engine, self._table)
+            self._evict_drained(now_s)
+
+    def _evict_drained(self, now_s: float) -> None:
+        """An engine that has ended its step has no call left."""
+        assert self._rollout is not None
+        if self._rollout.phase is Phase.DRAIN:
+            self._rollout.evict(self._rollout.drain_keys)
+        if self._rollout.phase is Phase.DONE:
+            self._rollout = None
+            resident_W = np.bincount(self.serving.plan.worker_N, minlength=self._cluster.num_workers)
+            self._set_resident(resident_W, now_s)
 
     def host_cold(self, cells: IntArray, last_used_s_C: FloatArray, now_s: float) -> list[ColdStart]:
         """Choose a worker for each function (given as a cell) that has no instance, and put it into the plan.
@@ -179,7 +196,7 @@ class Residency:
         Returns: in the order of `cells`.
         """
         self.advance(now_s)
-        plan = self.hosting.plan
+        plan = self.serving.plan
         published_W = np.bincount(plan.worker_N, minlength=self._cluster.num_workers)
         free_W = self._capacity_W - self._resident_W
         pending_cells = self.pending_keys // self._cluster.num_workers
@@ -199,59 +216,45 @@ class Residency:
                 free_W[worker] -= 1
             else:
                 worker = int(np.argmax(published_W))
-                dropped.append(self._least_used(worker, last_used_s_C, cells, dropped))
+                dropped.append(self._longest_unused(worker, last_used_s_C, cells, dropped))
             workers[index] = worker
         keys = cells * self._cluster.num_workers + workers
         self.pending_keys = np.setdiff1d(self.pending_keys, keys[is_pending], assume_unique=True)
         self._insert(cells, workers, ~is_pending, dropped, now_s)
-        self.num_loads += int(np.count_nonzero(~is_pending))
+        self.num_starts += int(np.count_nonzero(~is_pending))
         return [ColdStart(*of) for of in zip(workers.tolist(), is_pending.tolist(), strict=True)]
 
-    def load_cold(self, start: ColdStart, begin_s: float) -> float:
+    def start_cold(self, start: ColdStart, begin_s: float) -> float:
         """Load an instance before all that no step waits for; returns when it is there."""
         worker = start.worker
         needed_W = np.zeros(self._cluster.num_workers, dtype=np.bool_)
         needed_W[worker] = True
         begin = float(self._begin_W(needed_W, begin_s, self._asked_until_W)[worker])
-        load_s = self._profile.load_time(self._model.expert_bytes, self.load_bytes_per_s)
-        self._asked_until_W[worker] = end = begin + load_s
+        start_s = self._profile.start_time(self._model.expert_bytes, self.fetch_bytes_per_s)
+        self._asked_until_W[worker] = end = begin + start_s
         # What a plan loads there is done so much later; an instance of the plan only has its turn earlier.
-        behind_s = 0.0 if start.is_pending else load_s
-        self._loading_until_W[worker] = max(end, self._loading_until_W[worker] + behind_s)
+        behind_s = 0.0 if start.is_pending else start_s
+        self._starting_until_W[worker] = max(end, self._starting_until_W[worker] + behind_s)
         if self._target_until_W[worker] > begin:
             self._target_until_W[worker] += behind_s
         self.num_cold_starts += 1
         return end
 
     def _insert(self, cells: IntArray, workers: IntArray, is_new: BoolArray, dropped: list[int], now_s: float) -> None:
-        plan, num_experts = self.hosting.plan, self._model.num_experts
-        if self.target is not None:
+        plan = self.serving.plan
+        if self._rollout is not None and self._rollout.phase in (Phase.START, Phase.PUBLISH):
             self._hosted_meanwhile.update(cells[is_new].tolist())
-        stays_N = np.ones(plan.num_instances, dtype=np.bool_)
-        stays_N[dropped] = False
-        share_N = plan.share_N.copy()
-        # What is left of a function that lost an instance gets all of its tokens.
-        cell_N = plan.layer_N * num_experts + plan.expert_N
-        for gone in dropped:
-            left_N = (cell_N == cell_N[gone]) & stays_N
-            if left_N.any():
-                share_N[left_N] = 1 / left_N.sum()
-        kept = replace(
-            plan,
-            layer_N=plan.layer_N[stays_N],
-            expert_N=plan.expert_N[stays_N],
-            worker_N=plan.worker_N[stays_N],
-            share_N=share_N[stays_N],
-        )
+            self._evicted_meanwhile.update(plan.keys_N[dropped].tolist())
+        kept = _without_instances(plan, np.array(dropped, dtype=np.int64))
         grown = _with_instances(kept, cells, workers)
         self.num_evicted += len(dropped)
         change_W = np.bincount(workers[is_new], minlength=plan.num_workers)
         change_W -= np.bincount(plan.worker_N[dropped], minlength=plan.num_workers)
-        self.hosting = self._hosting(grown, like=self.hosting)
+        self.serving = self._compiled(grown, like=self.serving)
         self._set_resident(self._resident_W + change_W, now_s)
 
-    def _hosting(self, plan: Plan, *, like: Hosting | None = None) -> Hosting:
-        return Hosting(
+    def _compiled(self, plan: Plan, *, like: CompiledPlan | None = None) -> CompiledPlan:
+        return CompiledPlan(
             plan,
             self._cluster,
             self._profile.expert_time,
@@ -260,18 +263,20 @@ class Residency:
             step_cost=self._step_cost,
         )
 
-    def _with_hosted_meanwhile(self, plan: Plan) -> Plan:
-        """Keep what was started cold since the plan was made, where the plan has nothing in its stead."""
-        before = self.hosting.plan
-        cell_N = before.layer_N * self._model.num_experts + before.expert_N
+    def _with_changes_meanwhile(self, plan: Plan) -> Plan:
+        """The plan less what was evicted since it was made, and with the cold starts for which it has no instance."""
+        before = self.serving.plan
+        gone_keys = np.array(sorted(self._evicted_meanwhile - set(before.keys_N.tolist())), dtype=np.int64)
+        plan = _without_instances(plan, np.flatnonzero(np.isin(plan.keys_N, gone_keys)))
         has_C = np.zeros(plan.num_layers * plan.num_experts, dtype=np.bool_)
-        has_C[plan.layer_N * plan.num_experts + plan.expert_N] = True
-        kept = np.flatnonzero(np.isin(cell_N, list(self._hosted_meanwhile)) & ~has_C[cell_N])
+        has_C[plan.function_N] = True
+        kept = np.flatnonzero(np.isin(before.function_N, list(self._hosted_meanwhile)) & ~has_C[before.function_N])
         self._hosted_meanwhile.clear()
-        return _with_instances(plan, cell_N[kept], before.worker_N[kept]) if len(kept) else plan
+        self._evicted_meanwhile.clear()
+        return _with_instances(plan, before.function_N[kept], before.worker_N[kept]) if len(kept) else plan
 
-    def _least_used(self, worker: int, last_used_s_C: FloatArray, needed: IntArray, dropped: list[int]) -> int:
-        plan = self.hosting.plan
+    def _longest_unused(self, worker: int, last_used_s_C: FloatArray, needed: IntArray, dropped: list[int]) -> int:
+        plan = self.serving.plan
         there = np.setdiff1d(np.flatnonzero(plan.worker_N == worker), dropped)
         cells = plan.layer_N[there] * self._model.num_experts + plan.expert_N[there]
         usable = ~np.isin(cells, needed)
@@ -300,11 +305,27 @@ class Residency:
         self._resident_W = resident_W
         was_empty_W = np.isfinite(self._empty_since_W)
         self._empty_since_W = np.where(resident_W > 0, np.inf, np.where(was_empty_W, self._empty_since_W, now_s))
-        self._note_memory()
-
-    def _note_memory(self) -> None:
         self.peak_instances = max(self.peak_instances, self.num_resident)
-        self.num_over_memory += bool((self._resident_W > self._capacity_W).any())
+
+
+def _without_instances(plan: Plan, dropped_N: IntArray) -> Plan:
+    """The plan less some instances; other instances of their functions share the tokens equally."""
+    if not len(dropped_N):
+        return plan
+    stays_N = np.ones(plan.num_instances, dtype=np.bool_)
+    stays_N[dropped_N] = False
+    share_N = plan.share_N.copy()
+    for gone in dropped_N.tolist():
+        left_N = (plan.function_N == plan.function_N[gone]) & stays_N
+        if left_N.any():
+            share_N[left_N] = 1 / left_N.sum()
+    return replace(
+        plan,
+        layer_N=plan.layer_N[stays_N],
+        expert_N=plan.expert_N[stays_N],
+        worker_N=plan.worker_N[stays_N],
+        share_N=share_N[stays_N],
+    )
 
 
 def _with_instances(plan: Plan, cells: IntArray, workers: IntArray) -> Plan:
