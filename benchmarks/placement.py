@@ -34,7 +34,8 @@ from moeless.planning.affinity.online import AffinityConfig, Objective, layer_bo
 from moeless.planning.affinity.programme import SolverLimits
 from moeless.planning.affinity.search import LayerBounds
 from moeless.planning.affinity.statistics import AffinityStatistics, gather_statistics
-from moeless.planning.baselines.static import eplb_global, round_robin
+from moeless.planning.baselines.eplb import eplb_global
+from moeless.planning.baselines.static import round_robin
 from moeless.planning.place import min_max_shares
 from moeless_predictors.traces import ImportOptions, RoutingTrace, import_trace
 from moeless_predictors.traces.synthetic import synthetic_trace

@@ -30,7 +30,7 @@ from moeless.core.arrays import FloatArray
 from moeless.core.cluster import even_cluster
 from moeless.core.plan import Plan
 from moeless.core.policy import Policy, parse_policy, resolve
-from moeless.planning.baselines.static import eplb_global
+from moeless.planning.baselines.eplb import eplb_global
 from moeless.planning.observation import Observation
 from moeless.planning.planner import MoelessPlanner, PlanningContext
 from moeless.planning.profiles import builtin_profiles

@@ -13,8 +13,9 @@ from moeless.core.cluster import Cluster
 from moeless.core.errors import ConfigError
 from moeless.core.policy import AffinityPlacer, Policy, ResolvedPolicy, resolve
 from moeless.planning.affinity.statistics import AffinityStatistics, gather_statistics
+from moeless.planning.baselines.eplb import EplbPlanner
 from moeless.planning.baselines.paper import PaperPlanner
-from moeless.planning.baselines.static import EplbPlanner, StaticPlanner
+from moeless.planning.baselines.static import StaticPlanner
 from moeless.planning.cost import CostProfile
 from moeless.planning.load_check import check_load
 from moeless.planning.place import InfeasiblePlacementError

@@ -21,6 +21,7 @@ from scipy.sparse import coo_array
 
 from moeless.core.arrays import FloatArray, IntArray
 from moeless.core.plan import Plan
+from moeless.planning.load_check import check_load
 from moeless_predictors.compiled import compiled
 
 _MAX_SWEEPS = 12
@@ -53,6 +54,7 @@ def min_max_shares(
         load_LE: tokens, >= 0.
         start_N: where to begin, shares that sum to 1 over each function; default: equal.
     """
+    check_load("load_LE", load_LE, load_LE.shape)
     share_N = equal_shares(layer_N.astype(np.int64) * load_LE.shape[1] + expert_N) if start_N is None else start_N
     new_N, _ = settled_shares(layer_N, expert_N, worker_N, share_N, load_LE, speed_W, tolerance=-np.inf)  # all are new
     return new_N
@@ -207,6 +209,7 @@ def _fill(
 
 def exact_shares(plan: Plan, load_LE: FloatArray, speed_W: FloatArray) -> FloatArray:
     """Optimal shares, shape (N,), by a linear programme for each layer: the reference, and for plans made offline."""
+    check_load("load_LE", load_LE, (plan.num_layers, plan.num_experts))
     share_N = np.ones(plan.num_instances)
     for layer in range(plan.num_layers):
         index_N = np.flatnonzero(plan.layer_N == layer)

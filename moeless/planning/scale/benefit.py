@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from moeless.core.arrays import FloatArray, IntArray
+from moeless.planning.load_check import check_load
 from moeless.planning.scale.replicas import Extras, Limits, extras_in_order
 
 
@@ -43,6 +44,7 @@ def replicas_by_benefit(
     Returns: counts, shape (L, E).
     Source: the spending of a global budget is CRAFT's; there the benefit is found by replaying a trace.
     """
+    check_load("load_LE", load_LE, limits.min_LE.shape)
     enough_L = worker_share * load_LE.sum(axis=1) / num_workers
     room_L = np.minimum(limits.budget_L - limits.min_LE.sum(axis=1), num_extras)
     extras = extras_in_order(load_LE, limits, room_L=room_L, enough_L=enough_L)

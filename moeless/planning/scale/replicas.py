@@ -15,6 +15,7 @@ import numpy as np
 
 from moeless.core.arrays import FloatArray, IntArray
 from moeless.core.errors import ConfigError
+from moeless.planning.load_check import check_load
 from moeless_predictors.compiled import compiled
 
 
@@ -137,6 +138,7 @@ def replicas_by_cv(load_LE: FloatArray, limits: Limits, *, max_cv_L: FloatArray)
     Returns: counts, shape (L, E).
     Source: MoEless (arXiv 2603.06350), expert scaling; there one V for all layers.
     """
+    check_load("load_LE", load_LE, limits.min_LE.shape)
     load_LE = load_LE.astype(np.float64)
     counts_LE = limits.min_LE.copy()
     is_open_LE = load_LE > 0
@@ -166,6 +168,7 @@ def replicas_min_max(load_LE: FloatArray, limits: Limits, *, enough_L: FloatArra
         enough_L: load per replica below which nothing is gained. Default: 0.
     Returns: counts, shape (L, E).
     """
+    check_load("load_LE", load_LE, limits.min_LE.shape)
     enough_load_L = np.zeros(len(load_LE)) if enough_L is None else enough_L
     room_L = limits.budget_L - limits.min_LE.sum(axis=1)
     extras = extras_in_order(load_LE, limits, room_L=room_L, enough_L=enough_load_L)

@@ -12,7 +12,7 @@ from moeless.core.cluster import even_cluster
 from moeless.core.errors import ConfigError
 from moeless.core.plan import Plan
 from moeless.core.policy import parse_policy
-from moeless.planning.baselines.static import EplbPlanner
+from moeless.planning.baselines.eplb import EplbPlanner
 from moeless.planning.observation import Observation
 from moeless.simulate.batching import BatchingConfig
 from moeless.simulate.report.results import SystemResult

@@ -11,16 +11,8 @@ from moeless.core.arrays import FloatArray, IntArray
 from moeless.core.cluster import even_cluster
 from moeless.core.errors import ConfigError
 from moeless.core.plan import Plan
-from moeless.planning.baselines.static import (
-    EplbPlanner,
-    StaticPlanner,
-    eplb_global,
-    eplb_hierarchical,
-    random_placement,
-    replicate,
-    round_robin,
-    static_expert_parallelism,
-)
+from moeless.planning.baselines.eplb import EplbPlanner, eplb_global, eplb_hierarchical, replicate
+from moeless.planning.baselines.static import StaticPlanner, random_placement, round_robin, static_expert_parallelism
 from moeless.planning.observation import Observation
 from moeless.planning.place import InfeasiblePlacementError
 from tests.support.planning import assert_whole, cluster_of, clusters, fits, model_of, workers_of
@@ -146,7 +138,9 @@ def one_by_one(loads: list[int], slots: int, most: int) -> list[int]:
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=6), st.integers(0, 12), st.integers(1, 5))
 def test_eplbs_slots_go_one_by_one_to_the_highest_load_per_replica(loads: list[int], extra: int, most: int) -> None:
     slots = len(loads) + extra
-    assert replicate(np.array(loads, dtype=np.float64), slots, most=most).tolist() == one_by_one(loads, slots, most)
+    assert replicate(np.array(loads, dtype=np.float64), slots, max_replicas=most).tolist() == one_by_one(
+        loads, slots, most
+    )
 
 
 def test_eplb_gives_the_hot_expert_the_slot_and_balances_workers() -> None:
@@ -268,7 +262,7 @@ def test_eplb_keeps_every_expert_and_gives_each_worker_as_many_slots(seed: int, 
     plan = eplb_global(with_slots(2, 6, 6 + extra), load_LE, cluster, model)
     assert_whole(plan, cluster, model)
     # Where a worker has a function in two slots the plan has one instance with both shares.
-    replicas_LE = np.stack([replicate(load_E, 6 + extra, most=num_workers) for load_E in load_LE])
+    replicas_LE = np.stack([replicate(load_E, 6 + extra, max_replicas=num_workers) for load_E in load_LE])
     slots_LW = (plan.dense()[1] * replicas_LE[:, :, np.newaxis]).sum(axis=1)
     np.testing.assert_allclose(slots_LW, np.round(slots_LW), atol=1e-9)
     assert (slots_LW.max(axis=1) - slots_LW.min(axis=1) <= 1 + 1e-9).all()
