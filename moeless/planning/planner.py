@@ -339,7 +339,7 @@ def _placement_config(policy: ResolvedPolicy, system: PlanningContext) -> Placem
     if isinstance(policy.placer, MinimalMovesPlacer | AffinityPlacer):
         config = replace(config, max_imbalance=policy.placer.max_imbalance)
     if system.seconds is not None:
-        config = replace(config, token_s=1.0, spreads_singles=True)  # work_LE is in seconds
+        config = replace(config, unit_s=1.0, spreads_singles=True)  # work_LE is in seconds
     return config
 
 

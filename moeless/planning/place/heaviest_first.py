@@ -52,7 +52,7 @@ def check_counts(counts_LE: IntArray, cluster: Cluster, model: ModelShape) -> No
 def heaviest_first(
     has_LEW: BoolArray,
     add_LE: IntArray,
-    load_LE: FloatArray,
+    work_LE: FloatArray,
     cluster: Cluster,
     model: ModelShape,
     *,
@@ -72,7 +72,7 @@ def heaviest_first(
         return
     hosted_LE, hosted_LW = _hosted(has_LEW)
     counts_LE = hosted_LE + add_LE
-    weight_LE = np.ascontiguousarray(load_LE / np.maximum(counts_LE, 1))
+    weight_LE = np.ascontiguousarray(work_LE / np.maximum(counts_LE, 1))
     speed_W, capacity_W = cluster.speed_W, cluster.capacity_W(model)
     free_W = capacity_W - hosted_LW.sum(axis=0)
     part_L = counts_LE.sum(axis=1) / counts_LE.sum()

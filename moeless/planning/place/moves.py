@@ -77,7 +77,7 @@ def improve_layer(
     expert_n: IntArray,
     worker_n: IntArray,
     share_n: FloatArray,
-    load_E: FloatArray,
+    work_E: FloatArray,
     free_W: IntArray,
     speed_W: FloatArray,
     *,
@@ -92,7 +92,7 @@ def improve_layer(
     """
     starts_F = np.flatnonzero(np.diff(expert_n, prepend=-1))
     count_F = np.diff(starts_F, append=len(expert_n))
-    load_F = load_E[expert_n[starts_F]].astype(np.float64)
+    load_F = work_E[expert_n[starts_F]].astype(np.float64)
     replicated = np.flatnonzero((count_F > 1) & (load_F > 0))
     replicated = replicated[np.argsort(-load_F[replicated], kind="stable")]
     best_worker_n, best_share_n, num_moves = _improve(

@@ -29,13 +29,13 @@ class PlacementConfig:
     max_moves: int = 16
     """Instances that may change their worker in one plan, beside those that counts add. 0: warm ones stay."""
     max_imbalance: float = 1.05
-    """Leave a layer's instances where they are if its busiest worker is at most so many times as busy as in perfect
-    balance: what is left to gain is within what the load changes by from one window to the next."""
+    """Busiest worker over perfect balance up to which a layer's instances stay: what is left to gain is within what the
+    load changes by from one window to the next."""
     share_tolerance: float = 0.01
     """Leave a layer's shares as they are if new ones would relieve its busiest worker by at most this part."""
-    token_s: float = 1e-6
-    """Seconds that one more token takes on a worker of speed 1: what balance is worth. An expert of Mixtral's size
-    takes 4e-6 on an A6000, one of DeepSeek-V3's 7e-8 on an H800."""
+    unit_s: float = 1e-6
+    """Seconds that one unit of work takes on a worker of speed 1: 1 where work is in seconds; where it is in tokens,
+    a token's time (4e-6 for an expert of Mixtral's size on an A6000, 7e-8 for one of DeepSeek-V3's on an H800)."""
     horizon_steps: float = 100.0
     """Engine steps that the plan will be in force: a tick of a second, at 10 ms a step."""
     spreads_singles: bool = False
@@ -47,21 +47,21 @@ class PlacementConfig:
             raise ConfigError(f"placement.max_moves must be at least 0, got {self.max_moves}")
         if not self.max_imbalance >= 1:
             raise ConfigError(f"placement.max_imbalance must be at least 1, got {self.max_imbalance}")
-        for name in ("share_tolerance", "token_s", "horizon_steps"):
+        for name in ("share_tolerance", "unit_s", "horizon_steps"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"placement.{name} must be at least 0, got {getattr(self, name)}")
 
 
 def place(
     counts_LE: IntArray,
-    load_LE: FloatArray,
+    work_LE: FloatArray,
     cluster: Cluster,
     model: ModelShape,
     *,
     previous: Plan | None = None,
     config: PlacementConfig | None = None,
 ) -> Plan:
-    """Place `counts_LE` instances for a load, changing the previous plan as little as pays.
+    """Place `counts_LE` instances for the work to come, changing the previous plan as little as pays.
 
     1. Instances of `previous` stay. Where a function has too many, those with the smallest shares go.
     2. Missing ones are placed heaviest first (place.heaviest_first).
@@ -70,20 +70,20 @@ def place(
 
     Args:
         counts_LE: instances of each function, >= 0.
-        load_LE: tokens per engine step that the plan is for, >= 0.
+        work_LE: of each function in an engine step that the plan is for, >= 0, in any unit: `config.unit_s`.
         previous: of the same workers; a worker that has less memory than before gives up its lightest instances.
     Returns: a plan with a higher version, or `previous` itself where neither instances nor shares change.
     Raises: InfeasiblePlacementError if the counts do not fit.
     """
     config = config or PlacementConfig()
     check_counts(counts_LE, cluster, model)
-    check_load("work_LE", load_LE, counts_LE.shape)
-    plan = _with_counts(counts_LE, load_LE, cluster, model, previous, spreads_singles=config.spreads_singles)
-    share_N, load_LW = settled_shares(
-        plan.layer_N, plan.expert_N, plan.worker_N, plan.share_N, load_LE, cluster.speed_W,
+    check_load("work_LE", work_LE, counts_LE.shape)
+    plan = _with_counts(counts_LE, work_LE, cluster, model, previous, spreads_singles=config.spreads_singles)
+    share_N, work_LW = settled_shares(
+        plan.layer_N, plan.expert_N, plan.worker_N, plan.share_N, work_LE, cluster.speed_W,
         tolerance=config.share_tolerance,
     )  # fmt: skip
-    moved = _rebalanced(plan.with_shares(share_N), load_LE, load_LW, cluster, model, config)
+    moved = _rebalanced(plan.with_shares(share_N), work_LE, work_LW, cluster, model, config)
     if previous is not None and moved.num_instances == previous.num_instances:
         same = np.array_equal(moved.keys_N, previous.keys_N) and np.array_equal(moved.share_N, previous.share_N)
         return previous if same else moved
@@ -92,7 +92,7 @@ def place(
 
 def _with_counts(
     counts_LE: IntArray,
-    load_LE: FloatArray,
+    work_LE: FloatArray,
     cluster: Cluster,
     model: ModelShape,
     previous: Plan | None,
@@ -108,14 +108,14 @@ def _with_counts(
                 f"previous must be a plan of {shape} layers, experts and workers, got "
                 f"{(previous.num_layers, previous.num_experts, previous.num_workers)}"
             )
-        kept = _kept(previous, counts_LE, load_LE, cluster.capacity_W(model))
+        kept = _kept(previous, counts_LE, work_LE, cluster.capacity_W(model))
     kept_LE = np.zeros_like(counts_LE) if kept is None else kept.counts_LE
     if previous is not None and kept is previous and np.array_equal(kept_LE, counts_LE):
         return previous.with_version(previous.version + 1)
     has_LEW = np.zeros(shape, dtype=np.bool_)
     if kept is not None:
         has_LEW[kept.layer_N, kept.expert_N, kept.worker_N] = True
-    heaviest_first(has_LEW, counts_LE - kept_LE, load_LE, cluster, model, spreads_singles=spreads_singles)
+    heaviest_first(has_LEW, counts_LE - kept_LE, work_LE, cluster, model, spreads_singles=spreads_singles)
     before_keys: IntArray = np.empty(0, dtype=np.int64)
     before_shares: FloatArray = np.empty(0)
     if previous is not None:
@@ -168,7 +168,7 @@ def _instances(
     return layer_N, expert_N, worker_N, share_N
 
 
-def _kept(previous: Plan, counts_LE: IntArray, load_LE: FloatArray, capacity_W: IntArray) -> Plan:
+def _kept(previous: Plan, counts_LE: IntArray, work_LE: FloatArray, capacity_W: IntArray) -> Plan:
     """Those instances of the previous plan that may stay; itself if all may. Shares need not sum to 1."""
     surplus_LE = previous.counts_LE - counts_LE
     hosted_W = np.bincount(previous.worker_N, minlength=previous.num_workers)
@@ -186,7 +186,7 @@ def _kept(previous: Plan, counts_LE: IntArray, load_LE: FloatArray, capacity_W: 
     hosted_W = np.bincount(previous.worker_N[keep_N], minlength=previous.num_workers)
     for worker in np.flatnonzero(hosted_W > capacity_W).tolist():
         here = np.flatnonzero(keep_N & (previous.worker_N == worker))
-        tokens = load_LE[previous.layer_N[here], previous.expert_N[here]] * previous.share_N[here]
+        tokens = work_LE[previous.layer_N[here], previous.expert_N[here]] * previous.share_N[here]
         lightest = here[np.argsort(tokens, kind="stable")]
         keep_N[lightest[: hosted_W[worker] - capacity_W[worker]]] = False
     return replace(
@@ -199,23 +199,23 @@ def _kept(previous: Plan, counts_LE: IntArray, load_LE: FloatArray, capacity_W: 
 
 
 def _rebalanced(
-    plan: Plan, load_LE: FloatArray, load_LW: FloatArray, cluster: Cluster, model: ModelShape, config: PlacementConfig
+    plan: Plan, work_LE: FloatArray, work_LW: FloatArray, cluster: Cluster, model: ModelShape, config: PlacementConfig
 ) -> Plan:
     """The plan after at most `config.max_moves` moves, most needed layers first.
 
     Args:
-        load_LW: what the workers compute under the plan.
+        work_LW: what the workers compute under the plan.
     """
     if config.max_moves == 0:
         return plan
     speed_W = cluster.speed_W
-    busy_L, balanced_L = busiest_L(load_LW, speed_W), ideal_L(load_LW, speed_W)
+    busy_L, balanced_L = busiest_L(work_LW, speed_W), ideal_L(work_LW, speed_W)
     excess_L = busy_L - config.max_imbalance * balanced_L
     transfers = TransferTimes.of(cluster, model)
     limits = MoveLimits(
         max_moves=config.max_moves,
         max_imbalance=config.max_imbalance,
-        value_s=config.token_s * config.horizon_steps,
+        value_s=config.unit_s * config.horizon_steps,
         spreads_singles=config.spreads_singles,
     )
     # No more can be gained in a layer than its distance from balance.
@@ -230,7 +230,7 @@ def _rebalanced(
     for layer in open_layers[np.argsort(-excess_L[open_layers], kind="stable")].tolist():
         span = slice(bounds_L1[layer], bounds_L1[layer + 1])
         found = improve_layer(
-            plan.expert_N[span], worker_N[span], share_N[span], load_LE[layer], free_W, speed_W,
+            plan.expert_N[span], worker_N[span], share_N[span], work_LE[layer], free_W, speed_W,
             limits=replace(limits, max_moves=left), transfers=transfers,
         )  # fmt: skip
         if found.num_moves:

@@ -40,7 +40,7 @@ def min_max_shares(
     layer_N: IntArray,
     expert_N: IntArray,
     worker_N: IntArray,
-    load_LE: FloatArray,
+    work_LE: FloatArray,
     speed_W: FloatArray,
     *,
     start_N: FloatArray | None = None,
@@ -51,12 +51,12 @@ def min_max_shares(
 
     Args:
         layer_N, expert_N, worker_N: instances in the order of a plan (layer, expert, worker).
-        load_LE: tokens, >= 0.
+        work_LE: tokens, >= 0.
         start_N: where to begin, shares that sum to 1 over each function; default: equal.
     """
-    check_load("load_LE", load_LE, load_LE.shape)
-    share_N = equal_shares(layer_N.astype(np.int64) * load_LE.shape[1] + expert_N) if start_N is None else start_N
-    new_N, _ = settled_shares(layer_N, expert_N, worker_N, share_N, load_LE, speed_W, tolerance=-np.inf)  # all are new
+    check_load("work_LE", work_LE, work_LE.shape)
+    share_N = equal_shares(layer_N.astype(np.int64) * work_LE.shape[1] + expert_N) if start_N is None else start_N
+    new_N, _ = settled_shares(layer_N, expert_N, worker_N, share_N, work_LE, speed_W, tolerance=-np.inf)  # all are new
     return new_N
 
 
@@ -65,7 +65,7 @@ def settled_shares(
     expert_N: IntArray,
     worker_N: IntArray,
     share_N: FloatArray,
-    load_LE: FloatArray,
+    work_LE: FloatArray,
     speed_W: FloatArray,
     *,
     tolerance: float,
@@ -77,18 +77,18 @@ def settled_shares(
             part of 1.
     Returns: the shares, and what the workers then compute of each layer, shape (L, W).
     """
-    new_N, load_LW = share_N.astype(np.float64), np.zeros((len(load_LE), len(speed_W)))
+    new_N, work_LW = share_N.astype(np.float64), np.zeros((len(work_LE), len(speed_W)))
     _settle_layers(
         np.ascontiguousarray(layer_N, dtype=np.int64),
         np.ascontiguousarray(expert_N, dtype=np.int64),
         np.ascontiguousarray(worker_N, dtype=np.int64),
-        np.ascontiguousarray(load_LE, dtype=np.float64),
+        np.ascontiguousarray(work_LE, dtype=np.float64),
         np.ascontiguousarray(speed_W, dtype=np.float64),
         tolerance,
         new_N,
-        load_LW,
+        work_LW,
     )
-    return new_N, load_LW
+    return new_N, work_LW
 
 
 @compiled
@@ -96,13 +96,13 @@ def _settle_layers(
     layer_N: IntArray,
     expert_N: IntArray,
     worker_N: IntArray,
-    load_LE: FloatArray,
+    work_LE: FloatArray,
     speed_W: FloatArray,
     tolerance: float,
     share_N: FloatArray,
-    load_LW: FloatArray,
+    work_LW: FloatArray,
 ) -> None:
-    """Changes `share_N`, and `load_LW`, which is zero."""
+    """Changes `share_N`, and `work_LW`, which is zero."""
     num_instances = len(layer_N)
     tokens_N = np.empty(num_instances)
     starts_F, count_F = np.empty(num_instances, dtype=np.int64), np.empty(num_instances, dtype=np.int64)
@@ -110,9 +110,9 @@ def _settle_layers(
     n = 0
     while n < num_instances:
         begin, layer, num_replicated = n, layer_N[n], 0
-        load_W = load_LW[layer]
+        load_W = work_LW[layer]
         while n < num_instances and layer_N[n] == layer:
-            start, load = n, load_LE[layer, expert_N[n]]
+            start, load = n, work_LE[layer, expert_N[n]]
             while n < num_instances and layer_N[n] == layer and expert_N[n] == expert_N[start]:
                 tokens_N[n] = share_N[n] * load
                 load_W[worker_N[n]] += tokens_N[n]
@@ -131,7 +131,7 @@ def _settle_layers(
                 share_N[i] = tokens_N[i] / load_G[g]
         load_W[:] = 0.0
         for i in range(begin, n):
-            load_W[worker_N[i]] += share_N[i] * load_LE[layer, expert_N[i]]
+            load_W[worker_N[i]] += share_N[i] * work_LE[layer, expert_N[i]]
         if (before_W / speed_W).max() * (1 - tolerance) <= (load_W / speed_W).max():
             share_N[begin:n], load_W[:] = before_n, before_W
 
@@ -207,26 +207,26 @@ def _fill(
         load_W[worker_N[start + c]] += tokens_N[start + c]
 
 
-def exact_shares(plan: Plan, load_LE: FloatArray, speed_W: FloatArray) -> FloatArray:
+def exact_shares(plan: Plan, work_LE: FloatArray, speed_W: FloatArray) -> FloatArray:
     """Optimal shares, shape (N,), by a linear programme for each layer: the reference, and for plans made offline."""
-    check_load("load_LE", load_LE, (plan.num_layers, plan.num_experts))
+    check_load("work_LE", work_LE, (plan.num_layers, plan.num_experts))
     share_N = np.ones(plan.num_instances)
     for layer in range(plan.num_layers):
         index_N = np.flatnonzero(plan.layer_N == layer)
         if len(index_N):
-            share_N[index_N] = _exact_layer(plan.expert_N[index_N], plan.worker_N[index_N], load_LE[layer], speed_W)
+            share_N[index_N] = _exact_layer(plan.expert_N[index_N], plan.worker_N[index_N], work_LE[layer], speed_W)
     return share_N
 
 
-def _exact_layer(expert_N: IntArray, worker_N: IntArray, load_E: FloatArray, speed_W: FloatArray) -> FloatArray:
+def _exact_layer(expert_N: IntArray, worker_N: IntArray, work_E: FloatArray, speed_W: FloatArray) -> FloatArray:
     experts_F, function_N = np.unique(expert_N, return_inverse=True)
     num_instances, num_workers = len(expert_N), len(speed_W)
-    scale = max(float(load_E.sum()), 1e-300)
+    scale = max(float(work_E.sum()), 1e-300)
     index_N = np.arange(num_instances)
     # Variables: the shares, and last the level that no worker's load / speed may exceed.
     level_WV = coo_array(
         (
-            np.concatenate([load_E[expert_N] / scale, -speed_W]),
+            np.concatenate([work_E[expert_N] / scale, -speed_W]),
             (np.concatenate([worker_N, np.arange(num_workers)]), np.append(index_N, [num_instances] * num_workers)),
         ),
         shape=(num_workers, num_instances + 1),
@@ -248,13 +248,13 @@ def _exact_layer(expert_N: IntArray, worker_N: IntArray, load_E: FloatArray, spe
     return normal_N
 
 
-def busiest_L(load_LW: NDArray[Any], speed_W: FloatArray) -> FloatArray:
+def busiest_L(work_LW: NDArray[Any], speed_W: FloatArray) -> FloatArray:
     """Load / speed of each layer's busiest worker, shape (L,)."""
-    times_L: FloatArray = (load_LW / speed_W).max(axis=1)
+    times_L: FloatArray = (work_LW / speed_W).max(axis=1)
     return times_L
 
 
-def ideal_L(load_LW: NDArray[Any], speed_W: FloatArray) -> FloatArray:
+def ideal_L(work_LW: NDArray[Any], speed_W: FloatArray) -> FloatArray:
     """The same if the layer's load were spread perfectly, shape (L,)."""
-    ideal: FloatArray = load_LW.sum(axis=1) / speed_W.sum()
+    ideal: FloatArray = work_LW.sum(axis=1) / speed_W.sum()
     return ideal

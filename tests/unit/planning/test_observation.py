@@ -47,9 +47,15 @@ def test_observations_are_compared_by_identity() -> None:
         ({"upper_LE": np.ones((3, 2))}, "observation.upper_LE must have the shape of mean_LE, (2, 3), got (3, 2)"),
         ({"window_LE": np.ones(6)}, "observation.window_LE must have the shape of mean_LE, (2, 3), got (6,)"),
         ({"last_used_s_LE": np.ones((2, 2))}, "observation.last_used_s_LE must have the shape of mean_LE"),
-        ({"mean_LE": with_one(-0.5)}, "observation.mean_LE must be finite and >= 0, got -0.5 to 1.0"),
-        ({"upper_LE": with_one(np.inf)}, "observation.upper_LE must be finite and >= 0, got 1.0 to inf"),
-        ({"window_LE": with_one(np.nan)}, "observation.window_LE must be finite and >= 0, got nan to nan"),
+        ({"mean_LE": with_one(-0.5)}, "observation.mean_LE must be finite and >= 0, got -0.5 for expert 2 of layer 1"),
+        (
+            {"upper_LE": with_one(np.inf)},
+            "observation.upper_LE must be finite and >= 0, got inf for expert 2 of layer 1",
+        ),
+        (
+            {"window_LE": with_one(np.nan)},
+            "observation.window_LE must be finite and >= 0, got nan for expert 2 of layer 1",
+        ),
         ({"last_used_s_LE": with_one(1.5)}, "observation.last_used_s_LE must be at most time_s (1.0), got 1.5"),
         ({"last_used_s_LE": with_one(np.nan)}, "observation.last_used_s_LE must be at most time_s (1.0), got nan"),
     ],

@@ -166,9 +166,9 @@ def test_the_first_plan_is_for_what_was_recorded_before(make_scenario: MakeScena
 @pytest.mark.parametrize(
     ("prior_LE", "message"),
     [
-        (np.ones((3, 4)), r"prior_LE must be of \(3, 8\) layers and experts as the model is, got \(3, 4\)"),
-        (np.full((3, 8), np.nan), "prior_LE must be finite and >= 0, got nan to nan"),
-        (np.full((3, 8), -1.0), "prior_LE must be finite and >= 0, got -1.0 to -1.0"),
+        (np.ones((3, 4)), r"prior_LE must be finite, >= 0 and of \(3, 8\) layers and experts, got \(3, 4\)"),
+        (np.full((3, 8), np.nan), "prior_LE must be finite and >= 0, got nan for expert 0 of layer 0"),
+        (np.full((3, 8), -1.0), "prior_LE must be finite and >= 0, got -1 for expert 0 of layer 0"),
     ],
 )
 def test_a_record_that_cannot_be_is_refused(prior_LE: FloatArray, message: str, make_scenario: MakeScenario) -> None:

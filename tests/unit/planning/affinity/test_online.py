@@ -226,7 +226,9 @@ def test_settings_that_cannot_be_are_refused(changed: dict[str, Any], message: s
 
 def test_arguments_of_different_shapes_are_refused() -> None:
     start, statistics, load_LE, cluster, model = problem_of(clustered_routing(0), 8, 4)
-    with pytest.raises(ConfigError, match="load_LE must be finite, >= 0 and of the shape \\(3, 8\\), got \\(2, 8\\)"):
+    with pytest.raises(
+        ConfigError, match="load_LE must be finite, >= 0 and of \\(3, 8\\) layers and experts, got \\(2, 8\\)"
+    ):
         place_by_affinity(start, statistics, load_LE[1:], cluster, model)
     with pytest.raises(ConfigError, match="start must be a plan for 3 workers, got one for 4"):
         place_by_affinity(start, statistics, load_LE, even_cluster(3, memory_bytes=1000), model)

@@ -181,7 +181,7 @@ def test_eplb_has_a_function_at_most_once_on_a_worker_while_there_are_workers() 
 def test_eplb_refuses_fewer_slots_than_experts() -> None:
     with pytest.raises(
         InfeasiblePlacementError,
-        match="counts_LE: EPLB keeps every expert resident and needs 3 slots a layer, got 2",
+        match="counts_LE: EPLB keeps every expert resident and needs 3 instances a layer, got 2",
     ):
         eplb_global(np.array([[1, 0, 1]]), np.ones((1, 3)), cluster_of([9, 9]), model_of(1, 3))
 

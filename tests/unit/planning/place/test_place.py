@@ -26,7 +26,7 @@ from tests.support.planning import (
 )
 
 STILL = PlacementConfig(max_moves=0)
-EAGER = PlacementConfig(max_moves=99, max_imbalance=1.0, share_tolerance=0.0, token_s=1.0)
+EAGER = PlacementConfig(max_moves=99, max_imbalance=1.0, share_tolerance=0.0, unit_s=1.0)
 """Moves whatever makes anything better."""
 
 
@@ -87,7 +87,7 @@ configs = st.builds(
     max_moves=st.sampled_from([0, 1, 2, 5, 99]),
     max_imbalance=st.sampled_from([1.0, 1.05, 1.5]),
     share_tolerance=st.sampled_from([0.0, 0.01, 0.5]),
-    token_s=st.sampled_from([1e-11, 1e-6, 1.0]),
+    unit_s=st.sampled_from([1e-11, 1e-6, 1.0]),
 )
 
 
@@ -142,9 +142,9 @@ def test_a_move_is_made_only_where_it_gains_more_than_the_transfer_takes() -> No
     before = plan_of(2, [{0: 1.0}, {0: 1.0}, {1: 1.0}])
     counts, load, cluster = [[1, 1, 1]], [[6.0, 4.0, 2.0]], with_slow_links(cluster_of([3, 3]))
     # Four tokens less on the busiest worker, in each of ten steps, for a second.
-    config = PlacementConfig(max_imbalance=1.0, horizon_steps=10.0, token_s=1 / 40)
-    assert placed(counts, load, cluster, previous=before, config=replace(config, token_s=0.99 / 40)) is before
-    plan = placed(counts, load, cluster, previous=before, config=replace(config, token_s=1.01 / 40))
+    config = PlacementConfig(max_imbalance=1.0, horizon_steps=10.0, unit_s=1 / 40)
+    assert placed(counts, load, cluster, previous=before, config=replace(config, unit_s=0.99 / 40)) is before
+    plan = placed(counts, load, cluster, previous=before, config=replace(config, unit_s=1.01 / 40))
     assert workers_of(plan) == {(0, 0): [0], (0, 1): [1], (0, 2): [1]}
 
 
@@ -193,7 +193,7 @@ def test_functions_may_have_no_instance() -> None:
         ({"max_imbalance": 0.99}, "placement.max_imbalance must be at least 1, got 0.99"),
         ({"max_imbalance": float("nan")}, "placement.max_imbalance must be at least 1, got nan"),
         ({"share_tolerance": -0.1}, "placement.share_tolerance must be at least 0, got -0.1"),
-        ({"token_s": -1.0}, "placement.token_s must be at least 0, got -1.0"),
+        ({"unit_s": -1.0}, "placement.unit_s must be at least 0, got -1.0"),
         ({"horizon_steps": float("nan")}, "placement.horizon_steps must be at least 0, got nan"),
     ],
 )
@@ -206,7 +206,7 @@ def test_settings_that_cannot_be_are_refused(changed: dict[str, Any], message: s
     "load", [[[1.0]], [[1.0, np.nan]], [[1.0, -1.0]], [[1.0, np.inf]]], ids=["shape", "nan", "negative", "infinite"]
 )
 def test_loads_that_cannot_be_are_refused(load: list[list[float]]) -> None:
-    with pytest.raises(ConfigError, match="load_LE must be finite, >= 0 and of the shape \\(1, 2\\), got"):
+    with pytest.raises(ConfigError, match="work_LE must be finite"):
         placed([[1, 1]], load, cluster_of([2]))
 
 
@@ -251,12 +251,12 @@ def test_no_more_instances_start_than_are_missing_and_may_move(problem: Problem,
 def test_in_every_layer_what_moves_gain_is_worth_their_transfers(problem: Problem, config: PlacementConfig) -> None:
     counts_LE, load_LE, cluster, model, previous = problem
     slow = with_slow_links(cluster)
-    config = replace(config, token_s=config.token_s / 100, horizon_steps=1e3)
+    config = replace(config, unit_s=config.unit_s / 100, horizon_steps=1e3)
     still = place(counts_LE, load_LE, slow, model, previous=previous, config=replace(config, max_moves=0))
     plan = place(counts_LE, load_LE, slow, model, previous=previous, config=config)
     moved_L = np.bincount(plan.layer_N[plan.started_since(still)], minlength=plan.num_layers)
     before_L, after_L = (np.array(busiest_of(each, load_LE, slow.speed_W)) for each in (still, plan))
-    gain_s_L = (before_L - after_L) * config.token_s * config.horizon_steps
+    gain_s_L = (before_L - after_L) * config.unit_s * config.horizon_steps
     assert (gain_s_L >= moved_L * (1 - 1e-9)).all()
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from moeless.planning.place import PlacementConfig, place
 from tests.support.planning import cluster_of, model_of
 
-SPREAD = PlacementConfig(spreads_singles=True, token_s=1.0, horizon_steps=1e9)
+SPREAD = PlacementConfig(spreads_singles=True, unit_s=1.0, horizon_steps=1e9)
 
 
 def test_two_light_functions_do_not_share_a_worker_where_another_has_none() -> None:
