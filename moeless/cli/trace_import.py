@@ -21,19 +21,22 @@ class Phase(StrEnum):
 
 
 def import_command(
-    source: Annotated[Path, typer.Argument(help="NPZ, CSV or JSON lines, also gzipped: see docs/traces.md.")],
+    source: Annotated[Path, typer.Argument(help="NPZ, CSV, JSON lines or a folder of ESFT logs: see docs/traces.md.")],
     out: Annotated[Path, typer.Argument(help="Trace to write.")],
     model: Annotated[str | None, typer.Option(help="Name of the model; default: the source's name.")] = None,
     phase: Annotated[Phase, typer.Option(help="Phase of the tokens where the source does not say.")] = Phase.DECODE,
     num_experts: Annotated[
         int | None, typer.Option(min=1, help="Experts of a layer; default: by the highest that the source names.")
     ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Experts of a token in ESFT's logs; default: inferred from their lines.")
+    ] = None,
     origin: Annotated[
         str | None, typer.Option(help="Where the source comes from, in words, kept in the trace; default: its name.")
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Write over OUT if it exists.")] = False,
 ) -> None:
-    """Make a trace of a routing file or an arrival file; which shape it has is told by its content."""
+    """Import routing or arrivals; the format is recognised by content. Unknown files are refused by their columns."""
     from moeless_predictors.traces import DECODE, PREFILL, ImportOptions, import_trace
 
     if out.exists() and not overwrite:
@@ -42,6 +45,7 @@ def import_command(
         model=model,
         phase=PREFILL if phase is Phase.PREFILL else DECODE,
         num_experts=num_experts,
+        top_k=top_k,
         source=origin,
     )
     with one_line_errors():

@@ -170,10 +170,13 @@ class PredictionStatus(msgspec.Struct, frozen=True, kw_only=True):
     """False while popularity stands in, because it did better."""
     recall: float
     load_error: float
-    """Relative L1 error of the load; `popularity_error` is what popularity would have had."""
+    """Relative L1 error of the load; `popularity_error` is that of popularity that learns online."""
     popularity_error: float
     coverage: float
     """Share of the experts whose load was at most the calibrated bound."""
+    bound_width: float
+    """The bound's sum over the load's; `popularity_bound_width` is that of popularity's own bound."""
+    popularity_bound_width: float
     forecasts: int
     """Since the start, as is `seconds`, the time they took."""
     seconds: float

@@ -1,7 +1,7 @@
-"""Predicting load while the model runs: the observer between the engine's steps and moeless_predictors.live.
+"""Predicts load while the model runs: the observer between the engine's steps and moeless_predictors.live.
 
-It reads what the gates chose and changes nothing: the dispatcher calls it once a layer's work is on its way to the
-workers, so that what it computes overlaps the layer.
+It reads the gates' choices and changes nothing: the dispatcher calls it once a layer's work has been sent to the
+workers, so that its own work overlaps the layer.
 
 Shapes: T rows of a step, n of them with a sequence, H hidden size.
 """
@@ -68,6 +68,8 @@ class PredictionObserver:
                 load_error=row.load_error,
                 popularity_error=row.popularity_error,
                 coverage=row.coverage,
+                bound_width=row.bound_width,
+                popularity_bound_width=row.popularity_bound_width,
                 forecasts=row.num_forecasts,
                 seconds=row.seconds,
             )

@@ -216,8 +216,10 @@ class _EngineCollector(Collector):
 _PREDICTION_GAUGES = (
     ("forecast_recall", "recall", "Share of the tokens' experts that were foretold; of the last measured steps."),
     ("forecast_load_error", "load_error", "Relative L1 error of the layer's forecast load."),
-    ("popularity_load_error", "popularity_error", "The same if popularity had forecast it."),
+    ("popularity_load_error", "popularity_error", "The same for popularity that learns online."),
     ("forecast_coverage", "coverage", "Share of the experts whose load was at most the calibrated bound."),
+    ("forecast_bound_width", "bound_width", "The bound's sum over the load's."),
+    ("popularity_bound_width", "popularity_bound_width", "The same for popularity's own bound."),
 )
 """Name, field of PredictionStatus, and what it says."""
 

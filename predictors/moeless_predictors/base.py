@@ -1,4 +1,4 @@
-"""What every load predictor shares: scikit-learn's conventions, and loads and top-k lists made of probabilities.
+"""Base of the load predictors: scikit-learn's conventions, and loads and top-k lists made from probabilities.
 
 A predictor answers, for tokens of which something is known (its features), which experts of one MoE layer they will
 go to. Subclasses implement `fit` and `_probabilities`.
@@ -17,9 +17,9 @@ from sklearn.base import BaseEstimator
 from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from moeless_predictors.arrays import FloatArray, IntArray
 from moeless_predictors.compiled import compiled
 from moeless_predictors.metrics import recall_at_k
+from moeless_predictors.types import FloatArray, IntArray
 
 
 class LoadPredictor(BaseEstimator):  # type: ignore[misc]  # scikit-learn ships no types
@@ -68,6 +68,7 @@ class LoadPredictor(BaseEstimator):  # type: ignore[misc]  # scikit-learn ships 
         check_is_fitted(self)
         if self._is_valid(X):
             return X
+        check_finite(X, "X", "feature")
         X_nF: FloatArray = validate_data(self, X, reset=False, dtype=[np.float64, np.float32])
         return X_nF
 
@@ -98,9 +99,11 @@ class LoadPredictor(BaseEstimator):  # type: ignore[misc]  # scikit-learn ships 
         Returns: X and y as float arrays of shapes (n, F) and (n, E).
         Raises: ValueError.
         """
-        if not reset and self._is_valid(X) and type(y) is np.ndarray and bool(np.isfinite(y).all()):
+        if not reset and self._is_valid(X) and type(y) is np.ndarray:
             X_nF, y_n = X, y
         else:
+            check_finite(X, "X", "feature")
+            check_finite(y, "y", "expert")
             X_nF, y_n = validate_data(
                 self, X, y, reset=reset, dtype=[np.float64, np.float32], multi_output=True, y_numeric=True
             )
@@ -125,7 +128,8 @@ class LoadPredictor(BaseEstimator):  # type: ignore[misc]  # scikit-learn ships 
 
 
 def as_routing(y: ArrayLike, *, num_tokens: int) -> FloatArray:
-    """y as floats of shape (n, E); a vector is one expert's. Raises ValueError for another shape or negative values."""
+    """y as floats of shape (n, E); a vector is one expert's. Raises ValueError for another shape, or values that are
+    not finite and >= 0."""
     y_nE = np.asarray(y)
     if y_nE.ndim == 1:
         y_nE = y_nE[:, np.newaxis]
@@ -133,10 +137,25 @@ def as_routing(y: ArrayLike, *, num_tokens: int) -> FloatArray:
         raise ValueError(f"y must have the shape ({num_tokens}, experts), got {y_nE.shape}")
     if y_nE.dtype not in (np.float32, np.float64):
         y_nE = y_nE.astype(np.float32)
+    check_finite(y_nE, "y", "expert")
     if y_nE.size and y_nE.min() < 0:
-        raise ValueError(f"y must hold values >= 0, got {y_nE.min()}")
+        token, expert = np.unravel_index(int(y_nE.argmin()), y_nE.shape)
+        raise ValueError(f"y must hold values >= 0, got {y_nE[token, expert]} at token {token}, expert {expert}")
     routing_nE: FloatArray = y_nE
     return routing_nE
+
+
+def check_finite(values: ArrayLike, name: str, column: str) -> None:
+    """Raises ValueError that names token and column where an array of floats holds NaN or infinity."""
+    if type(values) is not np.ndarray or values.dtype.kind != "f" or not values.size:
+        return  # scikit-learn converts and checks what is no array
+    is_fault = ~np.isfinite(values)
+    if not is_fault.any():
+        return
+    at = tuple(int(i) for i in np.unravel_index(int(is_fault.argmax()), values.shape))
+    kind = "NaN" if np.isnan(values[at]) else "infinity (inf)"
+    where = ", ".join(f"{axis} {i}" for axis, i in zip(("token", column), at, strict=False))
+    raise ValueError(f"Input {name} contains {kind}: values must be finite, got {values[at]} at {where}")
 
 
 def one_hot(experts_nk: IntArray, num_experts: int, *, values_nk: FloatArray | None = None) -> FloatArray:

@@ -9,10 +9,10 @@ from functools import partial
 
 import numpy as np
 
-from moeless_predictors.arrays import FloatArray
 from moeless_predictors.base import LoadPredictor
 from moeless_predictors.features import FeatureConfig, choice_values
 from moeless_predictors.live_features import LiveFeatures, StepRows
+from moeless_predictors.types import FloatArray, IntArray
 
 BATCH_SIZE = 32
 """Tokens of the batch that costs are told for."""
@@ -68,7 +68,7 @@ class CostMeter:
             live.end_step()
         return live
 
-    def _choices(self) -> tuple[np.ndarray, FloatArray]:
+    def _choices(self) -> tuple[IntArray, FloatArray]:
         _, num_experts, top_k = self._shape
         experts_nk = np.argsort(self._random.random((BATCH_SIZE, num_experts)), axis=1)[:, :top_k]
         return experts_nk, choice_values(self._random.random((BATCH_SIZE, top_k)))

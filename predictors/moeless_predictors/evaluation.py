@@ -1,4 +1,4 @@
-"""How well predictors do on sequences that they did not learn from, by layer and distance.
+"""Measure predictors on sequences that they did not learn from, by layer and distance.
 
 `evaluate` divides a trace by sequence, fits on one part and measures on the other; `evaluate_set` measures what was
 fitted before on another trace. A batch is drawn from the tested tokens without replacement, as decoding many
@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 
 import numpy as np
 
-from moeless_predictors.arrays import FloatArray, IntArray
+from moeless_predictors.base import LoadPredictor
 from moeless_predictors.costs import CostMeter
 from moeless_predictors.fitting import (
     FitConfig,
@@ -28,16 +28,21 @@ from moeless_predictors.fitting import (
     fit_kinds,
     inputs_by_layer,
     measured,
+    online_batches,
 )
-from moeless_predictors.metrics import coverage, recall_at_k, relative_l1, straggler_hit_rate
+from moeless_predictors.metrics import bound_width, coverage, relative_l1, straggler_hit_rate
+from moeless_predictors.popularity import OnlinePopularity, PopularityPredictor
 from moeless_predictors.predictor_set import PredictorSet
 from moeless_predictors.quantile import LoadBatches, LoadQuantile, draw_batches
 from moeless_predictors.selector import Candidate
 from moeless_predictors.threads import one_blas_thread
 from moeless_predictors.traces import RoutingTrace
+from moeless_predictors.types import FloatArray
 
 SELECTED = "selected"
 """Stands among the kinds for whichever was chosen."""
+FROZEN = "frozen popularity"
+"""Popularity that stops learning once fitted, for comparison: what a placement from a profile knows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +51,9 @@ class EvaluationConfig:
 
     fit: FitConfig = field(default_factory=FitConfig)
     test_share: float = 0.2
-    """Of the sequences."""
+    """Share of the sequences to test on; of the labels with `split_by_label`."""
+    split_by_label: bool = False
+    """Test on the sequences of labels (subjects) that are not learned from."""
     layers: tuple[int, ...] | None = None
     """Source layers to measure; None: all."""
     batch_sizes: tuple[int, ...] = (1, 16, 64, 256)
@@ -76,6 +83,8 @@ class BatchMeasures:
     """The same with a tenth rounded down, at least one."""
     coverage: float
     """Share of the loads at or under the bound, which learns from batch to batch as it does in a server."""
+    bound_width: float
+    """Mean over batches of sum bound / sum load. Coverage says little without it: compare it with popularity's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +163,7 @@ def evaluate(
     """
     if trace.num_sequences < 3:
         raise ValueError(f"trace must have at least 3 sequences, got {trace.num_sequences}")
-    rest, test = trace.split(test_share=config.test_share, seed=config.seed)
+    rest, test = trace.split(test_share=config.test_share, seed=config.seed, by_label=config.split_by_label)
     learning, held_out = divide(rest, config.fit)
     pairs = _pairs(trace.num_layers, config.fit.distances, config.layers)
     costs = CostMeter(
@@ -169,22 +178,17 @@ def evaluate(
             for distance in sorted({d for layer, d in pairs if layer == ours.layer}):
                 target = ours.layer + distance
                 fitted = fit_kinds(learning, ours, target, config.fit, gate=(gates or {}).get(target))
-                candidates = measured(fitted, others, target, config.fit, costs)
+                candidates = measured(fitted, others, target, costs)
                 choice = choose_among(candidates, ours.layer, config.fit)
                 found: dict[str, PairMeasures] = {}
                 for candidate in candidates:
                     predictor = fitted[candidate.name]
-                    probabilities_TE = predictor.predict_proba(others.features(candidate.name, target))
-                    quantile = calibrate(probabilities_TE, others.routing(target), config.fit)
-                    found[candidate.name] = _measure(
-                        predictor.predict_proba(tested.features(candidate.name, target)),
-                        predictor.predict_topk(tested.features(candidate.name, target)),
-                        tested,
-                        distance,
-                        candidate,
-                        quantile,
-                        config,
-                    )
+                    quantile = calibrate(candidate.name, predictor, others, target, config.fit)
+                    found[candidate.name] = _measure(candidate, predictor, tested, distance, quantile, config)
+                    if candidate.name == "popularity":
+                        found[FROZEN] = _measure(
+                            replace(candidate, name=FROZEN), predictor, tested, distance, quantile, config
+                        )
                 measures += found.values()
                 measures.append(_selected(found[choice.name], choice.reason))
                 done += 1
@@ -225,27 +229,14 @@ def evaluate_set(
         for distance in [d for layer, d in wanted if layer == tested.layer]:
             pair = predictors.pairs[tested.layer, distance]
             by_name = {candidate.name: candidate for candidate in pair.candidates}
-            features_TF = tested.features(pair.kind, pair.target)
-            found = _measure(
-                pair.predictor.predict_proba(features_TF),
-                pair.predictor.predict_topk(features_TF),
-                tested,
-                distance,
-                by_name[pair.kind],
-                pair.quantile,
-                config,
-            )
-            plain_TF = tested.features("popularity", pair.target)
-            popularity = _measure(
-                pair.popularity.predict_proba(plain_TF),
-                pair.popularity.predict_topk(plain_TF),
-                tested,
-                distance,
-                by_name.get("popularity", Candidate(name="popularity", score=0.0, cost_us=0.0)),
-                pair.quantile,
-                config,
-            )
-            measures += [popularity] if pair.kind == "popularity" else [popularity, found]
+            baseline = by_name.get("popularity", Candidate(name="popularity", score=0.0, cost_us=0.0))
+            found = _measure(by_name[pair.kind], pair.predictor, tested, distance, pair.quantile, config)
+            measures += [
+                _measure(candidate, pair.popularity, tested, distance, pair.popularity_quantile, config)
+                for candidate in (baseline, replace(baseline, name=FROZEN))
+            ]
+            if pair.kind != "popularity":
+                measures.append(found)
             measures.append(_selected(found, pair.choice.reason))
             done += 1
             if on_progress is not None:
@@ -264,15 +255,20 @@ def _pairs(num_layers: int, distances: Iterable[int], layers: tuple[int, ...] | 
 
 
 def _measure(
-    probabilities_TE: FloatArray,
-    topk_Tk: IntArray,
+    candidate: Candidate,
+    predictor: LoadPredictor,
     inputs: LayerInputs,
     distance: int,
-    candidate: Candidate,
     quantile: LoadQuantile,
     config: EvaluationConfig,
 ) -> PairMeasures:
-    routing_TE = inputs.routing(inputs.layer + distance)
+    """Measures of a predictor as a server runs it: popularity learns on from batch to batch, unless the candidate is
+    FROZEN, and the drift of other predictors is corrected with what the batches before showed."""
+    target = inputs.layer + distance
+    routing_TE = inputs.routing(target)
+    features_TF = inputs.features("popularity" if candidate.name == FROZEN else candidate.name, target)
+    probabilities_TE = predictor.predict_proba(features_TF)
+    online = predictor if isinstance(predictor, PopularityPredictor) and candidate.name != FROZEN else None
     num_experts = routing_TE.shape[1]
     rounded_down = max(1, num_experts // 10) / num_experts
     rows = []
@@ -282,37 +278,43 @@ def _measure(
         batches = draw_batches(
             probabilities_TE, routing_TE, sizes=[size], batches_per_size=config.batches_per_size, seed=config.seed
         )
+        if online is not None:
+            batches = online_batches(online, batches)
+        upper_BE, corrected_BE = _with_drift(quantile, batches)
+        forecast_BE = batches.mean_BE if isinstance(predictor, PopularityPredictor) else corrected_BE
         rows.append(
             BatchMeasures(
                 size=size,
-                relative_l1=relative_l1(batches.mean_BE, batches.load_BE),
-                straggler_top_tenth=straggler_hit_rate(batches.mean_BE, batches.load_BE),
-                straggler_top_tenth_rounded_down=straggler_hit_rate(
-                    batches.mean_BE, batches.load_BE, share=rounded_down
-                ),
-                coverage=coverage(_bounds(quantile, batches), batches.load_BE),
+                relative_l1=relative_l1(forecast_BE, batches.load_BE),
+                straggler_top_tenth=straggler_hit_rate(forecast_BE, batches.load_BE),
+                straggler_top_tenth_rounded_down=straggler_hit_rate(forecast_BE, batches.load_BE, share=rounded_down),
+                coverage=coverage(upper_BE, batches.load_BE),
+                bound_width=bound_width(upper_BE, batches.load_BE),
             )
         )
     return PairMeasures(
         layer=inputs.layer,
         distance=distance,
         kind=candidate.name,
-        recall=recall_at_k(topk_Tk, routing_TE),
+        recall=(
+            predictor.score(features_TF, routing_TE) if online is None else OnlinePopularity(online).recall(routing_TE)
+        ),
         cost_us=candidate.cost_us,
         batches=tuple(rows),
     )
 
 
-def _bounds(quantile: LoadQuantile, batches: LoadBatches) -> FloatArray:
-    """Of each batch, before its true load is learned from; shape (B, E)."""
+def _with_drift(quantile: LoadQuantile, batches: LoadBatches) -> tuple[FloatArray, FloatArray]:
+    """Bound and drift-corrected mean of each batch, before its true load is learned from; both of shape (B, E)."""
     learning = copy.deepcopy(quantile)
-    bounds = []
+    bounds, corrected = [], []
     for mean_E, variance_E, load_E, num_tokens in zip(
         batches.mean_BE, batches.variance_BE, batches.load_BE, batches.num_tokens_B.tolist(), strict=True
     ):
+        corrected.append(learning.corrected_mean(mean_E, num_tokens))
         bounds.append(learning.upper(mean_E, variance_E, num_tokens))
         learning.update(mean_E, variance_E, load_E, num_tokens)
-    return np.array(bounds)
+    return np.array(bounds), np.array(corrected)
 
 
 def _selected(measures: PairMeasures, reason: str) -> PairMeasures:

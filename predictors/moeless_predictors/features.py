@@ -23,18 +23,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.signal import lfilter
 
-from moeless_predictors.arrays import FloatArray, IntArray
 from moeless_predictors.base import one_hot
 from moeless_predictors.traces import PREFILL, RoutingTrace
+from moeless_predictors.types import BitArray, BoolArray, FloatArray, IntArray
 
 MEAN_SCALE = 3.0
 """Brings the running mean, some k/E, nearer to the size of the other features."""
 _MAX_SCORE = 80.0
 """Whose exponential float32 still holds."""
-LEAST_SHARE = 0.005
+MIN_SHARE = 0.005
 """Of retrieval's softmax. What is below it, live, need not be looked up: that is most of a window."""
 
 
@@ -60,9 +59,9 @@ class FeatureConfig:
     """Of the running mean: it looks back on about 1 / mean_rate tokens."""
 
     def __post_init__(self) -> None:
-        for name, least in (("layers_above", 1), ("first_layers", 0), ("ranked_layers", 0), ("window", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"features.{name} must be at least {least}, got {getattr(self, name)}")
+        for name, minimum in (("layers_above", 1), ("first_layers", 0), ("ranked_layers", 0), ("window", 1)):
+            if getattr(self, name) < minimum:
+                raise ValueError(f"features.{name} must be at least {minimum}, got {getattr(self, name)}")
         for name in ("layer_decay", "mean_rate"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"features.{name} must be above 0 and at most 1, got {getattr(self, name)}")
@@ -130,14 +129,14 @@ def _relative(weights_nk: FloatArray) -> FloatArray:
     return relative_nk
 
 
-def retrieval_shares(scores_nm: FloatArray, may_see_nm: NDArray[np.bool_]) -> FloatArray:
+def retrieval_shares(scores_nm: FloatArray, may_see_nm: BoolArray) -> FloatArray:
     """Softmax of each row over what it may see; zeros where it may see nothing, and for shares that hardly count."""
     scores_nm = np.where(may_see_nm, scores_nm, -np.inf)
     highest_n = scores_nm.max(axis=1, keepdims=True)
     powers_nm = np.exp(scores_nm - np.where(np.isfinite(highest_n), highest_n, 0))
     sums_n = powers_nm.sum(axis=1, keepdims=True)
     shares_nm: FloatArray = powers_nm / np.where(sums_n > 0, sums_n, 1)
-    shares_nm[shares_nm < LEAST_SHARE] = 0
+    shares_nm[shares_nm < MIN_SHARE] = 0
     return shares_nm
 
 
@@ -149,7 +148,7 @@ class _Block:
     seen: slice
     overlaps_nm: FloatArray
     context_nm: FloatArray
-    may_see_nm: NDArray[np.bool_]
+    may_see_nm: BoolArray
 
 
 class TraceFeatures:
@@ -258,7 +257,7 @@ def _runs(trace: RoutingTrace) -> list[slice]:
     return [slice(int(start), int(stop)) for start, stop in zip(starts, stops, strict=True)]
 
 
-def experts_as_bits(experts_nk: IntArray, num_experts: int) -> NDArray[np.uint64]:
+def experts_as_bits(experts_nk: IntArray, num_experts: int) -> BitArray:
     """Choices of shape (n, k) as bit sets of shape (n, words of 64 experts): what two tokens share is a popcount."""
     words = -(-num_experts // 64)
     experts_nk = experts_nk.astype(np.uint64)

@@ -14,18 +14,18 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from moeless_predictors.arrays import FloatArray
 from moeless_predictors.base import LoadPredictor, one_hot
 from moeless_predictors.costs import CostMeter
 from moeless_predictors.features import FeatureConfig, TraceFeatures, choice_values
 from moeless_predictors.history import HistoryPredictor
-from moeless_predictors.popularity import PopularityPredictor
+from moeless_predictors.popularity import OnlinePopularity, PopularityPredictor
 from moeless_predictors.predictor_set import KINDS, PairPredictor, PredictorSet
-from moeless_predictors.quantile import LoadQuantile, draw_batches
+from moeless_predictors.quantile import LoadBatches, LoadQuantile, draw_batches
 from moeless_predictors.selector import Candidate, Choice, choose
 from moeless_predictors.threads import one_blas_thread
 from moeless_predictors.traces import PREFILL, RoutingTrace
 from moeless_predictors.transition import TransitionPredictor
+from moeless_predictors.types import FloatArray
 
 
 class Gate(Protocol):
@@ -188,7 +188,7 @@ def fit_kinds(
             continue
         features_TF = inputs.features(kind, target)
         if kind == "popularity":
-            fitted[kind] = PopularityPredictor(top_k=trace.top_k).fit(features_TF, routing_TE)
+            fitted[kind] = PopularityPredictor(top_k=trace.top_k).fit_recording(features_TF, routing_TE)
         elif kind == "transition":
             fitted[kind] = TransitionPredictor(top_k=trace.top_k).fit(features_TF, routing_TE)
         elif kind == "history":
@@ -201,23 +201,29 @@ def fit_kinds(
 
 
 def measured(
-    fitted: Mapping[str, LoadPredictor], inputs: LayerInputs, target: int, config: FitConfig, costs: CostMeter
+    fitted: Mapping[str, LoadPredictor], inputs: LayerInputs, target: int, costs: CostMeter
 ) -> tuple[Candidate, ...]:
-    """Recall on held-out tokens and cost of the kinds asked for."""
+    """Recall on held-out tokens and cost of each fitted kind. Popularity learns on while it is measured."""
     routing_TE = inputs.routing(target)
     return tuple(
         Candidate(
             name=kind,
-            score=predictor.score(inputs.features(kind, target), routing_TE),
+            score=_recall(kind, predictor, inputs, target, routing_TE),
             cost_us=costs.microseconds(kind, predictor, inputs.layer),
         )
         for kind, predictor in fitted.items()
-        if kind in config.kinds
     )
 
 
+def _recall(kind: str, predictor: LoadPredictor, inputs: LayerInputs, target: int, routing_TE: FloatArray) -> float:
+    if isinstance(predictor, PopularityPredictor):
+        return OnlinePopularity(predictor).recall(routing_TE)
+    return predictor.score(inputs.features(kind, target), routing_TE)
+
+
 def choose_among(candidates: tuple[Candidate, ...], layer: int, config: FitConfig) -> Choice:
-    """Raises ValueError if the trace allowed none of the kinds asked for."""
+    """Choose among the configured kinds. Raises ValueError if the trace allowed none of them."""
+    candidates = tuple(candidate for candidate in candidates if candidate.name in config.kinds)
     if not candidates:
         raise ValueError(f"kinds must hold one that layer {layer} of the trace allows, got {', '.join(config.kinds)}")
     return choose(candidates, config.tolerance)
@@ -226,13 +232,12 @@ def choose_among(candidates: tuple[Candidate, ...], layer: int, config: FitConfi
 def choose_and_calibrate(
     fitted: Mapping[str, LoadPredictor], inputs: LayerInputs, target: int, config: FitConfig, costs: CostMeter
 ) -> PairPredictor:
-    """Measure each predictor on held-out tokens, choose among the kinds asked for, and calibrate the chosen one."""
-    candidates = measured(fitted, inputs, target, config, costs)
+    """Measure each predictor on held-out tokens, choose among the configured kinds, calibrate choice and baseline."""
+    candidates = measured(fitted, inputs, target, costs)
     choice = choose_among(candidates, inputs.layer, config)
     chosen = fitted[choice.name]
     popularity = fitted["popularity"]
     assert isinstance(popularity, PopularityPredictor)
-    probabilities_TE = chosen.predict_proba(inputs.features(choice.name, target))
     return PairPredictor(
         layer=inputs.layer,
         distance=target - inputs.layer,
@@ -240,15 +245,32 @@ def choose_and_calibrate(
         candidates=candidates,
         predictor=chosen,
         popularity=popularity,
-        quantile=calibrate(probabilities_TE, inputs.routing(target), config),
+        quantile=calibrate(choice.name, chosen, inputs, target, config),
+        popularity_quantile=calibrate("popularity", popularity, inputs, target, config),
     )
 
 
-def calibrate(probabilities_TE: FloatArray, routing_TE: FloatArray, config: FitConfig) -> LoadQuantile:
+def calibrate(kind: str, predictor: LoadPredictor, inputs: LayerInputs, target: int, config: FitConfig) -> LoadQuantile:
     """The bound of the load of batches drawn from held-out tokens."""
+    routing_TE = inputs.routing(target)
     sizes = [size for size in config.batch_sizes if size <= len(routing_TE)]
+    probabilities_TE = predictor.predict_proba(inputs.features(kind, target))
     batches = draw_batches(probabilities_TE, routing_TE, sizes=sizes, seed=config.seed)
+    if isinstance(predictor, PopularityPredictor):
+        batches = online_batches(predictor, batches)
     return LoadQuantile(config.quantile).fit(batches)
+
+
+def online_batches(popularity: PopularityPredictor, batches: LoadBatches) -> LoadBatches:
+    """The same batches as popularity forecasts them when it learns from each before the next."""
+    mean_BE = OnlinePopularity(popularity).loads(batches.load_BE, batches.num_tokens_B)
+    variance_BE = mean_BE * (1 - mean_BE / batches.num_tokens_B[:, np.newaxis])
+    return LoadBatches(
+        mean_BE=mean_BE,
+        variance_BE=np.maximum(variance_BE, 0),
+        load_BE=batches.load_BE,
+        num_tokens_B=batches.num_tokens_B,
+    )
 
 
 def _with_prefill(

@@ -8,17 +8,17 @@ Shapes: n or T tokens, H hidden size, E experts, k experts per token.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal, Self, get_args
+from typing import Literal, Self, get_args
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.nn import functional as F
 
-from moeless_predictors.arrays import BoolArray, FloatArray, IntArray
 from moeless_predictors.base import LoadPredictor, top_k_of
 from moeless_predictors.exactly_k import thresholds
+from moeless_predictors.types import AnyArray, BoolArray, FloatArray, IntArray
 
 Scoring = Literal["logits", "sigmoid", "softmax"]
 
@@ -244,7 +244,7 @@ class GatePredictor(LoadPredictor):
         is_held_out_n: BoolArray = np.isin(sequence_n, sequences[-num_held_out:])
         return is_held_out_n
 
-    def _calibrate(self, X_nH: FloatArray, y_nE: FloatArray, train_n: NDArray[np.intp]) -> None:
+    def _calibrate(self, X_nH: FloatArray, y_nE: FloatArray, train_n: IntArray) -> None:
         """Find the sharpness by golden-section search (the loss is convex in it); logits take it into the weights."""
         rows = np.random.default_rng(self.random_state).permutation(train_n)[:_CALIBRATION_TOKENS]
         with torch.inference_mode():
@@ -266,7 +266,7 @@ class GatePredictor(LoadPredictor):
         else:
             self.sharpness_ = sharpness
 
-    def _recall(self, X_nH: FloatArray, y_nE: FloatArray, rows: NDArray[np.intp]) -> float:
+    def _recall(self, X_nH: FloatArray, y_nE: FloatArray, rows: IntArray) -> float:
         """Of the tokens `rows`, a batch at a time."""
         found = true = 0.0
         with torch.inference_mode():
@@ -278,9 +278,7 @@ class GatePredictor(LoadPredictor):
                 true += float(chosen_nE.sum())
         return found / true if true else 1.0
 
-    def _tune(
-        self, X_nH: FloatArray, y_nE: FloatArray, train_n: NDArray[np.intp], held_out_n: NDArray[np.intp]
-    ) -> None:
+    def _tune(self, X_nH: FloatArray, y_nE: FloatArray, train_n: IntArray, held_out_n: IntArray) -> None:
         copied = best = (self.weight_, self.bias_)
         best_recall = self.recall_before_
         tuner = _Tuner(
@@ -347,7 +345,7 @@ def _loss(scores_nE: Tensor, chosen_nE: Tensor, top_k: int) -> Tensor:
     return F.binary_cross_entropy_with_logits(scores_nE, chosen_nE, reduction="sum") / len(scores_nE)
 
 
-def _batches(rows: NDArray[np.intp], batch_size: int, random: np.random.Generator) -> Iterator[NDArray[np.intp]]:
+def _batches(rows: IntArray, batch_size: int, random: np.random.Generator) -> Iterator[IntArray]:
     """Rows in a new order each time round, a batch at a time, without end."""
     while True:
         shuffled = random.permutation(rows)
@@ -362,7 +360,7 @@ def _feature_scale(X_nH: FloatArray) -> Tensor:
     return _tensor(np.sqrt(np.maximum(squares_H, 1e-4 * whole))) if whole > 0 else torch.ones(X_nH.shape[1])
 
 
-def _tensor(array: NDArray[Any]) -> Tensor:
+def _tensor(array: AnyArray) -> Tensor:
     """A float32 copy: arrays may be read-only, which tensors cannot be."""
     return torch.tensor(array, dtype=torch.float32)
 

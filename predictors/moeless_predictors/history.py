@@ -17,12 +17,12 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
-from moeless_predictors.arrays import FloatArray, IntArray
 from moeless_predictors.base import LoadPredictor
 from moeless_predictors.compiled import compiled
+from moeless_predictors.types import FloatArray, IntArray
 
 _NUM_WEIGHTS = 110_000
-_LEAST_UNITS, _MOST_UNITS = 96, 512
+_MIN_UNITS, _MAX_UNITS = 96, 512
 
 
 class HistoryPredictor(LoadPredictor):
@@ -137,7 +137,7 @@ class HistoryPredictor(LoadPredictor):
             return self.hidden_units
         fitting = _NUM_WEIGHTS / (self.n_features_in_ + self.n_experts_)
         # Whole registers of 16 numbers.
-        return max(_LEAST_UNITS, min(_MOST_UNITS, 16 * round(fitting / 16)))
+        return max(_MIN_UNITS, min(_MAX_UNITS, 16 * round(fitting / 16)))
 
     def _take(self, arrays: list[FloatArray]) -> None:
         weights_in_FU, weights_out_UE, bias_U, bias_E = arrays

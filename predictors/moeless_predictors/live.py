@@ -1,11 +1,12 @@
-"""Forecasts while a server runs: at each MoE layer, how the batch's tokens will load the layer `distance` further up.
+"""Forecasts in a running server: at each MoE layer, the load that the batch will put on the layer `distance` ahead.
 
-Called by the engine's observer, layer by layer. A forecast costs no more than the predictor; every few steps it is
-also held against what came: the running accuracy, the bound's online calibration, and whether the predictor still
-beats popularity. One that does not is switched off for its layer, and popularity's forecast takes its place.
+Called by the engine's observer, layer by layer. Popularity learns online, with decay, in every step that is followed.
+Some of these steps are measured as well: they give the running accuracy, calibrate the bounds online, and decide
+whether the predictor still beats popularity. One that does not is switched off for its layer, and popularity's
+forecast takes its place.
 
-All of it may take a share of the steps' time and no more: once a step was followed, the next is when that time is
-earned back. Of the steps between only the routing is kept, so that a forecast is the same as if all were followed.
+Forecasting is limited to a share of the steps' time: after a step that is followed, the next one is followed once that
+time is earned back. From the steps between only the routing is kept, which gives the same forecasts as following all.
 
 Shapes: n tokens of a step, E experts, k experts per token, H hidden size.
 """
@@ -22,12 +23,13 @@ from typing import Any
 
 import numpy as np
 
-from moeless_predictors.arrays import FloatArray, IntArray
 from moeless_predictors.base import num_found, one_hot
 from moeless_predictors.features import choice_values
 from moeless_predictors.live_features import LiveFeatures, StepRows
+from moeless_predictors.popularity import HALF_LIFE_TOKENS, OnlinePopularity
 from moeless_predictors.predictor_set import PairPredictor, PredictorSet
 from moeless_predictors.quantile import load_moments
+from moeless_predictors.types import BoolArray, FloatArray, IntArray
 
 logger = logging.getLogger(__name__)
 
@@ -42,15 +44,17 @@ class LiveConfig:
     """Of the time between a step's begin and its end, what forecasting may take on average; 1 follows every step. What
     it then costs a decode step is up to a quarter more: between layers it takes caches from the model."""
     measure_every: int = 8
-    """Steps, of those that are followed, of which one is measured: recall, error and coverage noted, bound and
-    popularity brought up to date. Measuring costs about as much as predicting."""
+    """One in this many followed steps is measured: recall, errors, coverage and width are noted, and the bounds learn.
+    Measuring costs about as much as predicting. Popularity and the predictor's drift are learned in every followed
+    step."""
     window: int = 64
     """Measured steps over which a predictor must do no worse than popularity."""
     retry_after: int = 16
     """Windows after which a predictor that was switched off is tried for one more; traffic may have come back to what
     it was fitted on."""
-    popularity_half_life_tokens: float = 4096.0
-    """How fast popularity follows the traffic; of the tokens of measured steps."""
+    popularity_half_life_tokens: float = HALF_LIFE_TOKENS
+    """Pace at which popularity follows the traffic: in followed steps, a token counts half as much as one that came
+    this many tokens later."""
 
     def __post_init__(self) -> None:
         for name in ("distance", "measure_every", "window", "retry_after"):
@@ -90,10 +94,13 @@ class LayerAccuracy:
     """False while popularity stands in."""
     recall: float
     load_error: float
-    """Relative L1 error of the load, and `popularity_error` that of popularity."""
+    """Relative L1 error of the load, and `popularity_error` that of popularity that learns online."""
     popularity_error: float
     coverage: float
     """Share of the experts whose load was at most the bound."""
+    bound_width: float
+    """The bound's sum over the load's, and `popularity_bound_width` that of popularity's own bound."""
+    popularity_bound_width: float
     num_forecasts: int
     """Since the start, as is `seconds`, the time they took."""
     seconds: float
@@ -151,7 +158,7 @@ class LivePredictor:
         self._is_prefill = any(item.num_rows > 1 for item in rows)
         self._num_followed += self._is_followed
         for forecaster in self._layers.values():
-            forecaster.pending = None
+            forecaster.pending = forecaster.pending_mean_E = None
         if self._features is not None:
             self._features.begin_step(rows, is_followed=self._is_followed)
         self._spent_s += self._clock() - self._began_s
@@ -166,7 +173,7 @@ class LivePredictor:
         Returns: the forecast for layer + distance, or None if nothing predicts that or the step is not followed.
         """
         started_s = self._clock()
-        if self._is_measured:
+        if self._is_followed:
             below = self._layers.get(layer - self._config.distance)
             if below is not None:
                 below.settle(experts_nk, is_prefill=self._is_prefill)
@@ -264,6 +271,8 @@ class _Pending:
     variance_E: FloatArray
     upper_E: FloatArray
     popularity_E: FloatArray
+    popularity_variance_E: FloatArray
+    popularity_upper_E: FloatArray
     probabilities_nE: FloatArray | None
 
 
@@ -273,26 +282,29 @@ class _Sample:
     popularity_error: float
     recall: float
     coverage: float
+    bound_width: float
+    popularity_bound_width: float
 
 
 class _LayerForecaster:
-    """One pair of layers: its predictor, its yardstick and how they do."""
+    """One pair of layers: its predictor, popularity beside it, and the accuracy of both."""
 
     def __init__(self, pair: PairPredictor, config: LiveConfig) -> None:
         self.pair = pair
         self.is_active = True
         self.pending: _Pending | None = None
+        self.pending_mean_E: FloatArray | None = None
+        """The forecast of a step that is not measured, before the correction for drift."""
         self.latest: LoadForecast | None = None
         self.seconds = 0.0
         self._config = config
         self._num_forecasts = 0
         self._top_k = pair.predictor.top_k_
         # Tokens of a prompt err together, those of a decoding batch each for itself.
-        self._quantiles = {is_prefill: copy.deepcopy(pair.quantile) for is_prefill in (False, True)}
-        counts_E = pair.popularity.counts_
-        tokens = max(float(counts_E.sum()) / self._top_k, 1.0)
-        # What was learned offline weighs as much as one half-life of traffic.
-        self._counts_E = counts_E * (min(1.0, config.popularity_half_life_tokens / tokens))
+        both = (False, True)
+        self._quantiles = {is_prefill: copy.deepcopy(pair.quantile) for is_prefill in both}
+        self._popularity_quantiles = {is_prefill: copy.deepcopy(pair.popularity_quantile) for is_prefill in both}
+        self._popularity = OnlinePopularity(pair.popularity, half_life_tokens=config.popularity_half_life_tokens)
         self._samples: deque[_Sample] = deque(maxlen=config.window)
         self._num_settled_while_off = 0
 
@@ -302,28 +314,68 @@ class _LayerForecaster:
         """Make the forecast, and keep what measuring it will need."""
         self._num_forecasts += 1
         kind = "popularity" if probabilities_nE is None else self.pair.kind
-        if not is_measured:
-            load_E = self._popularity(num_tokens) if probabilities_nE is None else probabilities_nE.sum(axis=0)
-            return LoadForecast(self.pair.target, num_tokens, kind, load_E)
-        popularity_E = mean_E = self._popularity(num_tokens)
-        variance_E: FloatArray = mean_E * (1 - mean_E / num_tokens)
         if probabilities_nE is not None:
+            probabilities_nE = self._without_faults(probabilities_nE)
+        if not is_measured:
+            if probabilities_nE is None:
+                return LoadForecast(self.pair.target, num_tokens, kind, self._popularity.load(num_tokens))
+            mean_E = probabilities_nE.sum(axis=0)
+            self.pending_mean_E = mean_E
+            corrected_E = self._quantiles[is_prefill].corrected_mean(mean_E, num_tokens)
+            return LoadForecast(self.pair.target, num_tokens, kind, corrected_E)
+        popularity_E = self._popularity.load(num_tokens)
+        popularity_variance_E: FloatArray = popularity_E * (1 - popularity_E / num_tokens)
+        popularity_upper_E = self._popularity_quantiles[is_prefill].upper(
+            popularity_E, popularity_variance_E, num_tokens
+        )
+        if probabilities_nE is None:
+            # Popularity follows the traffic by itself: its forecast is not corrected for drift a second time.
+            mean_E, variance_E, corrected_E, upper_E = (
+                popularity_E,
+                popularity_variance_E,
+                popularity_E,
+                popularity_upper_E,
+            )
+        else:
+            quantile = self._quantiles[is_prefill]
             mean_E, variance_E = load_moments(probabilities_nE)
-        quantile = self._quantiles[is_prefill]
-        corrected_E = quantile.corrected_mean(mean_E, num_tokens)
-        upper_E = quantile.upper(mean_E, variance_E, num_tokens)
+            corrected_E = quantile.corrected_mean(mean_E, num_tokens)
+            upper_E = quantile.upper(mean_E, variance_E, num_tokens)
         forecast = LoadForecast(self.pair.target, num_tokens, kind, corrected_E, upper_E)
         self.latest = forecast
-        self.pending = _Pending(forecast, mean_E, variance_E, upper_E, popularity_E, probabilities_nE)
+        self.pending = _Pending(
+            forecast,
+            mean_E,
+            variance_E,
+            upper_E,
+            popularity_E,
+            popularity_variance_E,
+            popularity_upper_E,
+            probabilities_nE,
+        )
         return forecast
 
+    def _without_faults(self, probabilities_nE: FloatArray) -> FloatArray:
+        """NaN of one token (its hidden state or gate weights were not finite) must not reach the layer's forecast."""
+        if np.isfinite(np.add.reduce(probabilities_nE, axis=None)):
+            return probabilities_nE
+        is_fault_n: BoolArray = ~np.logical_and.reduce(np.isfinite(probabilities_nE), axis=1)
+        return np.where(is_fault_n[:, np.newaxis], self._popularity.load(1), probabilities_nE)
+
     def settle(self, experts_nk: IntArray, *, is_prefill: bool) -> None:
-        """Hold the pending forecast against what the layer got, and learn from it."""
+        """Learn from the load that came; if the step is measured, compare the pending forecast with it."""
         pending, self.pending = self.pending, None
-        if pending is None or pending.forecast.num_tokens != len(experts_nk):
-            return
-        forecast, num_experts = pending.forecast, len(pending.mean_E)
+        mean_E, self.pending_mean_E = self.pending_mean_E, None
+        num_tokens, num_experts = len(experts_nk), len(self._popularity.counts_E)
         load_E = np.bincount(experts_nk.ravel(), minlength=num_experts).astype(np.float64)
+        if pending is not None and pending.forecast.num_tokens == num_tokens:
+            self._measure(pending, experts_nk, load_E, is_prefill=is_prefill)
+        elif mean_E is not None:
+            self._quantiles[is_prefill].update_drift(mean_E, load_E, num_tokens)
+        self._popularity.learn(load_E, num_tokens)
+
+    def _measure(self, pending: _Pending, experts_nk: IntArray, load_E: FloatArray, *, is_prefill: bool) -> None:
+        forecast, num_experts = pending.forecast, len(load_E)
         total = load_E.sum()
         scores_nE = pending.probabilities_nE
         if scores_nE is None:
@@ -335,20 +387,28 @@ class _LayerForecaster:
                 recall=num_found(np.ascontiguousarray(scores_nE), np.ascontiguousarray(experts_nk, dtype=np.int64))
                 / experts_nk.size,
                 coverage=float((load_E <= pending.upper_E).mean()),
+                bound_width=float(pending.upper_E.sum() / total),
+                popularity_bound_width=float(pending.popularity_upper_E.sum() / total),
             )
         )
-        self._quantiles[is_prefill].update(
-            pending.mean_E, pending.variance_E, load_E, len(experts_nk), upper=pending.upper_E
+        if pending.probabilities_nE is not None:
+            self._quantiles[is_prefill].update(
+                pending.mean_E, pending.variance_E, load_E, len(experts_nk), upper=pending.upper_E
+            )
+        self._popularity_quantiles[is_prefill].update(
+            pending.popularity_E,
+            pending.popularity_variance_E,
+            load_E,
+            len(experts_nk),
+            upper=pending.popularity_upper_E,
         )
-        fade = 0.5 ** (len(experts_nk) / self._config.popularity_half_life_tokens)
-        self._counts_E = self._counts_E * fade + load_E
         self._judge()
 
     def accuracy(self) -> LayerAccuracy:
         samples = list(self._samples)
         mean = {
             name: float(np.mean([getattr(sample, name) for sample in samples])) if samples else float("nan")
-            for name in ("error", "popularity_error", "recall", "coverage")
+            for name in _Sample.__slots__
         }
         return LayerAccuracy(
             layer=self.pair.target,
@@ -360,6 +420,8 @@ class _LayerForecaster:
             load_error=mean["error"],
             popularity_error=mean["popularity_error"],
             coverage=mean["coverage"],
+            bound_width=mean["bound_width"],
+            popularity_bound_width=mean["popularity_bound_width"],
             num_forecasts=self._num_forecasts,
             seconds=self.seconds,
         )
@@ -391,7 +453,3 @@ class _LayerForecaster:
                 popularity_error,
                 self._config.window,
             )
-
-    def _popularity(self, num_tokens: int) -> FloatArray:
-        expected_E: FloatArray = self._counts_E * (num_tokens * self._top_k / max(float(self._counts_E.sum()), 1e-9))
-        return np.minimum(expected_E, num_tokens)

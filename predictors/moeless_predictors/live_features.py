@@ -15,13 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moeless_predictors import live_loops as loops
-from moeless_predictors.arrays import FloatArray, IntArray
 from moeless_predictors.features import MEAN_SCALE, FeatureConfig, choice_values, experts_as_bits, ranked_values
+from moeless_predictors.types import BitArray, FloatArray, IntArray
 
-_MOST_SKIPPED = 64
+_MAX_SKIPPED_STEPS = 64
 """Steps of which the routing is kept before it joins the past."""
 
 
@@ -182,7 +181,7 @@ class LiveFeatures:
         assert self._num_observed == self._num_layers, "every layer must have been observed"
         if not self._is_followed:
             self._skipped.append(_SkippedStep(self._rows, self._experts_Lnk, self._weights_Lnk))
-            if len(self._skipped) >= _MOST_SKIPPED:
+            if len(self._skipped) >= _MAX_SKIPPED_STEPS:
                 self._catch_up()
             return
         rows_q, slots_q = self._past_rows_q, self._past_slots_q
@@ -293,13 +292,11 @@ class LiveFeatures:
         means_qLE = self._means_ZLE[slots_q]
         means_qLE *= np.float32((1 - rate) ** num_tokens)
         means_qLE += added.reshape(means_qLE.shape)
-        means_qLE[means_qLE < loops.LEAST_MEAN] = 0
+        means_qLE[means_qLE < loops.MIN_MEAN] = 0
         self._means_ZLE[slots_q] = means_qLE
         self._num_seen_Z[slots_q] += num_tokens
 
-    def _put(
-        self, slots_q: IntArray, places_mq: IntArray, experts_mLqk: IntArray, bits_mLqw: NDArray[np.uint64]
-    ) -> None:
+    def _put(self, slots_q: IntArray, places_mq: IntArray, experts_mLqk: IntArray, bits_mLqw: BitArray) -> None:
         # The arrays' layers come first, where two indices stand side by side.
         self._experts_LZWk[:, slots_q, places_mq] = experts_mLqk.swapaxes(0, 1)
         self._bits_LZWw[:, slots_q, places_mq] = bits_mLqw.swapaxes(0, 1)

@@ -9,25 +9,24 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from moeless_predictors.arrays import FloatArray, IntArray, UInt64Array
 from moeless_predictors.compiled import compiled
-from moeless_predictors.features import LEAST_SHARE, MEAN_SCALE
+from moeless_predictors.features import MEAN_SCALE, MIN_SHARE
+from moeless_predictors.types import AnyArray, BitArray, FloatArray, IntArray
 
-Step = tuple[NDArray[Any], UInt64Array, FloatArray]
+Step = tuple[AnyArray, BitArray, FloatArray]
 """A step's choices, shape (L, n, k), the same as bits (L, n, w), and their values (n, L, E)."""
-Past = tuple[NDArray[Any], UInt64Array, FloatArray, FloatArray, IntArray]
+Past = tuple[AnyArray, BitArray, FloatArray, FloatArray, IntArray]
 """Of the sequences: choices, shape (L, Z, W, k), the same as bits (L, Z, W, w), the last token's values and the running
 means, (Z, L, E) both, and the number of tokens seen, (Z,)."""
 
-LEAST_MEAN = 1e-12
+MIN_MEAN = 1e-12
 """Below it, that of an expert long unused is zero: else it ends as a subnormal number after some 1,700 tokens, and such
 made the network seven times as slow."""
 
 
 @compiled
-def note_choices(experts_nk: IntArray, weights_nk: FloatArray, values_nE: FloatArray, bits_nw: UInt64Array) -> None:
+def note_choices(experts_nk: IntArray, weights_nk: FloatArray, values_nE: FloatArray, bits_nw: BitArray) -> None:
     """The values of a layer's choices, as `features.choice_values` has them, and the choices as bits; both begin as
     zeros.
     """
@@ -45,8 +44,8 @@ def note_choices(experts_nk: IntArray, weights_nk: FloatArray, values_nE: FloatA
 
 @compiled
 def compare_with_past(
-    bits_ZWw: UInt64Array,
-    bits_nw: UInt64Array,
+    bits_ZWw: BitArray,
+    bits_nw: BitArray,
     slots_q: IntArray,
     rows_q: IntArray,
     decay: float,
@@ -94,7 +93,7 @@ def fill_past(
     rows_q: IntArray,
     last_ZE: FloatArray,
     means_ZE: FloatArray,
-    experts_ZWk: NDArray[Any],
+    experts_ZWk: AnyArray,
     powers_qW: FloatArray,
 ) -> None:
     """The features of the past, all of the target layer: the token before, the running mean, what is retrieved.
@@ -114,9 +113,9 @@ def fill_past(
         total = np.float32(0)
         for place in range(window):
             total += powers_qW[q, place]
-        least = total * np.float32(LEAST_SHARE)
+        min_power = total * np.float32(MIN_SHARE)
         for place in range(window):
-            if powers_qW[q, place] >= least:
+            if powers_qW[q, place] >= min_power:
                 share = powers_qW[q, place] / total
                 for choice in range(top_k):
                     retrieved_E[experts_ZWk[slot, place, choice]] += share
@@ -140,7 +139,7 @@ def append_tokens(slots_q: IntArray, rows_q: IntArray, step: Step, past: Past, m
             for expert in range(len(values_E)):
                 last_E[expert] = values_E[expert]
                 mean = means_E[expert] * fade + (added if values_E[expert] > 0 else np.float32(0))
-                means_E[expert] = mean if mean >= LEAST_MEAN else np.float32(0)
+                means_E[expert] = mean if mean >= MIN_MEAN else np.float32(0)
 
 
 @compiled

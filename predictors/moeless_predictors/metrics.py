@@ -1,4 +1,4 @@
-"""How good a prediction is: recall, load error, whether the straggler was foreseen, coverage of a bound.
+"""Measures of a prediction: recall, load error, whether the straggler was foreseen, a bound's coverage and width.
 
 Shapes: n tokens, E experts, k experts per token, B batches.
 """
@@ -9,7 +9,17 @@ import math
 
 import numpy as np
 
-from moeless_predictors.arrays import FloatArray, IntArray
+from moeless_predictors.types import FloatArray, IntArray
+
+
+def checked_loads(name: str, load_BE: FloatArray) -> FloatArray:
+    """The loads as they are. Raises ValueError, naming batch and expert, unless all are finite and >= 0."""
+    is_fault_BE = ~(np.isfinite(load_BE) & (load_BE >= 0))
+    if is_fault_BE.any():
+        at = tuple(int(i) for i in np.unravel_index(int(is_fault_BE.argmax()), is_fault_BE.shape))
+        where = ", ".join(f"{axis} {i}" for axis, i in zip(("batch", "expert")[-len(at) :], at, strict=True))
+        raise ValueError(f"{name} must hold loads that are finite and >= 0, got {load_BE[at]} at {where}")
+    return load_BE
 
 
 def recall_at_k(predicted_nk: IntArray, routing_nE: FloatArray) -> float:
@@ -23,7 +33,8 @@ def recall_at_k(predicted_nk: IntArray, routing_nE: FloatArray) -> float:
 
 def relative_l1(predicted_BE: FloatArray, load_BE: FloatArray) -> float:
     """Mean over batches of sum |predicted - load| / sum load. In [0, 2] for loads of equal sums."""
-    sums_B = load_BE.sum(axis=1)
+    checked_loads("predicted_BE", predicted_BE)
+    sums_B = checked_loads("load_BE", load_BE).sum(axis=1)
     used_B = sums_B > 0
     if not used_B.any():
         return 0.0
@@ -36,6 +47,8 @@ def straggler_hit_rate(predicted_BE: FloatArray, load_BE: FloatArray, *, share: 
 
     Where several experts share the highest load, any of them counts.
     """
+    checked_loads("predicted_BE", predicted_BE)
+    checked_loads("load_BE", load_BE)
     num_picked = max(1, math.ceil(share * load_BE.shape[1]))
     picked = np.argsort(-predicted_BE, axis=1, kind="stable")[:, :num_picked]
     is_straggler_BE = load_BE == load_BE.max(axis=1, keepdims=True)
@@ -44,4 +57,12 @@ def straggler_hit_rate(predicted_BE: FloatArray, load_BE: FloatArray, *, share: 
 
 def coverage(upper_BE: FloatArray, load_BE: FloatArray) -> float:
     """Share of the loads that are at most their bound."""
-    return float((load_BE <= upper_BE).mean())
+    return float((checked_loads("load_BE", load_BE) <= checked_loads("upper_BE", upper_BE)).mean())
+
+
+def bound_width(upper_BE: FloatArray, load_BE: FloatArray) -> float:
+    """Mean over batches of sum bound / sum load: what covering costs. 1 is a bound without slack."""
+    checked_loads("upper_BE", upper_BE)
+    sums_B = checked_loads("load_BE", load_BE).sum(axis=1)
+    used_B = sums_B > 0
+    return float((upper_BE.sum(axis=1)[used_B] / sums_B[used_B]).mean()) if used_B.any() else 0.0

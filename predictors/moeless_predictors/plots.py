@@ -5,12 +5,18 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from moeless_predictors.evaluation import SELECTED, Evaluation
+from moeless_predictors.evaluation import FROZEN, SELECTED, Evaluation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_COLOURS = {"popularity": "#8c8c8c", "transition": "#1f77b4", "gate": "#d95f02", "history": "#1b9e77"}
+_COLOURS = {
+    "popularity": "#8c8c8c",
+    FROZEN: "#d0d0d0",
+    "transition": "#1f77b4",
+    "gate": "#d95f02",
+    "history": "#1b9e77",
+}
 
 
 def evaluation_plot(evaluation: Evaluation) -> Figure:

@@ -10,22 +10,30 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from moeless_predictors.arrays import AnyArray
 from moeless_predictors.base import LoadPredictor
 from moeless_predictors.features import FeatureConfig
 from moeless_predictors.popularity import PopularityPredictor
 from moeless_predictors.quantile import LoadQuantile
 from moeless_predictors.selector import Candidate, Choice
 from moeless_predictors.storage import PredictorFormatError, from_arrays, read_arrays, to_arrays, write_arrays
+from moeless_predictors.types import AnyArray
 
 FORMAT = "moeless-predictor-set"
-VERSION = 1
+VERSION = 2
 KINDS = ("popularity", "transition", "gate", "history")
+
+_PARTS: dict[str, type] = {
+    "predictor": LoadPredictor,
+    "popularity": PopularityPredictor,
+    "quantile": LoadQuantile,
+    "popularity_quantile": LoadQuantile,
+}
+"""Fields of a pair that are estimators, and their classes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairPredictor:
-    """What predicts layer `layer + distance` from layer `layer`."""
+    """Predicts layer `layer + distance` from layer `layer`."""
 
     layer: int
     distance: int
@@ -35,9 +43,11 @@ class PairPredictor:
     """Every kind that was tried, as measured on held-out sequences."""
     predictor: LoadPredictor
     popularity: PopularityPredictor
-    """The yardstick: a server switches to it where the chosen one does worse."""
+    """The baseline, from which a server learns on: it stands in where the chosen predictor does worse."""
     quantile: LoadQuantile
     """Calibrated for the chosen predictor on the held-out sequences."""
+    popularity_quantile: LoadQuantile
+    """The same for popularity that learns online: its bound's width is what that of `quantile` is compared with."""
 
     @property
     def target(self) -> int:
@@ -89,7 +99,7 @@ class PredictorSet:
         for pair in self.pairs.values():
             prefix = f"{pair.layer}.{pair.distance}."
             parts = {}
-            for part in ("predictor", "popularity", "quantile"):
+            for part in _PARTS:
                 own, parts[part] = to_arrays(getattr(pair, part))
                 arrays |= {f"{prefix}{part}.{name}": array for name, array in own.items()}
             pairs.append(
@@ -120,7 +130,9 @@ class PredictorSet:
         """
         arrays, document = read_arrays(path, kind=FORMAT)
         if document.get("version") != VERSION:
-            raise PredictorFormatError(f"{path}: version must be {VERSION}, got {document.get('version')!r}")
+            raise PredictorFormatError(
+                f"{path}: version must be {VERSION}, got {document.get('version')!r}: fit the predictors again"
+            )
         try:
             pairs = [_pair(item, arrays, source=str(path)) for item in document["pairs"]]
             return cls(
@@ -139,7 +151,7 @@ class PredictorSet:
 def _pair(item: dict[str, Any], arrays: Mapping[str, AnyArray], *, source: str) -> PairPredictor:
     layer, distance = int(item["layer"]), int(item["distance"])
     parts = {}
-    for part, cls in (("predictor", LoadPredictor), ("popularity", PopularityPredictor), ("quantile", LoadQuantile)):
+    for part, cls in _PARTS.items():
         prefix = f"{layer}.{distance}.{part}."
         own = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
         where = f"{source}: layer {layer}, distance {distance}, {part}"

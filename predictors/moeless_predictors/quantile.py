@@ -23,7 +23,8 @@ from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
-from moeless_predictors.arrays import FloatArray, IntArray
+from moeless_predictors.metrics import checked_loads
+from moeless_predictors.types import FloatArray, IntArray
 
 # Levels at which the residuals' quantiles are kept: 0, 0.0025, ..., 1.
 _GRID_SIZE = 401
@@ -50,8 +51,7 @@ class LoadBatches:
             values = getattr(self, name)
             if values.ndim != 2 or values.shape != shape:
                 raise ValueError(f"{name} must have the shape (batches, experts) = {shape}, got {values.shape}")
-            if not (np.isfinite(values).all() and (values >= 0).all()):
-                raise ValueError(f"{name} must hold finite values >= 0")
+            checked_loads(name, values)
         if len(self.num_tokens_B) and self.num_tokens_B.min() < 1:
             raise ValueError(f"num_tokens_B must be >= 1, got {self.num_tokens_B.min()}")
 
@@ -191,7 +191,10 @@ class LoadQuantile(BaseEstimator):  # type: ignore[misc]  # scikit-learn ships n
         return upper_QE[0] if np.ndim(self.quantile) == 0 else upper_QE
 
     def corrected_mean(self, mean_E: ArrayLike, num_tokens: int) -> FloatArray:
-        """The predicted load with each expert's drift added, shape (E,), in [0, num_tokens]."""
+        """The predicted load with each expert's drift added, shape (E,), in [0, num_tokens].
+
+        Where the traffic is of another kind than the predictor was fitted to, this is what keeps its forecasts good.
+        """
         (mean_E,) = self._checked(num_tokens, mean_E=mean_E)
         return self._corrected(mean_E, num_tokens)
 
@@ -222,6 +225,12 @@ class LoadQuantile(BaseEstimator):  # type: ignore[misc]  # scikit-learn ships n
                 self.miscoverage_[row] = np.minimum(
                     self.miscoverage_[row] + share * step_Q, np.sqrt(1 - self._quantiles_Q)
                 )
+        self._learn_drift(mean_E, load_E, num_tokens)
+        return self
+
+    def update_drift(self, mean_E: ArrayLike, load_E: ArrayLike, num_tokens: int) -> Self:
+        """Learn the drift from a batch's true load, and nothing of the level: a third of the cost of `update`."""
+        mean_E, load_E = self._checked(num_tokens, mean_E=mean_E, load_E=load_E)
         self._learn_drift(mean_E, load_E, num_tokens)
         return self
 
@@ -301,6 +310,7 @@ class LoadQuantile(BaseEstimator):  # type: ignore[misc]  # scikit-learn ships n
         for name, value_E in zip(values, checked, strict=True):
             if value_E.shape != self.drift_.shape:
                 raise ValueError(f"{name} must have the shape {self.drift_.shape} as when fitted, got {value_E.shape}")
+            checked_loads(name, value_E)
         return checked
 
     def _restore_parameters(self) -> None:

@@ -6,7 +6,7 @@ Pure: what was measured goes in, a choice comes out. Used for each layer and dis
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 # So that 0.70 is within 0.02 of 0.72, which it is not in binary fractions.
@@ -58,29 +58,6 @@ def choose(candidates: Sequence[Candidate], tolerance: float) -> Choice:
     near = [candidate for candidate in candidates if best.score - candidate.score <= tolerance + _ROUNDING]
     chosen = min(near, key=lambda candidate: (candidate.cost_us, -candidate.score, candidate.name))
     return Choice(name=chosen.name, reason=_reason(chosen, best, candidates, tolerance))
-
-
-class PredictorSelector:
-    """Chooses for every layer and distance.
-
-    Args:
-        tolerance: how much of the score a cheaper predictor may give up.
-    """
-
-    def __init__(self, *, tolerance: float = 0.02) -> None:
-        if not tolerance >= 0:
-            raise ValueError(f"tolerance must be >= 0, got {tolerance}")
-        self.tolerance = tolerance
-
-    def choose_all(self, candidates: Mapping[tuple[int, int], Sequence[Candidate]]) -> dict[tuple[int, int], Choice]:
-        """The choice for each (layer, distance), in ascending order. Raises ValueError that names where it failed."""
-        choices = {}
-        for layer, distance in sorted(candidates):
-            try:
-                choices[layer, distance] = choose(candidates[layer, distance], self.tolerance)
-            except ValueError as error:
-                raise ValueError(f"layer {layer}, distance {distance}: {error}") from error
-        return choices
 
 
 def _reason(chosen: Candidate, best: Candidate, candidates: Sequence[Candidate], tolerance: float) -> str:

@@ -1,14 +1,18 @@
-"""Make traces of files that others wrote: what a file is, is told by its content, never by its name.
+"""Import traces from files of other projects; the format is recognised by content, never by name.
 
 | source                                                           | becomes      |
 |------------------------------------------------------------------|--------------|
-| NPZ with experts and weights, and the sequences' lengths         | RoutingTrace |
-| CSV with sequence, position, layer, expert_0.., weight_0..       | RoutingTrace |
+| NPZ with experts (and weights), and the sequences' lengths       | RoutingTrace |
+| CSV with sequence, position, layer, expert_0.. (and weight_0..)  | RoutingTrace |
+| folder of ESFT's expert logs, or the log of one layer            | RoutingTrace |
 | CSV with TIMESTAMP, ContextTokens, GeneratedTokens (Azure)       | ArrivalTrace |
+| CSV with Timestamp, Request tokens, Response tokens (BurstGPT)   | ArrivalTrace |
+| CSV with timestamp, input_tokens, output_tokens (ServeGen)       | ArrivalTrace |
 | CSV or NPZ with arrival_s, prompt_tokens, output_tokens          | ArrivalTrace |
 | JSON lines with timestamp, input_length, output_length, hash_ids | ArrivalTrace |
 
-Text may be compressed with gzip. Every fault is told with the file and its line or row.
+Text may be compressed with gzip. Every error names the file and its line or row; an unknown file's error names what was
+found in it and the known formats.
 """
 
 from __future__ import annotations
@@ -26,7 +30,14 @@ from typing import TextIO
 from moeless_predictors.traces.arrivals import ArrivalTrace
 from moeless_predictors.traces.container import TraceFormatError
 from moeless_predictors.traces.importing_arrivals import arrivals_from_csv, arrivals_from_json_lines, arrivals_from_npz
-from moeless_predictors.traces.importing_routing import ImportOptions, routing_from_csv, routing_from_npz
+from moeless_predictors.traces.importing_esft import is_esft_line, routing_from_esft
+from moeless_predictors.traces.importing_formats import refuse_without_trace
+from moeless_predictors.traces.importing_routing import (
+    ImportOptions,
+    is_routing_header,
+    routing_from_csv,
+    routing_from_npz,
+)
 from moeless_predictors.traces.npz import NpzArrays
 from moeless_predictors.traces.routing import RoutingTrace
 
@@ -42,29 +53,35 @@ class Imported:
 
 
 def import_trace(path: str | os.PathLike[str], options: ImportOptions | None = None) -> Imported:
-    """Read a file of any of the shapes above.
+    """Read a file, or a folder of ESFT's logs, of any of the formats above.
 
     Raises: TraceFormatError with the file and the line or row of the fault; OSError if the file cannot be read.
     """
     path, options, notices = Path(path), options or ImportOptions(), list[str]()
-    trace: RoutingTrace | ArrivalTrace
+    return Imported(_trace(path, options, notices), tuple(notices))
+
+
+def _trace(path: Path, options: ImportOptions, notices: list[str]) -> RoutingTrace | ArrivalTrace:
+    if path.is_dir():
+        return routing_from_esft(path, options, notices)
     with path.open("rb") as file:
-        magic = file.read(2)
-    if magic == _ZIP:
+        magic = file.read(4)
+    if magic.startswith(_ZIP):
         with NpzArrays.open(path) as arrays:
-            read = arrivals_from_npz if "arrival_s" in arrays.names else routing_from_npz
-            trace = read(path, arrays, options, notices)
-    else:
-        with _opened_text(path, is_gzip=magic == _GZIP) as lines:
-            first = lines.readline()
-            lines.seek(0)
-            if first.lstrip().startswith("{"):
-                trace = arrivals_from_json_lines(path, lines, options, notices)
-            elif "expert_0" in first:
-                trace = routing_from_csv(path, lines, options, notices)
-            else:
-                trace = arrivals_from_csv(path, lines, options, notices)
-    return Imported(trace, tuple(notices))
+            if "arrival_s" in arrays.names:
+                return arrivals_from_npz(path, arrays, options, notices)
+            return routing_from_npz(path, arrays, options, notices)
+    with _opened_text(path, is_gzip=magic.startswith(_GZIP)) as lines:
+        first = "" if magic == b"PAR1" else lines.readline()
+        refuse_without_trace(path, magic, first)
+        lines.seek(0)
+        if first.lstrip().startswith("{"):
+            return arrivals_from_json_lines(path, lines, options, notices)
+        if is_esft_line(first):
+            return routing_from_esft(path, options, notices)
+        if is_routing_header(first):
+            return routing_from_csv(path, lines, options, notices)
+        return arrivals_from_csv(path, lines, options, notices)
 
 
 @contextmanager

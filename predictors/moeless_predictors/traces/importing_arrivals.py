@@ -1,4 +1,4 @@
-"""Arrival files of others: Azure's CSV, Mooncake's JSON lines, and plain CSV and NPZ.
+"""Arrival files of other projects: CSV of Azure, BurstGPT and ServeGen, Mooncake's JSON lines, plain CSV and NPZ.
 
 Called by traces.importing.
 """
@@ -18,11 +18,16 @@ import numpy as np
 
 from moeless_predictors.traces.arrivals import ArrivalTrace
 from moeless_predictors.traces.container import TraceFormatError
+from moeless_predictors.traces.importing_formats import unknown_format
 from moeless_predictors.traces.importing_routing import ImportOptions
 from moeless_predictors.traces.npz import NpzArrays
 
 _PLAIN = ("arrival_s", "prompt_tokens", "output_tokens")
 _AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+_BURSTGPT = ("Timestamp", "Request tokens", "Response tokens")
+_SERVEGEN = ("timestamp", "input_tokens", "output_tokens")
+_CSV_COLUMNS = (_AZURE, _BURSTGPT, _SERVEGEN, _PLAIN)
+"""Time, prompt tokens and output tokens. Azure's times are dates, the others seconds."""
 _INT64 = 1 << 63
 _Value = TypeVar("_Value")
 
@@ -46,22 +51,25 @@ def arrivals_from_npz(path: Path, arrays: NpzArrays, options: ImportOptions, not
 
 
 def arrivals_from_csv(path: Path, lines: TextIO, options: ImportOptions, notices: list[str]) -> ArrivalTrace:
-    """Read Azure's columns (times of day) or the plain ones (seconds). Raises TraceFormatError that names the line."""
+    """Read the columns of one of _CSV_COLUMNS; further columns are ignored.
+
+    BurstGPT's requests without response tokens failed there; they are left out, with a notice.
+
+    Raises: TraceFormatError that names the line, or the columns found where they are of no known format.
+    """
     reader = csv.reader(lines, strict=True)
     requests = _Requests(path)
     names: tuple[str, ...] = ()
     at: list[int] = []
+    num_failed = 0
     try:
         for cells in reader:
             requests.line = reader.line_num
             if not at:
                 header = [name.strip() for name in cells]
-                names = next((known for known in (_AZURE, _PLAIN) if set(known) <= set(header)), ())
+                names = next((known for known in _CSV_COLUMNS if set(known) <= set(header)), ())
                 if not names:
-                    requests.fail(
-                        f"columns must be those of routing (sequence, position, layer, expert_0.., weight_0..) or of "
-                        f"arrivals ({', '.join(_AZURE)} or {', '.join(_PLAIN)}), got {', '.join(header)[:120]!r}"
-                    )
+                    raise unknown_format(path, f"the columns {', '.join(header)[:120]!r} in line 1")
                 at, num_cells = [header.index(name) for name in names], len(header)
                 continue
             if not cells:
@@ -70,9 +78,15 @@ def arrivals_from_csv(path: Path, lines: TextIO, options: ImportOptions, notices
                 requests.fail(f"must have {num_cells} cells, got {len(cells)}")
             when, prompt, output = (cells[i] for i in at)
             seconds = requests.parsed(names[0], when, _timestamp if names is _AZURE else float)
-            requests.add(seconds, requests.parsed(names[1], prompt, int), requests.parsed(names[2], output, int))
+            num_prompt, num_output = requests.parsed(names[1], prompt, int), requests.parsed(names[2], output, int)
+            if names is _BURSTGPT and num_output == 0:
+                num_failed += 1
+                continue
+            requests.add(seconds, num_prompt, num_output)
     except csv.Error as error:
         raise TraceFormatError(f"{path}: line {reader.line_num}: {error}") from error
+    if num_failed:
+        notices.append(f"requests without response tokens failed when they were recorded: {num_failed} left out")
     return requests.trace(options, notices)
 
 

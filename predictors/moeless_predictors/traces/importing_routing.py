@@ -1,4 +1,4 @@
-"""Routing files of others: NPZ in its known shapes, and CSV with a line for each token and layer.
+"""Routing files of other projects: NPZ in its known shapes, and CSV with a line for each token and layer.
 
 Called by traces.importing. Shapes: T tokens, L MoE layers, k experts per token, S sequences.
 """
@@ -6,6 +6,7 @@ Called by traces.importing. Shapes: T tokens, L MoE layers, k experts per token,
 from __future__ import annotations
 
 import csv
+import re
 from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 
 from moeless_predictors.arrays import AnyArray, FloatArray, IntArray
 from moeless_predictors.traces.container import TraceFormatError
+from moeless_predictors.traces.importing_formats import unknown_format
 from moeless_predictors.traces.npz import NpzArrays
 from moeless_predictors.traces.routing import DECODE, RoutingTrace, TraceMetadata
 
@@ -24,20 +26,24 @@ _MIN_EVIDENCE = 8
 
 @dataclass(frozen=True, kw_only=True)
 class ImportOptions:
-    """What a file does not say about itself."""
+    """Facts that a file does not state itself."""
 
     model: str | None = None
     """Name of the model; default: the file's name."""
     phase: int = DECODE
     """PREFILL or DECODE, of every token, where the file has no phases."""
     num_experts: int | None = None
-    """Default: the highest expert that is named, plus one."""
+    """Experts of a layer; default: the highest that the file names, plus one."""
+    top_k: int | None = None
+    """Experts of a token, for ESFT's logs; default: inferred from their lines."""
     source: str | None = None
     """Where the trace comes from, in words; default: the file's name."""
 
 
 def routing_from_npz(path: Path, arrays: NpzArrays, options: ImportOptions, notices: list[str]) -> RoutingTrace:
-    """Read experts (or ids), weights (or weights_u8, 255 × the weight), the sequences' lengths, and what else is there.
+    """Read experts (or ids), weights (or weights_u8, 255 × the weight), the sequences' lengths and optional columns.
+
+    Without weights each expert of a token gets the same, with a notice.
 
     Raises: TraceFormatError that names array and row.
     """
@@ -54,14 +60,10 @@ def routing_from_npz(path: Path, arrays: NpzArrays, options: ImportOptions, noti
     found = {role: arrays.read(name) for role, name in names.items() if name is not None}
     for role, expected in (
         ("experts", "experts or ids"),
-        ("weights", "weights or weights_u8"),
         ("lengths", "sequence_lengths, seq_len or sequence_starts"),
     ):
         if role not in found:
-            raise TraceFormatError(
-                f"{path}: not routing of a known shape: an array {expected} is needed, "
-                f"got {', '.join(sorted(arrays.names))}"
-            )
+            raise unknown_format(path, f"the arrays {', '.join(sorted(arrays.names))[:120]} without {expected}")
     experts_TLk = found["experts"]
     if experts_TLk.ndim != 3 or not experts_TLk.size or experts_TLk.dtype.kind not in "iu":
         raise TraceFormatError(
@@ -73,7 +75,7 @@ def routing_from_npz(path: Path, arrays: NpzArrays, options: ImportOptions, noti
         if lengths_S.dtype.kind not in "iu" or lengths_S.ndim != 1 or not len(lengths_S) or lengths_S[0] != 0:
             raise TraceFormatError(f"{path}: array 'sequence_starts' must be whole numbers from 0, got {lengths_S[:3]}")
         lengths_S = np.diff(lengths_S.astype(np.int64))
-    weights_TLk = found["weights"]
+    weights_TLk = found["weights"] if "weights" in found else _equal_weights(experts_TLk, notices)
     if names["weights"] == "weights_u8":
         if weights_TLk.dtype != np.uint8:
             raise TraceFormatError(f"{path}: array 'weights_u8' must be uint8, got {weights_TLk.dtype}")
@@ -87,7 +89,7 @@ def routing_from_npz(path: Path, arrays: NpzArrays, options: ImportOptions, noti
         positions_T, token_ids_T = (token_ids_T if positions_T is None else positions_T), None
     labels = found.get("labels")
     return RoutingTrace.from_arrays(
-        _metadata(path, options, experts_TLk, notices),
+        metadata_of(path, options, experts_TLk, notices),
         experts_TLk=experts_TLk,
         weights_TLk=weights_TLk,
         sequence_lengths_S=lengths_S,
@@ -112,7 +114,13 @@ def _count_up(ids_T: AnyArray, lengths_S: AnyArray) -> bool:
     return len(steps) >= _MIN_EVIDENCE and bool((steps == 1).all())
 
 
-def _metadata(path: Path, options: ImportOptions, experts_TLk: IntArray, notices: list[str]) -> TraceMetadata:
+def _equal_weights(experts_TLk: IntArray, notices: list[str]) -> FloatArray:
+    notices.append("the file has no gate weights: every expert of a token is given the same")
+    return np.full(experts_TLk.shape, 1 / experts_TLk.shape[2])
+
+
+def metadata_of(path: Path, options: ImportOptions, experts_TLk: IntArray, notices: list[str]) -> TraceMetadata:
+    """The trace's metadata; notes where the number of experts had to be guessed."""
     _, num_layers, top_k = experts_TLk.shape
     num_experts = options.num_experts
     if num_experts is None:
@@ -127,9 +135,37 @@ def _metadata(path: Path, options: ImportOptions, experts_TLk: IntArray, notices
     )
 
 
+_COLUMN_NAMES = {
+    "sequence_id": "sequence",
+    "request_id": "sequence",
+    "token": "position",
+    "token_idx": "position",
+    "token_index": "position",
+    "token_position": "position",
+    "layer_id": "layer",
+    "layer_idx": "layer",
+    "expert_ids": "experts",
+    "expert_id": "experts",
+}
+"""Names that other recorders give the columns, and ours."""
+
+
+def is_routing_header(line: str) -> bool:
+    """Whether a CSV's first line names columns of routing."""
+    names = _column_names(line.strip().split(","))
+    return any(name == "experts" or name.startswith("expert_") for name in names)
+
+
+def _column_names(header: list[str]) -> list[str]:
+    names = [name.strip().strip('"') for name in header]
+    return [own if (own := _COLUMN_NAMES.get(name)) and own not in names else name for name in names]
+
+
 def routing_from_csv(path: Path, lines: TextIO, options: ImportOptions, notices: list[str]) -> RoutingTrace:
-    """Read a line for each token and layer: sequence, position, layer, expert_0.., weight_0.., optionally token_id,
-    phase (0 prefill, 1 decode), step and label.
+    """Read a line for each token and layer: sequence, position, layer, expert_0.., optionally weight_0.., token_id,
+    phase (0 prefill, 1 decode), step and label. A column `experts` may list a token's experts instead, separated by
+    spaces or semicolons. Without `sequence`, a position that does not rise begins the next one. Without weights each
+    expert of a token gets the same, with a notice.
 
     The lines of a token are together and go through the layers from 0; the tokens of a sequence are together and in
     order of position. `sequence` may be any text.
@@ -137,7 +173,9 @@ def routing_from_csv(path: Path, lines: TextIO, options: ImportOptions, notices:
     Raises: TraceFormatError that names the line.
     """
     reader = csv.reader(lines, strict=True)
-    rows = _CsvRows(path, next(reader))
+    header = _column_names(next(reader))
+    lists = [place for place, name in enumerate(header) if name in _LISTS]
+    rows: _CsvRows | None = None
     while True:
         try:
             cells = next(reader, None)
@@ -145,9 +183,31 @@ def routing_from_csv(path: Path, lines: TextIO, options: ImportOptions, notices:
             raise TraceFormatError(f"{path}: line {reader.line_num}: {error}") from error
         if cells is None:
             break
-        if cells:
-            rows.add(reader.line_num, cells)
+        if not cells:
+            continue
+        parts = {place: _LIST_SEPARATOR.split(cells[place].strip("[]() ")) for place in lists if place < len(cells)}
+        if rows is None:
+            rows = _CsvRows(path, _expanded(header, {p: _numbered(header[p], len(parts[p])) for p in parts}))
+        rows.add(reader.line_num, _expanded(cells, parts))
+    if rows is None:
+        raise TraceFormatError(f"{path}: must have at least one line of routing, got none")
     return rows.trace(options, notices)
+
+
+_LISTS = {"experts": "expert", "weights": "weight"}
+"""Columns that list a token's values in one cell, and the columns that these stand for."""
+_LIST_SEPARATOR = re.compile(r"[ ;,|]+")
+
+
+def _numbered(name: str, count: int) -> list[str]:
+    return [f"{_LISTS[name]}_{number}" for number in range(count)]
+
+
+def _expanded(cells: list[str], lists: dict[int, list[str]]) -> list[str]:
+    """Cells with those at the lists' places replaced by the lists."""
+    if not lists:
+        return cells
+    return [part for place, cell in enumerate(cells) for part in lists.get(place, [cell])]
 
 
 @dataclass
@@ -162,20 +222,22 @@ class _CsvToken:
 
 
 class _CsvRows:
-    """Takes the lines of a routing CSV one by one; keeps compact arrays of what they said."""
+    """Takes the lines of a routing CSV one by one and keeps their values in compact arrays."""
 
     def __init__(self, path: Path, header: list[str]) -> None:
         self._path = path
-        self._header = header = [name.strip() for name in header]
+        self._header = header
         self._top_k = sum(name.startswith("expert_") for name in header)
-        choices = [f"{kind}_{choice}" for kind in ("expert", "weight") for choice in range(self._top_k)]
-        required, optional = ["sequence", "position", "layer", *choices], ["token_id", "phase", "step", "label"]
+        self._has_weights = any(name.startswith("weight_") for name in header)
+        kinds = ("expert", "weight") if self._has_weights else ("expert",)
+        choices = [f"{kind}_{choice}" for kind in kinds for choice in range(self._top_k)]
+        required, optional = ["position", "layer", *choices], ["sequence", "token_id", "phase", "step", "label"]
         if missing := [name for name in required if name not in header]:
             raise TraceFormatError(f"{path}: line 1: columns are missing: {', '.join(missing)}")
         if odd := [name for name in header if name not in required + optional or header.count(name) > 1]:
             raise TraceFormatError(f"{path}: line 1: columns that are unknown or come twice: {', '.join(odd)}")
         self._at = {name: header.index(name) for name in header}
-        self._of_token = [name for name in optional if name in header and name != "label"]
+        self._of_token = [name for name in optional if name in header and name not in ("sequence", "label")]
         self._experts, self._weights, self._positions = array("q"), array("d"), array("q")
         self._columns = {name: array("q") for name in self._of_token}
         self._starts, self._labels, self._seen = array("q"), list[str](), set[str]()
@@ -187,8 +249,8 @@ class _CsvRows:
         previous, self._line = self._token, line
         if len(cells) != len(self._header):
             self._fail(f"must have {len(self._header)} cells, got {len(cells)}")
-        sequence = cells[self._at["sequence"]]
         position, layer = self._whole(cells, "position"), self._whole(cells, "layer")
+        sequence = self._sequence(cells, position, layer)
         of_token = tuple(cells[self._at[name]] for name in self._of_token)
         token = previous
         if token is None or (token.sequence, token.position) != (sequence, position) or layer == 0:
@@ -201,7 +263,16 @@ class _CsvRows:
         token.next_layer += 1
         for choice in range(self._top_k):
             self._experts.append(self._whole(cells, f"expert_{choice}"))
-            self._weights.append(self._number(cells, f"weight_{choice}"))
+            if self._has_weights:
+                self._weights.append(self._number(cells, f"weight_{choice}"))
+
+    def _sequence(self, cells: list[str], position: int, layer: int) -> str:
+        """As the file has it; else the number of positions so far that did not rise."""
+        if "sequence" in self._at:
+            return cells[self._at["sequence"]]
+        if self._token is not None and layer == 0 and position <= self._token.position:
+            return str(int(self._token.sequence) + 1)
+        return "0" if self._token is None else self._token.sequence
 
     def trace(self, options: ImportOptions, notices: list[str]) -> RoutingTrace:
         if self._token is None:
@@ -210,13 +281,17 @@ class _CsvRows:
         self._end_token()
         num_tokens, num_layers = len(self._positions), self._num_layers
         experts_TLk = np.frombuffer(self._experts, np.int64).reshape(num_tokens, -1, self._top_k)
-        weights_TLk: FloatArray = np.frombuffer(self._weights, np.float64).reshape(experts_TLk.shape)
+        weights_TLk = (
+            np.frombuffer(self._weights, np.float64).reshape(experts_TLk.shape)
+            if self._has_weights
+            else _equal_weights(experts_TLk, notices)
+        )
         assert experts_TLk.shape[1] == num_layers
         columns = {name: np.frombuffer(values, np.int64) for name, values in self._columns.items()}
         if "phase" not in columns:
             columns["phase"] = np.full(num_tokens, options.phase)
         return RoutingTrace.from_arrays(
-            _metadata(self._path, options, experts_TLk, notices),
+            metadata_of(self._path, options, experts_TLk, notices),
             experts_TLk=experts_TLk,
             weights_TLk=weights_TLk,
             sequence_lengths_S=np.diff(np.array([*self._starts, num_tokens])),

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moeless_predictors.arrays import AnyArray, IntArray
 from moeless_predictors.traces.container import TraceFormatError
 
 
-def join_texts(texts: Sequence[str]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def join_texts(texts: Sequence[str]) -> tuple[IntArray, IntArray]:
     """Texts as one column of UTF-8 and a column of n + 1 offsets in bytes."""
     encoded = [text.encode() for text in texts]
     starts = np.cumsum([0, *map(len, encoded)], dtype=np.int64)

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from moeless_predictors.arrays import AnyArray, FloatArray, IntArray
 from moeless_predictors.traces.checks import (
@@ -217,12 +217,12 @@ class RoutingTrace:
         return tuple(self.hidden)
 
     @cached_property
-    def sequence_of_T(self) -> NDArray[np.int32]:  # T is a shape letter
+    def sequence_of_T(self) -> IntArray:  # T is a shape letter
         """The sequence of each row."""
         return np.repeat(np.arange(self.num_sequences, dtype=np.int32), np.diff(self.sequence_starts_S1))
 
     @cached_property
-    def previous_T(self) -> NDArray[np.int64]:
+    def previous_T(self) -> IntArray:
         """For each row, that of its sequence's token at the position before, or -1 where the trace lacks it."""
         previous_T = np.arange(-1, self.num_tokens - 1)
         has_gap_T = np.diff(self.positions_T, prepend=np.int32(0)) != 1
@@ -247,22 +247,29 @@ class RoutingTrace:
             return trace
         return replace(trace, labels=tuple(self.labels[i] for i in taken))
 
-    def split(self, *, test_share: float = 0.2, seed: int = 0) -> tuple[Self, Self]:
+    def split(self, *, test_share: float = 0.2, seed: int = 0, by_label: bool = False) -> tuple[Self, Self]:
         """Split at random into a training and a test trace, by whole sequences, each at least one.
 
         The tokens of a sequence resemble each other: split by token, a test would ask for what was learned by heart.
 
         Args:
-            test_share: share of the sequences that go into the test, in (0, 1).
-        Raises: ValueError if there is but one sequence.
+            test_share: share of the sequences, or of the labels, that go into the test, in (0, 1).
+            by_label: keep the sequences of a label together: test on subjects that were not learned from.
+        Raises: ValueError if there is but one sequence, or with `by_label` but one label.
         """
         if not 0 < test_share < 1:
             raise ValueError(f"test_share must be above 0 and below 1, got {test_share}")
         if self.num_sequences < 2:
             raise ValueError(f"a split needs at least 2 sequences, got {self.num_sequences}")
-        num_test = min(max(1, round(test_share * self.num_sequences)), self.num_sequences - 1)
-        shuffled = np.random.default_rng(seed).permutation(self.num_sequences)
-        return self.take_sequences(np.sort(shuffled[num_test:])), self.take_sequences(np.sort(shuffled[:num_test]))
+        unit_of_S = np.arange(self.num_sequences)
+        if by_label:
+            unit_of_S = np.unique(self.labels or [""] * self.num_sequences, return_inverse=True)[1]
+        num_units = int(unit_of_S.max()) + 1
+        if num_units < 2:
+            raise ValueError(f"a split by label needs sequences of at least 2 labels, got {num_units}")
+        num_test = min(max(1, round(test_share * num_units)), num_units - 1)
+        is_test_S = np.isin(unit_of_S, np.random.default_rng(seed).permutation(num_units)[:num_test])
+        return self.take_sequences(np.flatnonzero(~is_test_S)), self.take_sequences(np.flatnonzero(is_test_S))
 
     def __repr__(self) -> str:
         return f"RoutingTrace({self.metadata}, num_tokens={self.num_tokens}, num_sequences={self.num_sequences})"

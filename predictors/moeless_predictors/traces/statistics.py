@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from sklearn.metrics import adjusted_mutual_info_score
 
 from moeless_predictors.arrays import FloatArray, IntArray
@@ -115,7 +114,7 @@ def arrival_statistics(trace: ArrivalTrace) -> ArrivalStatistics:
     )
 
 
-def expert_loads(trace: RoutingTrace) -> NDArray[np.int64]:
+def expert_loads(trace: RoutingTrace) -> IntArray:
     """Tokens that went to each expert of each layer, shape (L, E); every row sums to T × k."""
     num_cells = trace.num_layers * trace.num_experts
     offsets_L1 = np.arange(trace.num_layers)[:, np.newaxis] * trace.num_experts

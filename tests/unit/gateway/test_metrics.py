@@ -76,6 +76,8 @@ async def test_forecasts_are_exposed_by_layer(engine: ScriptedEngine) -> None:
     assert value(samples, "forecast_load_error", layer="2") == 0.75
     assert value(samples, "popularity_load_error", layer="2") == 0.625
     assert value(samples, "forecast_coverage", layer="2") == 0.875
+    assert value(samples, "forecast_bound_width", layer="2") == 1.5
+    assert value(samples, "popularity_bound_width", layer="2") == 2.25
     assert value(samples, "predictor_active", layer="2", kind="history") == 0
     assert value(samples, "forecasts_total", layer="2") == 40
     assert value(samples, "forecast_seconds_total", layer="2") == 0.25

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from moeless_predictors.arrays import FloatArray
 from moeless_predictors.base import as_routing, capped_to_sum, num_found, one_hot, top_k_of
 from moeless_predictors.popularity import PopularityPredictor
+from moeless_predictors.types import FloatArray
 
 scores = hnp.arrays(
     st.sampled_from([np.float32, np.float64]),
@@ -82,7 +82,7 @@ def test_routing_of_another_length_is_refused() -> None:
 
 
 def test_negative_routing_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"y must hold values >= 0, got -1"):
+    with pytest.raises(ValueError, match=r"y must hold values >= 0, got -1.0 at token 0, expert 1"):
         as_routing(np.array([[1.0, -1.0]]), num_tokens=1)
 
 
@@ -111,3 +111,22 @@ def test_learning_on_refuses_routing_that_is_not_finite() -> None:
 def test_the_score_is_the_recall_of_the_top_k() -> None:
     predictor = PopularityPredictor().fit(np.zeros((3, 1)), np.array([[1, 0, 0], [1, 0, 0], [0, 1, 0]]))
     assert predictor.score(np.zeros((2, 1)), np.array([[1, 0, 0], [0, 0, 1]])) == 0.5
+
+
+@pytest.mark.parametrize(("fault", "word"), [(np.nan, "NaN"), (np.inf, "infinity"), (-np.inf, "infinity")])
+def test_input_that_is_not_finite_is_refused_with_its_place(fault: float, word: str) -> None:
+    X_nF, y_nE = np.ones((3, 2)), np.eye(3)
+    bad_X_nF, bad_y_nE = X_nF.copy(), y_nE.copy()
+    bad_X_nF[1, 1] = bad_y_nE[2, 0] = fault
+    predictor = PopularityPredictor(top_k=1).fit(X_nF, y_nE)
+    in_X = f"Input X contains {word}.*: values must be finite, got {fault} at token 1, feature 1"
+    in_y = f"Input y contains {word}.*: values must be finite, got {fault} at token 2, expert 0"
+    for learn in (predictor.fit, predictor.partial_fit):
+        with pytest.raises(ValueError, match=in_X):
+            learn(bad_X_nF, y_nE)
+        with pytest.raises(ValueError, match=in_y):
+            learn(X_nF, bad_y_nE)
+    with pytest.raises(ValueError, match="at token 1, feature 1"):
+        predictor.predict_load(bad_X_nF)
+    with pytest.raises(ValueError, match="at token 2, expert 0"):
+        predictor.score(X_nF, bad_y_nE)

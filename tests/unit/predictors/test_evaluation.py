@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from moeless_predictors.evaluation import SELECTED, Evaluation, EvaluationConfig, evaluate, evaluate_set
+from moeless_predictors.evaluation import FROZEN, SELECTED, Evaluation, EvaluationConfig, evaluate, evaluate_set
 from moeless_predictors.fitting import FitConfig, divide, fit_predictors
-from moeless_predictors.traces import RoutingTrace
+from moeless_predictors.traces import RoutingTrace, concat
 from moeless_predictors.traces.synthetic import synthetic_trace
 
 FAST = {"epochs": 60, "min_steps": 1, "hidden_units": 32, "batch_size": 64}
@@ -30,7 +32,7 @@ def evaluation(trace: RoutingTrace) -> Evaluation:
 
 
 def test_every_kind_is_measured_for_every_layer_and_distance(evaluation: Evaluation) -> None:
-    assert evaluation.kinds == ["popularity", "transition", "gate", "history", SELECTED]
+    assert evaluation.kinds == ["popularity", FROZEN, "transition", "gate", "history", SELECTED]
     for kind in evaluation.kinds:
         assert [m.layer for m in evaluation.of(kind, 1)] == [0, 1, 2]
         assert [m.layer for m in evaluation.of(kind, 2)] == [0, 1]
@@ -63,6 +65,34 @@ def test_coverage_is_near_its_nominal_value(evaluation: Evaluation) -> None:
         assert evaluation.mean_of_batches(kind, 1, 16, "coverage") == pytest.approx(0.9, abs=0.03)
 
 
+def test_the_width_of_the_bounds_stands_beside_their_coverage(evaluation: Evaluation) -> None:
+    width = {kind: evaluation.mean_of_batches(kind, 1, 64, "bound_width") for kind in evaluation.kinds}
+    assert 1 < width["gate"] < width["popularity"]
+    assert width["transition"] < width["popularity"]
+
+
+def test_popularity_follows_a_change_of_subject_and_frozen_popularity_does_not() -> None:
+    first, second = trace_of(seed=2), trace_of(seed=77)
+    subjects = concat([with_label(first, "first"), with_label(second, "second")])
+    found = evaluate(
+        subjects,
+        EvaluationConfig(
+            fit=FitConfig(kinds=("popularity",), distances=(1,)),
+            split_by_label=True,
+            test_share=0.5,
+            batch_sizes=(16,),
+        ),
+    )
+    assert found.num_test_tokens == first.num_tokens
+    for better, name in ((1, "straggler_top_tenth"), (-1, "relative_l1")):
+        online, frozen = (found.mean_of_batches(kind, 1, 16, name) for kind in ("popularity", FROZEN))
+        assert better * online > better * frozen, name
+
+
+def with_label(trace: RoutingTrace, label: str) -> RoutingTrace:
+    return replace(trace, labels=(label,) * trace.num_sequences)
+
+
 def test_no_sequence_is_learned_from_and_tested_on(trace: RoutingTrace) -> None:
     labelled = RoutingTrace.from_arrays(
         trace.metadata,
@@ -87,7 +117,7 @@ def test_a_longer_trace_is_cut_to_whole_sequences(trace: RoutingTrace) -> None:
 def test_fitted_predictors_are_measured_on_another_trace(trace: RoutingTrace) -> None:
     predictors = fit_predictors(trace.take_sequences(range(35)), FitConfig(kinds=("transition",), distances=(1,)))
     other = evaluate_set(predictors, trace.take_sequences(range(35, 40)), _few())
-    assert other.kinds == ["popularity", "transition", SELECTED]
+    assert other.kinds == ["popularity", FROZEN, "transition", SELECTED]
     assert other.num_test_sequences == 5
     assert other.mean_recall(SELECTED, 1) > other.mean_recall("popularity", 1)
 

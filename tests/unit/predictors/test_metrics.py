@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from moeless_predictors.base import one_hot, top_k_of
-from moeless_predictors.metrics import coverage, recall_at_k, relative_l1, straggler_hit_rate
+from moeless_predictors.metrics import bound_width, coverage, recall_at_k, relative_l1, straggler_hit_rate
+from moeless_predictors.types import FloatArray
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -73,3 +76,30 @@ def test_ten_percent_of_twenty_experts_are_two() -> None:
 
 def test_a_load_equal_to_its_bound_is_covered() -> None:
     assert coverage(np.array([[1.0, 2.0]]), np.array([[1.0, 3.0]])) == 0.5
+
+
+@pytest.mark.parametrize("fault", [np.nan, np.inf, -1.0])
+@pytest.mark.parametrize(
+    ("measure", "faulty", "name"),
+    [
+        (relative_l1, 0, "predicted_BE"),
+        (relative_l1, 1, "load_BE"),
+        (straggler_hit_rate, 0, "predicted_BE"),
+        (straggler_hit_rate, 1, "load_BE"),
+        (coverage, 0, "upper_BE"),
+        (coverage, 1, "load_BE"),
+        (bound_width, 0, "upper_BE"),
+        (bound_width, 1, "load_BE"),
+    ],
+)
+def test_what_is_no_load_is_refused_with_its_place(
+    measure: Callable[[FloatArray, FloatArray], float], faulty: int, name: str, fault: float
+) -> None:
+    arrays = [np.ones((3, 4)), np.ones((3, 4))]
+    arrays[faulty][2, 1] = fault
+    with pytest.raises(ValueError, match=f"{name} must hold loads .* got {fault} at batch 2, expert 1"):
+        measure(*arrays)
+
+
+def test_the_width_is_the_bound_over_the_load() -> None:
+    assert bound_width(np.array([[3.0, 3.0], [2.0, 2.0]]), np.array([[3.0, 0.0], [1.0, 1.0]])) == 2.0

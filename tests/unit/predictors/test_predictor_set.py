@@ -92,11 +92,11 @@ def test_a_truncated_file_is_refused(cut: float, tmp_path_factory: pytest.TempPa
 
 
 def test_what_is_missing_or_foreign_is_named(trace: RoutingTrace, tmp_path: Path) -> None:
-    write_arrays(tmp_path / "empty", {}, {"version": 1}, kind="moeless-predictor-set")
+    write_arrays(tmp_path / "empty", {}, {"version": 2}, kind="moeless-predictor-set")
     with pytest.raises(PredictorFormatError, match="'pairs' is missing"):
         PredictorSet.load(tmp_path / "empty")
-    write_arrays(tmp_path / "old", {}, {"version": 0}, kind="moeless-predictor-set")
-    with pytest.raises(PredictorFormatError, match="version must be 1, got 0"):
+    write_arrays(tmp_path / "old", {}, {"version": 1}, kind="moeless-predictor-set")
+    with pytest.raises(PredictorFormatError, match="version must be 2, got 1: fit the predictors again"):
         PredictorSet.load(tmp_path / "old")
     trace.save(tmp_path / "trace")
     with pytest.raises(PredictorFormatError, match="format must be 'moeless-predictor-set'"):

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeless_predictors.arrays import FloatArray
 from moeless_predictors.base import capped_to_sum, one_hot
 from moeless_predictors.metrics import coverage
 from moeless_predictors.quantile import LoadBatches, LoadQuantile, draw_batches, load_moments
+from moeless_predictors.types import FloatArray
 
 NUM_EXPERTS = 16
 
@@ -242,8 +242,8 @@ def test_batches_of_unequal_shapes_are_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("load_BE", -1.0, "load_BE must hold finite values >= 0"),
-        ("variance_BE", np.nan, "variance_BE must hold finite values >= 0"),
+        ("load_BE", -1.0, "load_BE must hold loads that are finite and >= 0, got -1.0 at batch "),
+        ("variance_BE", np.nan, "variance_BE must hold loads that are finite and >= 0, got nan at batch "),
         ("num_tokens_B", 0, "num_tokens_B must be >= 1, got 0"),
     ],
 )
@@ -274,3 +274,26 @@ def test_a_bound_of_other_experts_or_of_no_tokens_is_refused(calibration: LoadBa
 def _random_tokens(random: np.random.Generator, num_tokens: int) -> tuple[FloatArray, FloatArray]:
     probabilities_nE = capped_to_sum(random.random((num_tokens, 5)), 2)
     return probabilities_nE, routed_by(np.ones(5), num_tokens, seed=int(random.integers(2**31)))
+
+
+@pytest.mark.parametrize("fault", [np.nan, np.inf, -1.0])
+@pytest.mark.parametrize("name", ["mean_E", "variance_E", "load_E"])
+def test_an_update_with_what_is_no_load_is_refused_and_nothing_is_learned(name: str, fault: float) -> None:
+    quantile = LoadQuantile().fit(calibration_batches())
+    values = {key: np.ones(quantile.drift_.shape) for key in ("mean_E", "variance_E", "load_E")}
+    values[name][1] = fault
+    before = quantile.miscoverage_.tolist()
+    with pytest.raises(ValueError, match=f"{name} must hold loads that are finite and >= 0, got {fault} at expert 1"):
+        quantile.update(**values, num_tokens=4)
+    assert (quantile.miscoverage_.tolist(), quantile.drift_.any()) == (before, False)
+
+
+def calibration_batches() -> LoadBatches:
+    random = np.random.default_rng(0)
+    mean_BE = random.random((50, 4)) * 4
+    return LoadBatches(
+        mean_BE=mean_BE,
+        variance_BE=mean_BE / 2,
+        load_BE=random.poisson(mean_BE).astype(float),
+        num_tokens_B=np.full(50, 4),
+    )

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeless_predictors.selector import Candidate, PredictorSelector, choose
+from moeless_predictors.selector import Candidate, choose
 
 POPULARITY = Candidate(name="popularity", score=0.32, cost_us=2)
 TRANSITION = Candidate(name="transition", score=0.71, cost_us=6)
@@ -70,15 +70,9 @@ def test_nothing_near_the_best_is_cheaper_than_the_choice(candidates: list[Candi
     assert all(chosen.cost_us <= one.cost_us for one in candidates if best - one.score <= tolerance)
 
 
-def test_every_layer_and_distance_gets_its_own_choice() -> None:
-    weak = Candidate(name="transition", score=0.5, cost_us=6)
-    chosen = PredictorSelector(tolerance=0.02).choose_all({(1, 3): [weak, HISTORY], (0, 1): [TRANSITION, HISTORY]})
-    assert [(key, choice.name) for key, choice in chosen.items()] == [((0, 1), "transition"), ((1, 3), "history")]
-
-
-def test_a_fault_names_the_layer_and_the_distance() -> None:
-    with pytest.raises(ValueError, match="layer 2, distance 1: candidates must not be empty"):
-        PredictorSelector().choose_all({(2, 1): []})
+def test_no_candidates_are_refused() -> None:
+    with pytest.raises(ValueError, match="candidates must not be empty"):
+        choose([], 0.1)
 
 
 def test_two_candidates_of_one_name_are_refused() -> None:
@@ -90,8 +84,6 @@ def test_two_candidates_of_one_name_are_refused() -> None:
 def test_a_tolerance_must_not_be_negative(tolerance: float) -> None:
     with pytest.raises(ValueError, match="tolerance must be >= 0"):
         choose([HISTORY], tolerance)
-    with pytest.raises(ValueError, match="tolerance must be >= 0"):
-        PredictorSelector(tolerance=tolerance)
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def test_a_source_expert_never_seen_leads_where_all_go() -> None:
 def test_a_token_without_source_experts_is_predicted_by_popularity(combine: str) -> None:
     routing = random_routing(3)
     predictor = TransitionPredictor(combine=combine).fit(routing.X_nS, routing.y_nE)
-    popularity = PopularityPredictor().fit(routing.X_nS, routing.y_nE)
+    popularity = PopularityPredictor(half_life_tokens=None).fit(routing.X_nS, routing.y_nE)
     X_nS = np.array([[0.0] * 6, [1.0] * 6])
     np.testing.assert_allclose(predictor.predict_proba(X_nS)[0], popularity.predict_proba(X_nS)[0], atol=1e-5)
 
@@ -73,7 +73,7 @@ def test_it_beats_popularity_where_layers_depend_on_one_another(combine: str) ->
     routing = random_routing(5, num_tokens=600, num_sources=16, num_experts=16)
     train, test = slice(0, 400), slice(400, None)
     transition = TransitionPredictor(combine=combine).fit(routing.X_nS[train], routing.y_nE[train])
-    popularity = PopularityPredictor().fit(routing.X_nS[train], routing.y_nE[train])
+    popularity = PopularityPredictor(half_life_tokens=None).fit(routing.X_nS[train], routing.y_nE[train])
     X_nS, y_nE = routing.X_nS[test], routing.y_nE[test]
     assert transition.score(X_nS, y_nE) > popularity.score(X_nS, y_nE) + 0.1
 

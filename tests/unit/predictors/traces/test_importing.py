@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -153,8 +154,7 @@ def test_weights_of_zero_belong_to_experts_that_were_chosen(tmp_path: Path, sour
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weights": None}, "an array weights or weights_u8 is needed, got experts, seq_len"),
-        ({"seq_len": None}, "an array sequence_lengths, seq_len or sequence_starts is needed"),
+        ({"seq_len": None}, "arrays experts, weights without sequence_lengths, seq_len or sequence_starts; known for"),
         ({"seq_len": None, "sequence_starts": [2, 20]}, "'sequence_starts' must be whole numbers from 0"),
         ({"seq_len": [6, 6]}, "must add up to the 18 tokens, got 12"),
         ({"ids": np.zeros((18, 2, 2), int)}, "only one of the arrays experts, ids"),
@@ -233,6 +233,7 @@ def test_routing_csv_with_every_optional_column_is_read_compressed(tmp_path: Pat
         ("a,0,0,1,0,", "a,0,0,1,1,", "row 0, layer 0: the experts of a token must differ"),
         ("a,0,0,1,0,0.75", 'a,0,0,1,0,"0.75', "line 7: unexpected end of data"),
         (ROUTING_CSV.partition("\n")[2], "", "at least one line of routing"),
+        ("weight_1", "weight_2", "line 1: columns are missing: weight_1"),
     ],
 )
 def test_a_fault_in_routing_csv_is_told_with_its_line(tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -289,7 +290,10 @@ def test_requests_out_of_order_are_put_in_order_with_a_notice(tmp_path: Path) ->
         (AZURE_CSV.replace("2023-11-16 18:15:50", "yesterday"), "line 3: TIMESTAMP cannot be read"),
         (AZURE_CSV.partition("\r\n")[0], "at least one request, got none"),
         ("", "at least one request, got none"),
-        ("when,what\n1,2\n", "line 1: columns must be those of"),
+        (
+            "when,what\n1,2\n",
+            "unknown: got the columns 'when, what' in line 1; known formats: .* BurstGPT",
+        ),
         ("arrival_s,prompt_tokens,output_tokens\ninf,1,1\n", "line 2: the time must be finite, got inf"),
         (json.dumps(MOONCAKE[0]) + '\n{"timestamp": 3', "line 2: no JSON at column"),
         (json.dumps(MOONCAKE[0]) + '\n{"timestamp": 3}', "line 2: must have timestamp"),
@@ -358,3 +362,154 @@ def _data(name: str) -> Path:
     if folder is None or not path.exists():
         pytest.skip(f"needs {name} in the folder that MOELESS_DATA names")
     return path
+
+
+def test_a_routing_csv_without_gate_weights_gets_equal_ones_with_a_notice(tmp_path: Path) -> None:
+    lines = [line.rsplit(",", 2)[0] for line in ROUTING_CSV.splitlines()]
+    imported = import_trace(written(tmp_path / "w.csv", "\n".join(lines)))
+    assert isinstance(imported.trace, RoutingTrace)
+    assert imported.trace.experts_TLk.tolist() == [[[1, 0], [2, 3]], [[0, 3], [3, 1]], [[2, 1], [0, 1]]]
+    assert set(imported.trace.weights_TLk.ravel().tolist()) == {0.5}
+    assert any("no gate weights" in notice for notice in imported.notices)
+
+
+def test_a_routing_csv_of_other_column_names_with_lists_of_experts_is_read(tmp_path: Path) -> None:
+    text = 'token_idx,layer_id,expert_ids\n0,0,1 0\n0,1,"[2, 3]"\n1,0,0;3\n1,1,3 1\n0,0,2 1\n0,1,0 1\n'
+    trace = as_routing(written(tmp_path / "l.csv", text))
+    assert trace.experts_TLk.tolist() == [[[1, 0], [2, 3]], [[0, 3], [3, 1]], [[2, 1], [0, 1]]]
+    assert trace.sequence_starts_S1.tolist() == [0, 2, 3]
+    with pytest.raises(TraceFormatError, match="line 3: must have 4 cells, got 5"):
+        import_trace(written(tmp_path / "k.csv", text.replace("[2, 3]", "[2, 3, 1]")))
+
+
+def test_npz_without_gate_weights_gets_equal_ones_with_a_notice(tmp_path: Path, source: RoutingTrace) -> None:
+    imported = import_trace(npz(tmp_path / "n.npz", experts=source.experts_TLk, seq_len=[6, 6, 6]))
+    assert isinstance(imported.trace, RoutingTrace)
+    assert set(imported.trace.weights_TLk.ravel().tolist()) == {1 / source.top_k}
+    assert any("no gate weights" in notice for notice in imported.notices)
+
+
+@pytest.mark.parametrize("with_sessions", [False, True])
+def test_burstgpt_csv_is_read_without_its_failed_requests(tmp_path: Path, with_sessions: bool) -> None:
+    session, cells = ("Session ID,Elapsed time,", "ab-1,2,") if with_sessions else ("", "")
+    text = (
+        f"Timestamp,{session}Model,Request tokens,Response tokens,Total tokens,Log Type\n"
+        f"5,{cells}ChatGPT,472,18,490,Conversation log\n"
+        f"45.5,{cells}ChatGPT,1087,230,1317,Conversation log\n"
+        f"60,{cells}GPT-4,33,0,33,API log\n"
+        f"118,{cells}GPT-4,417,276,693,Conversation log\n"
+    )
+    imported = import_trace(written(tmp_path / "BurstGPT_1.csv", text))
+    assert isinstance(imported.trace, ArrivalTrace)
+    assert imported.trace.arrival_s.tolist() == [0, 40.5, 113]
+    assert imported.trace.prompt_tokens.tolist() == [472, 1087, 417]
+    assert imported.trace.output_tokens.tolist() == [18, 230, 276]
+    assert imported.notices == ("requests without response tokens failed when they were recorded: 1 left out",)
+
+
+def test_servegen_workload_is_read(tmp_path: Path) -> None:
+    text = "request_id,timestamp,input_tokens,output_tokens,image_tokens\n0,0.5,10,20,0\n1,1.25,15,25,400\n"
+    trace = as_arrivals(written(tmp_path / "workload.csv", text))
+    assert trace.arrival_s.tolist() == [0, 0.75]
+    assert (trace.prompt_tokens.tolist(), trace.output_tokens.tolist()) == ([10, 15], [20, 25])
+
+
+def esft_logs(folder: Path, trace: RoutingTrace, *, first_layer: int = 1) -> Path:
+    """As ESFT writes them: a file for each layer, a line for each sequence."""
+    folder.mkdir(parents=True)
+    starts = trace.sequence_starts_S1
+    for layer in range(trace.num_layers):
+        lines = []
+        for begin, end in pairwise(starts.tolist()):
+            experts = trace.experts_TLk[begin:end, layer].ravel().tolist()
+            weights = [round(float(weight), 4) for weight in trace.weights_TLk[begin:end, layer].ravel()]
+            lines.append("\t".join(map(str, experts)) + "\t\t" + "\t".join(map(str, weights)) + "\n")
+        (folder / f"expert_weights_{first_layer + layer}.txt").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture
+def long_source() -> RoutingTrace:
+    return synthetic_trace(num_sequences=3, tokens_per_sequence=8, num_layers=11, num_experts=8, top_k=2, seed=4)
+
+
+def test_esft_logs_are_read_layer_by_layer(tmp_path: Path, long_source: RoutingTrace) -> None:
+    (tmp_path / "intent").mkdir()
+    imported = import_trace(esft_logs(tmp_path / "intent" / "logs", long_source))
+    trace = imported.trace
+    assert isinstance(trace, RoutingTrace)
+    np.testing.assert_array_equal(trace.experts_TLk, long_source.experts_TLk)
+    np.testing.assert_allclose(trace.weights_TLk, long_source.weights_TLk, atol=1e-3)
+    np.testing.assert_array_equal(trace.sequence_starts_S1, long_source.sequence_starts_S1)
+    assert any("a token has: 2, the largest number" in notice for notice in imported.notices)
+    assert any("in the logs they are 1 to 11" in notice for notice in imported.notices)
+
+
+def test_esft_logs_of_several_processes_follow_each_other(tmp_path: Path, long_source: RoutingTrace) -> None:
+    for rank, sequences in ((0, [0, 1]), (1, [2])):
+        esft_logs(tmp_path / "logs" / f"rank_{rank}", long_source.take_sequences(sequences))
+    trace = as_routing(tmp_path / "logs", ImportOptions(top_k=2))
+    np.testing.assert_array_equal(trace.experts_TLk, long_source.experts_TLk)
+    assert trace.num_sequences == 3
+
+
+def test_the_esft_log_of_one_layer_is_read(tmp_path: Path, long_source: RoutingTrace) -> None:
+    logs = esft_logs(tmp_path / "logs", long_source)
+    log = logs / "expert_weights_3.txt"
+    compressed = tmp_path / "log.gz"
+    compressed.write_bytes(gzip.compress(log.read_bytes()))
+    for path in (log, compressed):
+        trace = as_routing(path, ImportOptions(top_k=2))
+        np.testing.assert_array_equal(trace.experts_TLk, long_source.experts_TLk[:, 2:3])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("\t\t", "\t", "line 1: must hold tab-separated experts, an empty cell, gate weights"),
+        ("\t\t0", "\t\tx0", "line 1: must hold tab-separated .*x0"),
+        ("\t\t", "\t7\t\t", "line 1: must have as many gate weights as experts, 17, got 16"),
+        ("\n", "\n\n", "line 2: must hold tab-separated"),
+    ],
+)
+def test_a_fault_in_an_esft_log_is_told_with_its_line(
+    tmp_path: Path, long_source: RoutingTrace, old: str, new: str, message: str
+) -> None:
+    log = esft_logs(tmp_path / "logs", long_source) / "expert_weights_2.txt"
+    log.write_text(log.read_text().replace(old, new, 1))
+    with pytest.raises(TraceFormatError, match=message) as caught:
+        import_trace(tmp_path / "logs")
+    assert str(log) in str(caught.value)
+
+
+def test_esft_logs_that_do_not_fit_together_are_refused(tmp_path: Path, long_source: RoutingTrace) -> None:
+    logs = esft_logs(tmp_path / "logs", long_source)
+    with pytest.raises(TraceFormatError, match="top_k must divide the number of experts of every line, got 3"):
+        import_trace(logs, ImportOptions(top_k=3))
+    second = logs / "expert_weights_2.txt"
+    second.write_text("".join(second.read_text().splitlines(keepends=True)[:2]))
+    with pytest.raises(TraceFormatError, match=r"_2.txt: must have 3 lines as expert_weights_1.txt, got 2"):
+        import_trace(logs)
+    with pytest.raises(TraceFormatError, match="a folder must hold ESFT's expert logs, .* got logs"):
+        import_trace(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0,0,0,,0,0\n600,1.5,2.2,Weibull,0.3,0.2\n", "holds a ServeGen client's rates by window, no requests"),
+        ('{"0": {"input_tokens": "{1: 0.5}"}}', "holds a ServeGen client's length distributions, no requests"),
+        (
+            '{"request_id": 0, "type": "text", "input_length": 271, "hash_ids": [0]}\n',
+            "holds a ServeGen offline batch, whose requests have no arrival times",
+        ),
+        ('{"token_scores": {"1": {"0": 0.01}}}', "holds ESFT's scores by expert, no tokens"),
+        ('{"experts": {"1": [4]}, "shared_experts": false}', "holds ESFT's choice of experts to train, no tokens"),
+        ("PAR1\x15\x04", "Parquet cannot be read"),
+    ],
+)
+def test_a_published_file_that_holds_no_trace_is_named(tmp_path: Path, text: str, message: str) -> None:
+    path = written(tmp_path / "published", text)
+    with pytest.raises(TraceFormatError, match=message) as caught:
+        import_trace(path)
+    assert str(path) in str(caught.value)
