@@ -25,10 +25,10 @@ Packed = Annotated[
     str | None, typer.Option(help="Model whose gates the gate predictor copies, as `moeless serve` takes it.")
 ]
 Tolerance = Annotated[float, typer.Option(help="Recall that a cheaper predictor may give up.")]
-Quantile = Annotated[float, typer.Option(help="Of the load, that the bound is to cover.")]
+Quantile = Annotated[float, typer.Option(help="Quantile of the load that the bound covers.")]
 GateThreshold = Annotated[float, typer.Option(help="Recall under which a copied gate is fine-tuned.")]
-MaxTokens = Annotated[int, typer.Option(help="Most tokens to learn from; sequences are drawn at random.")]
-Seed = Annotated[int, typer.Option(help="Of the division into sequences, and of training.")]
+MaxTokens = Annotated[int, typer.Option(help="Maximum of tokens to learn from; sequences are drawn at random.")]
+Seed = Annotated[int, typer.Option(help="Seed of the division into sequences, and of training.")]
 
 ALL_KINDS = "popularity,transition,gate,history"
 

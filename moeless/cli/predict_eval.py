@@ -30,6 +30,9 @@ from moeless.cli._predictors import (
 if TYPE_CHECKING:
     from moeless_predictors.evaluation import Evaluation
 
+_MIN_WIDTH = 130
+"""Columns that the table needs; a narrower terminal wraps its lines instead of cutting figures off."""
+
 
 def evaluate_command(
     trace: Trace,
@@ -39,7 +42,10 @@ def evaluate_command(
     distances: Distances = "1-5",
     kinds: Kinds = ALL_KINDS,
     layers: Annotated[str | None, typer.Option(help="Source layers to measure, as 0,4 or 0-7; default: all.")] = None,
-    test_share: Annotated[float, typer.Option(help="Of the sequences, to test on.")] = 0.2,
+    test_share: Annotated[float, typer.Option(help="Share of the sequences, or labels, to test on.")] = 0.2,
+    split_by_label: Annotated[
+        bool, typer.Option("--split-by-label", help="Test on labels (subjects) that are not learned from.")
+    ] = False,
     batches: Annotated[int, typer.Option(help="Batches of each size.")] = 200,
     packed: Packed = None,
     tolerance: Tolerance = 0.01,
@@ -61,6 +67,7 @@ def evaluate_command(
         config = EvaluationConfig(
             fit=fit_config(distances, kinds, tolerance, quantile, gate_threshold, max_tokens, seed),
             test_share=test_share,
+            split_by_label=split_by_label,
             layers=None if layers is None else numbers("layers", layers),
             batches_per_size=batches,
             seed=seed,
@@ -75,7 +82,8 @@ def evaluate_command(
             f"{found.model}: {found.num_layers} MoE layers x {found.num_experts} experts, top-{found.top_k}; {learned}"
             f"{found.num_test_tokens:,} tokens in {found.num_test_sequences:,} sequences tested"
         )
-        stdout.print(_table_by_layer(found) if by_layer else evaluation_table(found))
+        table = _table_by_layer(found) if by_layer else evaluation_table(found)
+        stdout.print(table, width=max(stdout.width, _MIN_WIDTH), crop=False)
         if json_ is not None:
             json_.write_text(json.dumps(asdict(found), indent=2) + "\n")
             say(f"figures: {json_}")
@@ -92,44 +100,46 @@ def evaluation_table(evaluation: Evaluation) -> Table:
     shown = 64 if 64 in sizes else sizes[-1]
     table = Table(
         title="means over layers",
-        caption=f"d: layers ahead. L1: relative error of the load of batches of so many tokens. Of batches of {shown}: "
-        "/pop, L1 over popularity's; top, how often the most loaded expert is in the predicted top tenth; cover, loads "
-        "within the bound. µs: of forecasting 32 tokens.",
+        caption=f"d: layers ahead. L1: relative error of the load, by tokens in the batch. For batches of {shown}: "
+        "L1/pop, L1 over popularity's; top, how often the most loaded expert is in the forecast's top tenth; cover, "
+        "share of loads within the bound; width, the bound's sum over the load's; width/pop, width over popularity's. "
+        "Popularity learns online and fades; frozen popularity stops learning once fitted. µs: to forecast 32 tokens.",
     )
-    for name in ("d", "kind", "recall", *(f"L1 {size}" for size in sizes), "/pop", "top", "cover", "µs"):
+    columns = ("d", "kind", "recall", *(f"L1 {size}" for size in sizes))
+    for name in (*columns, "L1/pop", "top", "cover", "width", "width/pop", "µs"):
         table.add_column(name, no_wrap=True, justify="left" if name == "kind" else "right")
     for distance in evaluation.distances:
         for kind in evaluation.kinds:
-            if not evaluation.of(kind, distance):
-                continue
-
-            def mean(name: str, size: int, kind: str = kind, distance: int = distance) -> float:
-                return evaluation.mean_of_batches(kind, distance, size, name)
-
-            baseline = (
-                evaluation.mean_of_batches("popularity", distance, shown, "relative_l1")
-                if (evaluation.of("popularity", distance))
-                else None
-            )
-            costs = [measure.cost_us for measure in evaluation.of(kind, distance)]
-            table.add_row(
-                str(distance),
-                kind,
-                f"{evaluation.mean_recall(kind, distance):.3f}",
-                *(f"{mean('relative_l1', size):.3f}" for size in sizes),
-                "-" if not baseline else f"{mean('relative_l1', shown) / baseline:.2f}",
-                f"{mean('straggler_top_tenth', shown):.3f}",
-                f"{mean('coverage', shown):.3f}",
-                f"{sum(costs) / len(costs):.0f}",
-                end_section=kind == evaluation.kinds[-1],
-            )
+            if evaluation.of(kind, distance):
+                row = _evaluation_row(evaluation, kind, distance, sizes, shown)
+                table.add_row(str(distance), kind, *row, end_section=kind == evaluation.kinds[-1])
     return table
 
 
-def _table_by_layer(evaluation: Evaluation) -> Table:
-    from moeless_predictors.evaluation import SELECTED
+def _evaluation_row(evaluation: Evaluation, kind: str, distance: int, sizes: list[int], shown: int) -> list[str]:
+    def mean(name: str, size: int = shown, kind: str = kind) -> float:
+        return evaluation.mean_of_batches(kind, distance, size, name)
 
-    kinds = [kind for kind in evaluation.kinds if kind != SELECTED]
+    def over_popularity(name: str) -> str:
+        return f"{mean(name) / baseline:.2f}" if (baseline := mean(name, kind="popularity")) else "-"
+
+    costs = [measure.cost_us for measure in evaluation.of(kind, distance)]
+    return [
+        f"{evaluation.mean_recall(kind, distance):.3f}",
+        *(f"{mean('relative_l1', size):.3f}" for size in sizes),
+        over_popularity("relative_l1"),
+        f"{mean('straggler_top_tenth'):.3f}",
+        f"{mean('coverage'):.3f}",
+        f"{mean('bound_width'):.2f}",
+        over_popularity("bound_width"),
+        f"{sum(costs) / len(costs):.0f}",
+    ]
+
+
+def _table_by_layer(evaluation: Evaluation) -> Table:
+    from moeless_predictors.evaluation import FROZEN, SELECTED
+
+    kinds = [kind for kind in evaluation.kinds if kind not in (FROZEN, SELECTED)]
     table = Table("distance", "layer", *kinds, "chosen, and why", title="recall by layer")
     for distance in evaluation.distances:
         for selected in evaluation.of(SELECTED, distance):

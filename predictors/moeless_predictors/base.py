@@ -17,9 +17,9 @@ from sklearn.base import BaseEstimator
 from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from moeless_predictors.arrays import FloatArray, IntArray
 from moeless_predictors.compiled import compiled
 from moeless_predictors.metrics import recall_at_k
-from moeless_predictors.types import FloatArray, IntArray
 
 
 class LoadPredictor(BaseEstimator):  # type: ignore[misc]  # scikit-learn ships no types

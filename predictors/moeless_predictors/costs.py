@@ -9,10 +9,10 @@ from functools import partial
 
 import numpy as np
 
+from moeless_predictors.arrays import FloatArray, IntArray
 from moeless_predictors.base import LoadPredictor
 from moeless_predictors.features import FeatureConfig, choice_values
 from moeless_predictors.live_features import LiveFeatures, StepRows
-from moeless_predictors.types import FloatArray, IntArray
 
 BATCH_SIZE = 32
 """Tokens of the batch that costs are told for."""

@@ -16,6 +16,7 @@ from statistics import fmean
 
 import numpy as np
 
+from moeless_predictors.arrays import FloatArray
 from moeless_predictors.base import LoadPredictor
 from moeless_predictors.costs import CostMeter
 from moeless_predictors.fitting import (
@@ -37,7 +38,6 @@ from moeless_predictors.quantile import LoadBatches, LoadQuantile, draw_batches
 from moeless_predictors.selector import Candidate
 from moeless_predictors.threads import one_blas_thread
 from moeless_predictors.traces import RoutingTrace
-from moeless_predictors.types import FloatArray
 
 SELECTED = "selected"
 """Stands among the kinds for whichever was chosen."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from moeless_predictors.arrays import FloatArray
 from moeless_predictors.compiled import compiled
-from moeless_predictors.types import FloatArray
 
 
 @compiled

@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 from scipy.signal import lfilter
 
+from moeless_predictors.arrays import BoolArray, FloatArray, IntArray, UInt64Array
 from moeless_predictors.base import one_hot
 from moeless_predictors.traces import PREFILL, RoutingTrace
-from moeless_predictors.types import BitArray, BoolArray, FloatArray, IntArray
 
 MEAN_SCALE = 3.0
 """Brings the running mean, some k/E, nearer to the size of the other features."""
@@ -257,7 +257,7 @@ def _runs(trace: RoutingTrace) -> list[slice]:
     return [slice(int(start), int(stop)) for start, stop in zip(starts, stops, strict=True)]
 
 
-def experts_as_bits(experts_nk: IntArray, num_experts: int) -> BitArray:
+def experts_as_bits(experts_nk: IntArray, num_experts: int) -> UInt64Array:
     """Choices of shape (n, k) as bit sets of shape (n, words of 64 experts): what two tokens share is a popcount."""
     words = -(-num_experts // 64)
     experts_nk = experts_nk.astype(np.uint64)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from moeless_predictors.arrays import FloatArray
 from moeless_predictors.base import LoadPredictor, one_hot
 from moeless_predictors.costs import CostMeter
 from moeless_predictors.features import FeatureConfig, TraceFeatures, choice_values
@@ -25,7 +26,6 @@ from moeless_predictors.selector import Candidate, Choice, choose
 from moeless_predictors.threads import one_blas_thread
 from moeless_predictors.traces import PREFILL, RoutingTrace
 from moeless_predictors.transition import TransitionPredictor
-from moeless_predictors.types import FloatArray
 
 
 class Gate(Protocol):

@@ -16,9 +16,9 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.nn import functional as F
 
+from moeless_predictors.arrays import AnyArray, BoolArray, FloatArray, IntArray
 from moeless_predictors.base import LoadPredictor, top_k_of
 from moeless_predictors.exactly_k import thresholds
-from moeless_predictors.types import AnyArray, BoolArray, FloatArray, IntArray
 
 Scoring = Literal["logits", "sigmoid", "softmax"]
 

@@ -17,9 +17,9 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
+from moeless_predictors.arrays import FloatArray, IntArray
 from moeless_predictors.base import LoadPredictor
 from moeless_predictors.compiled import compiled
-from moeless_predictors.types import FloatArray, IntArray
 
 _NUM_WEIGHTS = 110_000
 _MIN_UNITS, _MAX_UNITS = 96, 512

@@ -23,13 +23,13 @@ from typing import Any
 
 import numpy as np
 
+from moeless_predictors.arrays import BoolArray, FloatArray, IntArray
 from moeless_predictors.base import num_found, one_hot
 from moeless_predictors.features import choice_values
 from moeless_predictors.live_features import LiveFeatures, StepRows
 from moeless_predictors.popularity import HALF_LIFE_TOKENS, OnlinePopularity
 from moeless_predictors.predictor_set import PairPredictor, PredictorSet
 from moeless_predictors.quantile import load_moments
-from moeless_predictors.types import BoolArray, FloatArray, IntArray
 
 logger = logging.getLogger(__name__)
 

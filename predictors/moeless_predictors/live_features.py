@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from moeless_predictors import live_loops as loops
+from moeless_predictors.arrays import FloatArray, IntArray, UInt64Array
 from moeless_predictors.features import MEAN_SCALE, FeatureConfig, choice_values, experts_as_bits, ranked_values
-from moeless_predictors.types import BitArray, FloatArray, IntArray
 
 _MAX_SKIPPED_STEPS = 64
 """Steps of which the routing is kept before it joins the past."""
@@ -296,7 +296,7 @@ class LiveFeatures:
         self._means_ZLE[slots_q] = means_qLE
         self._num_seen_Z[slots_q] += num_tokens
 
-    def _put(self, slots_q: IntArray, places_mq: IntArray, experts_mLqk: IntArray, bits_mLqw: BitArray) -> None:
+    def _put(self, slots_q: IntArray, places_mq: IntArray, experts_mLqk: IntArray, bits_mLqw: UInt64Array) -> None:
         # The arrays' layers come first, where two indices stand side by side.
         self._experts_LZWk[:, slots_q, places_mq] = experts_mLqk.swapaxes(0, 1)
         self._bits_LZWw[:, slots_q, places_mq] = bits_mLqw.swapaxes(0, 1)

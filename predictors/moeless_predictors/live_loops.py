@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from moeless_predictors.arrays import AnyArray, FloatArray, IntArray, UInt64Array
 from moeless_predictors.compiled import compiled
 from moeless_predictors.features import MEAN_SCALE, MIN_SHARE
-from moeless_predictors.types import AnyArray, BitArray, FloatArray, IntArray
 
-Step = tuple[AnyArray, BitArray, FloatArray]
+Step = tuple[AnyArray, UInt64Array, FloatArray]
 """A step's choices, shape (L, n, k), the same as bits (L, n, w), and their values (n, L, E)."""
-Past = tuple[AnyArray, BitArray, FloatArray, FloatArray, IntArray]
+Past = tuple[AnyArray, UInt64Array, FloatArray, FloatArray, IntArray]
 """Of the sequences: choices, shape (L, Z, W, k), the same as bits (L, Z, W, w), the last token's values and the running
 means, (Z, L, E) both, and the number of tokens seen, (Z,)."""
 
@@ -26,7 +26,7 @@ made the network seven times as slow."""
 
 
 @compiled
-def note_choices(experts_nk: IntArray, weights_nk: FloatArray, values_nE: FloatArray, bits_nw: BitArray) -> None:
+def note_choices(experts_nk: IntArray, weights_nk: FloatArray, values_nE: FloatArray, bits_nw: UInt64Array) -> None:
     """The values of a layer's choices, as `features.choice_values` has them, and the choices as bits; both begin as
     zeros.
     """
@@ -44,8 +44,8 @@ def note_choices(experts_nk: IntArray, weights_nk: FloatArray, values_nE: FloatA
 
 @compiled
 def compare_with_past(
-    bits_ZWw: BitArray,
-    bits_nw: BitArray,
+    bits_ZWw: UInt64Array,
+    bits_nw: UInt64Array,
     slots_q: IntArray,
     rows_q: IntArray,
     decay: float,

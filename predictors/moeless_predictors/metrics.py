@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from moeless_predictors.types import FloatArray, IntArray
+from moeless_predictors.arrays import FloatArray, IntArray
 
 
 def checked_loads(name: str, load_BE: FloatArray) -> FloatArray:

@@ -13,9 +13,9 @@ from typing import Self
 import numpy as np
 from numpy.typing import ArrayLike
 
+from moeless_predictors.arrays import FloatArray
 from moeless_predictors.base import LoadPredictor, capped_to_sum, top_k_of
 from moeless_predictors.metrics import checked_loads, recall_at_k
-from moeless_predictors.types import FloatArray
 
 HALF_LIFE_TOKENS = 256.0
 """Default half-life. Chosen on held-out subjects by `python -m benchmarks.popularity`: shorter ones follow a change of

@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from moeless_predictors.arrays import AnyArray
 from moeless_predictors.base import LoadPredictor
 from moeless_predictors.features import FeatureConfig
 from moeless_predictors.popularity import PopularityPredictor
 from moeless_predictors.quantile import LoadQuantile
 from moeless_predictors.selector import Candidate, Choice
 from moeless_predictors.storage import PredictorFormatError, from_arrays, read_arrays, to_arrays, write_arrays
-from moeless_predictors.types import AnyArray
 
 FORMAT = "moeless-predictor-set"
 VERSION = 2

@@ -23,8 +23,8 @@ from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
+from moeless_predictors.arrays import FloatArray, IntArray
 from moeless_predictors.metrics import checked_loads
-from moeless_predictors.types import FloatArray, IntArray
 
 # Levels at which the residuals' quantiles are kept: 0, 0.0025, ..., 1.
 _GRID_SIZE = 401

@@ -27,7 +27,7 @@ from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
 import moeless_predictors
-from moeless_predictors.types import AnyArray
+from moeless_predictors.arrays import AnyArray
 
 Document = dict[str, Any]
 

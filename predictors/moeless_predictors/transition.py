@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 from sklearn.utils import Tags
 
+from moeless_predictors.arrays import FloatArray
 from moeless_predictors.base import LoadPredictor
 from moeless_predictors.popularity import decay
-from moeless_predictors.types import FloatArray
 
 Combination = Literal["mean", "product"]
 

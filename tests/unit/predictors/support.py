@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from hypothesis import strategies as st
 
+from moeless_predictors.arrays import FloatArray
 from moeless_predictors.base import one_hot, top_k_of
-from moeless_predictors.types import FloatArray
 
 
 @dataclass(frozen=True)

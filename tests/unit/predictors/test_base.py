@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from moeless_predictors.arrays import FloatArray
 from moeless_predictors.base import as_routing, capped_to_sum, num_found, one_hot, top_k_of
 from moeless_predictors.popularity import PopularityPredictor
-from moeless_predictors.types import FloatArray
 
 scores = hnp.arrays(
     st.sampled_from([np.float32, np.float64]),

@@ -19,11 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
+from moeless_predictors.arrays import FloatArray, IntArray
 from moeless_predictors.base import one_hot, top_k_of
 from moeless_predictors.gate import GatePredictor, Scoring
 from moeless_predictors.metrics import relative_l1
 from moeless_predictors.storage import PredictorFormatError, from_arrays, load_predictor, save_predictor, to_arrays
-from moeless_predictors.types import FloatArray, IntArray
 
 NUM_FEATURES, NUM_EXPERTS, TOP_K = 12, 8, 2
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from moeless_predictors import base, live_loops
+from moeless_predictors.arrays import FloatArray
 from moeless_predictors.features import FeatureConfig
 from moeless_predictors.fitting import FitConfig, fit_predictors
 from moeless_predictors.live import LiveConfig, LivePredictor
@@ -15,7 +16,6 @@ from moeless_predictors.predictor_set import PredictorSet
 from moeless_predictors.traces import RoutingTrace
 from moeless_predictors.traces.synthetic import synthetic_trace
 from moeless_predictors.transition import TransitionPredictor
-from moeless_predictors.types import FloatArray
 
 
 def no_hidden() -> None:

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moeless_predictors.arrays import FloatArray
 from moeless_predictors.base import one_hot, top_k_of
 from moeless_predictors.metrics import bound_width, coverage, recall_at_k, relative_l1, straggler_hit_rate
-from moeless_predictors.types import FloatArray
 
 seeds = st.integers(0, 2**32 - 1)
 

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moeless_predictors.arrays import FloatArray
 from moeless_predictors.base import capped_to_sum, one_hot
 from moeless_predictors.metrics import coverage
 from moeless_predictors.quantile import LoadBatches, LoadQuantile, draw_batches, load_moments
-from moeless_predictors.types import FloatArray
 
 NUM_EXPERTS = 16
 
