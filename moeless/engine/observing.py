@@ -19,7 +19,7 @@ import numpy as np
 if TYPE_CHECKING:  # engine.protocol imports this module and loads no torch
     from torch import Tensor
 
-    from moeless.core.arrays import Float32Array, Int64Array
+    from moeless.core.arrays import BoolArray, Float32Array, Int64Array
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,15 @@ class StepObservers:
             self._watching = ()
 
     def observe_layer(self, layer: int, hidden_TH: Tensor, experts_Tk: Int64Array, weights_Tk: Float32Array) -> None:
-        """Called by the dispatcher while `is_watching`."""
+        """Called by the dispatcher while `is_watching`.
+
+        Rows that are not finite, of a sequence that will fail, are shown as zeros: they must spoil neither a recording
+        nor what is forecast for the others.
+        """
+        is_finite_T: BoolArray = np.logical_and.reduce(np.isfinite(weights_Tk), axis=-1)
+        if not is_finite_T.all():
+            weights_Tk = np.where(is_finite_T[:, None], weights_Tk, np.zeros_like(weights_Tk))
+            hidden_TH = hidden_TH.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         for observer in self._watching:
             try:
                 observer.observe_layer(layer, hidden_TH, experts_Tk, weights_Tk)

@@ -158,6 +158,8 @@ class StaticBatchEngine(ThreadedEngine):
         ids_BW = torch.zeros(len(sequences), width, dtype=torch.int64)
         mask_BW = torch.zeros(len(sequences), width, dtype=torch.int64)
         for row, sequence in enumerate(sequences):
+            # Padding is masked, but 0 x NaN is NaN: a token of the sequence's own cannot harm it more than it does.
+            ids_BW[row] = sequence.prompt_token_ids[0]
             ids_BW[row, width - lengths[row] :] = torch.tensor(sequence.prompt_token_ids)
             mask_BW[row, width - lengths[row] :] = 1
         device = self._model.device
