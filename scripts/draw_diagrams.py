@@ -81,7 +81,7 @@ REQUEST = Diagram(
         Box("step", "batch sequences, run a step", "engine/transformers/continuous.py", 1, 1),
         Box("layer", "at each MoE layer: gate's choice", "engine/transformers/experts.py", 1, 2),
         Box("dispatch", "split tokens over instances", "dispatch/dispatcher.py", 1, 3),
-        Box("sample", "pick the next tokens", "engine/sampling.py", 1, 4),
+        Box("sample", "pick the next tokens", "engine/transformers/sampling.py", 1, 4),
         Box("serve calls", "take calls of all engines", "dispatch/server.py", 2, 1),
         Box("pool", "instances, cold starts", "functions/pool.py", 2, 2),
         Box("compute", "experts' feed-forward", "functions/feed_forward.py", 2, 3),
