@@ -150,12 +150,12 @@ def _open_lines() -> Iterator[dict[str, list[Any]]]:
     """Worker processes, and a line to each over each transport."""
     import torch
 
-    from moeless.dispatch.channel import LineConfig
+    from moeless.dispatch.channel import ChannelConfig
     from moeless.dispatch.shared_memory import SharedMemoryChannel
     from moeless.dispatch.tcp import TcpChannel
 
     run_secret = secrets.token_hex(16)
-    config = LineConfig(
+    config = ChannelConfig(
         run_secret=run_secret,
         engine="benchmark",
         hidden_size=HIDDEN_SIZE,
@@ -239,14 +239,14 @@ def _open_serve() -> Iterator[list[Any]]:
         def __call__(self, frame: bytes) -> bytes:
             return answer_call(frame, _weighted_rows, max_rows=MAX_ROWS, num_experts=[NUM_EXPERTS])
 
-    def open_line(number: int) -> CallChannel:
+    def open_channel(number: int) -> CallChannel:
         deploy = serve.deployment(name=f"worker-{number}", ray_actor_options={"num_cpus": 0})
         handle = serve.run(deploy(Worker).bind(), name=f"worker-{number}", route_prefix=None)
         return CallChannel(lambda frame: _ServeAnswer(handle.remote(frame)), max_rows=MAX_ROWS, patience_s=math.inf)
 
     ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
-        yield [open_line(number) for number in range(NUM_WORKERS)]
+        yield [open_channel(number) for number in range(NUM_WORKERS)]
     finally:
         serve.shutdown()
         ray.shutdown()

@@ -48,7 +48,7 @@ class Channel(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LineConfig:
+class ChannelConfig:
     """What an engine opens a line with."""
 
     run_secret: str = field(repr=False)
@@ -75,7 +75,7 @@ class LineConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PeerConfig:
+class ServerConfig:
     """What a worker takes lines with."""
 
     run_secret: str = field(repr=False)

@@ -1,6 +1,6 @@
 """Transport between GPUs of different machines: headers and pairs over TCP, rows over NCCL.
 
-The TCP line of tcp.py says that a call or an answer comes and, by its end, that a process died; then the process
+The TCP channel of tcp.py says that a call or an answer comes and, by its end, that a process died; then the process
 group is aborted, so that no kernel waits for ever. The group's store is told to the engine in the handshake. Neither
 NCCL nor the store know the run secret: as with every use of NCCL, the network between the nodes must be trusted.
 """
@@ -13,16 +13,16 @@ import time
 import torch
 
 from moeless.core.errors import HandshakeError, TransportError
-from moeless.dispatch.channel import LineConfig, PeerConfig, WorkerEndpoint, has_hung_up
+from moeless.dispatch.channel import ChannelConfig, ServerConfig, WorkerEndpoint, has_hung_up
 from moeless.dispatch.handshake import Ask, TransportKind, rows_bytes_of
 from moeless.dispatch.pair_group import ENGINE_RANK, WORKER_RANK, PairGroup, backend_of, join_store, open_store
-from moeless.dispatch.tcp import TcpChannel, TcpPeer
+from moeless.dispatch.socket_channel import frame_bytes_without_rows
+from moeless.dispatch.tcp import TcpChannel, TcpServerChannel
 from moeless.dispatch.wire import (
     LayerCall,
     ReceivedCall,
     answer_length,
     gather_rows,
-    max_answer_bytes,
     read_answer_head,
     read_call_head,
     receive_call,
@@ -36,21 +36,21 @@ _ROWS_TIMEOUT_S = 2.0
 
 
 class CollectiveChannel(TcpChannel):
-    """An engine's line to a worker on another machine, both with their rows on GPUs (or, for tests, on the CPU)."""
+    """An engine's channel to a worker on another machine, both with their rows on GPUs (or, for tests, on the CPU)."""
 
     kind: TransportKind = "nccl"
 
-    def __init__(self, endpoint: WorkerEndpoint, config: LineConfig, device: torch.device) -> None:
+    def __init__(self, endpoint: WorkerEndpoint, config: ChannelConfig, device: torch.device) -> None:
         """Connect and meet. Raises HandshakeError or TransportError."""
         self._device = device
         self._address = endpoint.tcp_host
         self._group: PairGroup | None = None
         super().__init__(endpoint, config)
 
-    def _frame_bytes(self, config: LineConfig) -> tuple[int, int]:
-        return routing_bytes(config.max_pairs), max_answer_bytes(0, config.hidden_size, config.dtype)
+    def _frame_bytes(self, config: ChannelConfig) -> tuple[int, int]:
+        return frame_bytes_without_rows(config)
 
-    def _offer(self, config: LineConfig) -> dict[str, str]:
+    def _offer(self, config: ChannelConfig) -> dict[str, str]:
         return {"rows_bytes": str(config.rows_bytes), "backend": backend_of(self._device)}
 
     def _take_offer(self, detail: dict[str, str]) -> None:
@@ -81,17 +81,17 @@ class CollectiveChannel(TcpChannel):
             self._group = None
 
 
-class CollectivePeer(TcpPeer):
-    """A worker's end of one engine's line.
+class CollectiveServerChannel(TcpServerChannel):
+    """A worker's end of one engine's channel.
 
     Args:
         device: where the rows of calls are put.
-        Others as for TcpPeer.
+        Others as for TcpServerChannel.
     """
 
     kind: TransportKind = "nccl"
 
-    def __init__(self, sock: socket.socket, ask: Ask, config: PeerConfig, device: torch.device) -> None:
+    def __init__(self, sock: socket.socket, ask: Ask, config: ServerConfig, device: torch.device) -> None:
         """Accept and meet. Raises HandshakeError for a bad size, TransportError or OSError."""
         self._device = device
         self._group: PairGroup | None = None

@@ -7,7 +7,7 @@ import logging
 import torch
 
 from moeless.core.errors import HandshakeError, TransportError
-from moeless.dispatch.channel import Channel, LineConfig, WorkerEndpoint, host_id
+from moeless.dispatch.channel import Channel, ChannelConfig, WorkerEndpoint, host_id
 from moeless.dispatch.collective import CollectiveChannel
 from moeless.dispatch.cuda_ipc import CudaIpcChannel
 from moeless.dispatch.cuda_memory import CudaMemory
@@ -38,7 +38,7 @@ def connect(
         device: where the engine's hidden states lie.
     Raises: HandshakeError if the worker refuses or has another run secret; TransportError if it is unreachable.
     """
-    config = LineConfig(
+    config = ChannelConfig(
         run_secret=run_secret, engine=engine, hidden_size=hidden_size, top_k=top_k, dtype=dtype, max_rows=max_rows
     )
     here = endpoint.host_id == host_id()

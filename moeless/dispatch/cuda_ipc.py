@@ -5,7 +5,7 @@ and pairs travel in shared memory and eventfds ring, as in shared_memory.py. A b
 an interprocess event tells when it is done, and is looked at, not waited for on the stream: a stream that waits for
 an event of a process that died would wait for ever.
 
-Engine and worker each use one stream for the calls of a line: an area is written again only after the answer, whose
+Engine and worker each use one stream for the calls of a channel: an area is written again only after the answer, whose
 computation came after every read of it.
 """
 
@@ -19,18 +19,17 @@ from typing import Protocol
 import torch
 
 from moeless.core.errors import HandshakeError, TransportError, WorkerTimeoutError
-from moeless.dispatch.channel import LineConfig, PeerConfig, WorkerEndpoint, has_hung_up
+from moeless.dispatch.channel import ChannelConfig, ServerConfig, WorkerEndpoint, has_hung_up
 from moeless.dispatch.handshake import Ask, TransportKind, rows_bytes_of
-from moeless.dispatch.shared_memory import SharedMemoryChannel, SharedMemoryPeer
+from moeless.dispatch.shared_memory import SharedMemoryChannel, SharedMemoryServerChannel
+from moeless.dispatch.socket_channel import frame_bytes_without_rows
 from moeless.dispatch.wire import (
     LayerCall,
     ReceivedCall,
     gather_rows,
-    max_answer_bytes,
     read_answer_head,
     read_call_head,
     receive_call,
-    routing_bytes,
     write_answer_head,
     write_routing,
 )
@@ -104,20 +103,20 @@ class _SharedRows:
 
 
 class CudaIpcChannel(SharedMemoryChannel):
-    """An engine's line to a worker on the same machine, both with their rows on GPUs."""
+    """An engine's channel to a worker on the same machine, both with their rows on GPUs."""
 
     kind: TransportKind = "cuda-ipc"
 
-    def __init__(self, endpoint: WorkerEndpoint, config: LineConfig, memory: DeviceMemory) -> None:
+    def __init__(self, endpoint: WorkerEndpoint, config: ChannelConfig, memory: DeviceMemory) -> None:
         """Connect and map. Raises HandshakeError, or TransportError where the GPUs cannot reach each other."""
         self._memory = memory
         self._rows: list[_SharedRows] = []
         super().__init__(endpoint, config)
 
-    def _frame_bytes(self, config: LineConfig) -> tuple[int, int]:
-        return routing_bytes(config.max_pairs), max_answer_bytes(0, config.hidden_size, config.dtype)
+    def _frame_bytes(self, config: ChannelConfig) -> tuple[int, int]:
+        return frame_bytes_without_rows(config)
 
-    def _offer(self, config: LineConfig) -> dict[str, str]:
+    def _offer(self, config: ChannelConfig) -> dict[str, str]:
         self._rows_bytes = config.rows_bytes
         self._call_written = self._memory.make_event()
         return {"call_written": self._call_written.handle, "rows_bytes": str(self._rows_bytes)}
@@ -153,17 +152,17 @@ class CudaIpcChannel(SharedMemoryChannel):
             self._rows.pop().close()
 
 
-class CudaIpcPeer(SharedMemoryPeer):
-    """A worker's end of one engine's line.
+class CudaIpcServerChannel(SharedMemoryServerChannel):
+    """A worker's end of one engine's channel.
 
     Args:
         memory: of the worker's device.
-        Others as for SharedMemoryPeer.
+        Others as for SharedMemoryServerChannel.
     """
 
     kind: TransportKind = "cuda-ipc"
 
-    def __init__(self, sock: socket.socket, ask: Ask, config: PeerConfig, memory: DeviceMemory) -> None:
+    def __init__(self, sock: socket.socket, ask: Ask, config: ServerConfig, memory: DeviceMemory) -> None:
         """Allocate and export. Raises HandshakeError for a bad size, TransportError if the device refuses."""
         self._memory = memory
         self._rows: list[_SharedRows] = []

@@ -22,13 +22,13 @@ from typing import Protocol
 import torch
 
 from moeless.core.errors import FunctionUnavailableError, HandshakeError, TransportError
-from moeless.dispatch.channel import PeerConfig, WorkerEndpoint, host_id
-from moeless.dispatch.collective import CollectivePeer
-from moeless.dispatch.cuda_ipc import CudaIpcPeer, DeviceMemory
+from moeless.dispatch.channel import ServerConfig, WorkerEndpoint, host_id
+from moeless.dispatch.collective import CollectiveServerChannel
+from moeless.dispatch.cuda_ipc import CudaIpcServerChannel, DeviceMemory
 from moeless.dispatch.cuda_memory import CudaMemory
 from moeless.dispatch.handshake import Accept, Ask, TransportKind, greet, send_message
-from moeless.dispatch.shared_memory import SharedMemoryPeer
-from moeless.dispatch.tcp import TcpPeer
+from moeless.dispatch.shared_memory import SharedMemoryServerChannel
+from moeless.dispatch.tcp import TcpServerChannel
 from moeless.dispatch.wire import STATUS_FUNCTION_UNAVAILABLE, STATUS_INTERNAL_ERROR, ReceivedCall
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class DataPlaneServer:
         memory: DeviceMemory | None = None,
     ) -> None:
         self._compute = compute
-        self._config = PeerConfig(run_secret=run_secret, max_rows=max_rows, num_experts=tuple(num_experts))
+        self._config = ServerConfig(run_secret=run_secret, max_rows=max_rows, num_experts=tuple(num_experts))
         self._device = torch.device(device)
         self._memory = memory or _memory_of(self._device)
         self._epoll = select.epoll()
@@ -195,14 +195,14 @@ class DataPlaneServer:
     def _make_peer(self, connection: socket.socket, ask: Ask) -> Peer:
         if connection.family == socket.AF_UNIX:
             if ask.kind == "shm":
-                return SharedMemoryPeer(connection, ask, self._config)
+                return SharedMemoryServerChannel(connection, ask, self._config)
             if ask.kind == "cuda-ipc" and self._memory is not None:
-                return CudaIpcPeer(connection, ask, self._config, self._memory)
+                return CudaIpcServerChannel(connection, ask, self._config, self._memory)
         else:
             if ask.kind == "tcp":
-                return TcpPeer(connection, ask, self._config)
+                return TcpServerChannel(connection, ask, self._config)
             if ask.kind == "nccl":
-                return CollectivePeer(connection, ask, self._config, self._device)
+                return CollectiveServerChannel(connection, ask, self._config, self._device)
         send_message(connection, Accept(error=f"transport {ask.kind} is not served on this socket"))
         raise HandshakeError(f"engine {ask.engine!r} asked for transport {ask.kind}, not served on this socket")
 

@@ -12,21 +12,19 @@ import mmap
 import os
 import select
 import socket
-import threading
 import time
 
 import torch
 
-from moeless.core.errors import HandshakeError, TransportError, WorkerTimeoutError
-from moeless.dispatch.channel import LineConfig, PeerConfig, WorkerEndpoint, has_hung_up
-from moeless.dispatch.handshake import Accept, Ask, TransportKind, ask_for, check_sizes, close_all, prove, send_message
+from moeless.core.errors import TransportError, WorkerTimeoutError
+from moeless.dispatch.channel import WorkerEndpoint
+from moeless.dispatch.handshake import Ask, TransportKind, close_all
+from moeless.dispatch.socket_channel import SocketChannel, SocketServerChannel
 from moeless.dispatch.wire import (
     FailedCallError,
     Frame,
     LayerCall,
     ReceivedCall,
-    call_bytes,
-    max_answer_bytes,
     read_answer,
     read_call,
     write_answer,
@@ -34,66 +32,32 @@ from moeless.dispatch.wire import (
     write_error,
 )
 
-_NUM_FDS = 4
-
 _WATCH_S = 0.0003
+"""How long a collect looks for the answer before it sleeps."""
 
 
-class SharedMemoryChannel:
-    """An engine's line to a worker on the same machine."""
+class SharedMemoryChannel(SocketChannel):
+    """An engine's channel to a worker on the same machine."""
 
     kind: TransportKind = "shm"
+    _num_fds = 4
 
-    def __init__(self, endpoint: WorkerEndpoint, config: LineConfig) -> None:
-        """Connect and map. Raises HandshakeError or TransportError."""
-        self._worker = endpoint.worker
-        self._sequence = 0
-        self._shape = (0, 0)
-        self._broken = False
-        self._closed = False
-        self._lock = threading.Lock()
-        num_call_bytes, num_answer_bytes = self._frame_bytes(config)
-        detail = self._offer(config)
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    def _connect(self, endpoint: WorkerEndpoint) -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self._socket.connect("\0" + endpoint.unix_address)
-            accept, fds = ask_for(
-                self._socket,
-                config.run_secret,
-                kind=self.kind,
-                engine=config.engine,
-                call_bytes=num_call_bytes,
-                answer_bytes=num_answer_bytes,
-                detail=detail,
-                max_fds=_NUM_FDS,
-            )
-        except OSError as error:
-            self._socket.close()
-            raise TransportError(f"worker {endpoint.worker} cannot be reached: {error}") from error
-        except HandshakeError:
-            self._socket.close()
+            sock.connect("\0" + endpoint.unix_address)
+        except OSError:
+            sock.close()
             raise
-        self.max_rows = min(config.max_rows, accept.max_rows)
+        return sock
+
+    def _open(self, fds: list[int], num_call_bytes: int, num_answer_bytes: int) -> None:  # noqa: ARG002
         self._call_bell, self._answer_bell, call_fd, answer_fd = fds
         self._call = _map(call_fd)
         self._answer = _map(answer_fd)
         self._poll = select.poll()
         self._poll.register(self._answer_bell, select.POLLIN)
         self._poll.register(self._socket, select.POLLIN)
-        try:
-            self._take_offer(accept.detail)
-        except TransportError:
-            self.close()
-            raise
-
-    @property
-    def is_broken(self) -> bool:
-        if not self._broken and self._lock.acquire(blocking=False):  # a call under way notices by itself
-            try:
-                self._broken = has_hung_up(self._socket)
-            finally:
-                self._lock.release()
-        return self._broken
 
     def submit(self, call: LayerCall) -> None:
         with self._lock:
@@ -136,32 +100,13 @@ class SharedMemoryChannel:
             os.sched_yield()
         return []
 
-    # What a transport overrides whose rows lie elsewhere than in the frames.
-
-    def _frame_bytes(self, config: LineConfig) -> tuple[int, int]:
-        """Sizes of the areas for calls and answers."""
-        calls = call_bytes(config.max_rows, config.max_pairs, config.hidden_size, config.dtype)
-        return calls, max_answer_bytes(config.max_rows, config.hidden_size, config.dtype)
-
-    def _offer(self, config: LineConfig) -> dict[str, str]:  # noqa: ARG002
-        """What the worker must know beyond the sizes."""
-        return {}
-
-    def _take_offer(self, detail: dict[str, str]) -> None:
-        """Use what the worker told. Raises TransportError if that is impossible."""
+    # Overridden by a transport whose rows travel apart from the frames.
 
     def _put(self, call: LayerCall) -> None:
         write_call(self._call, call, self._sequence)
 
     def _take(self, deadline_s: float) -> torch.Tensor:  # noqa: ARG002
         return read_answer(self._answer, self._sequence, self._shape)
-
-    def _release(self) -> None:
-        """Give back what `_offer` and `_take_offer` took."""
-
-    def _check_usable(self) -> None:
-        if self._broken:
-            raise TransportError(f"the line to worker {self._worker} is broken")
 
     def close(self) -> None:
         self._broken = True
@@ -181,33 +126,23 @@ class SharedMemoryChannel:
             self._lock.release()
 
 
-class SharedMemoryPeer:
-    """A worker's end of one engine's line."""
+class SharedMemoryServerChannel(SocketServerChannel):
+    """A worker's end of one engine's channel: makes the areas and the bells and passes them over."""
 
     kind: TransportKind = "shm"
 
-    def __init__(self, sock: socket.socket, ask: Ask, config: PeerConfig) -> None:
-        """Make the areas and the bells and pass them over. Raises HandshakeError for a bad size, or OSError."""
-        self.engine = ask.engine
-        self.socket = sock
-        self._config = config
-        check_sizes(sock, ask)
+    def _make_frames(self, ask: Ask) -> list[int]:
         fds: list[int] = []
         try:
             fds += [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(2)]
             for name, size in (("moeless-call", ask.call_bytes), ("moeless-answer", ask.answer_bytes)):
                 fds.append(_memfd(name, size))
-            detail = self._offer(ask)
-            accept = Accept(
-                proof=prove(config.run_secret, "server", ask.nonce), max_rows=config.max_rows, detail=detail
-            )
-            send_message(sock, accept, fds)
-        except (OSError, TransportError) as error:
+        except OSError:
             close_all(fds)
-            self._release()
-            if isinstance(error, TransportError):
-                send_message(sock, Accept(error=str(error)))
             raise
+        return fds
+
+    def _open(self, fds: list[int]) -> None:
         self.bell, self._answer_bell, call_fd, answer_fd = fds
         self._call = _map(call_fd)
         self._answer = _map(answer_fd)
@@ -220,7 +155,7 @@ class SharedMemoryPeer:
         """Nothing is ever left to send."""
 
     def receive(self) -> ReceivedCall | None:
-        """The call that was rung for. Raises TransportError if it makes no sense."""
+        """The call that the bell announced. Raises TransportError if it makes no sense."""
         try:
             os.eventfd_read(self.bell)
         except BlockingIOError:
@@ -235,18 +170,11 @@ class SharedMemoryPeer:
         write_error(self._answer, sequence, status, message)
         os.eventfd_write(self._answer_bell, 1)
 
-    def _offer(self, ask: Ask) -> dict[str, str]:  # noqa: ARG002
-        """What the engine must know beyond the descriptors. Raises TransportError if its wish cannot be granted."""
-        return {}
-
     def _take(self) -> ReceivedCall | None:
         return read_call(self._call, max_rows=self._config.max_rows, num_experts=self._config.num_experts)
 
     def _put(self, sequence: int, partial_RH: torch.Tensor) -> None:
         write_answer(self._answer, sequence, partial_RH)
-
-    def _release(self) -> None:
-        """Give back what `_offer` took."""
 
     def close(self) -> None:
         self.socket.close()

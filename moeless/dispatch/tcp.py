@@ -6,23 +6,14 @@ import contextlib
 import mmap
 import select
 import socket
-import threading
 import time
 
 import torch
 
-from moeless.core.errors import HandshakeError, TransportError, WorkerTimeoutError
-from moeless.dispatch.channel import LineConfig, PeerConfig, WorkerEndpoint, has_hung_up
-from moeless.dispatch.handshake import (
-    HANDSHAKE_TIMEOUT_S,
-    Accept,
-    Ask,
-    TransportKind,
-    ask_for,
-    check_sizes,
-    prove,
-    send_message,
-)
+from moeless.core.errors import TransportError, WorkerTimeoutError
+from moeless.dispatch.channel import WorkerEndpoint
+from moeless.dispatch.handshake import HANDSHAKE_TIMEOUT_S, Ask, TransportKind
+from moeless.dispatch.socket_channel import SocketChannel, SocketServerChannel
 from moeless.dispatch.wire import (
     ANSWER_HEADER,
     CALL_HEADER,
@@ -31,8 +22,6 @@ from moeless.dispatch.wire import (
     LayerCall,
     ReceivedCall,
     answer_length,
-    call_bytes,
-    max_answer_bytes,
     read_answer,
     read_call,
     read_call_head,
@@ -42,68 +31,28 @@ from moeless.dispatch.wire import (
 )
 
 _SUBMIT_PATIENCE_MS = 10
-"""How long a submit waits for room in the line before it leaves the rest of a long call to collect."""
+"""How long a submit waits for room in the socket before it leaves the rest of a long call to collect."""
 
 
-class TcpChannel:
-    """An engine's line to a worker on another machine."""
+class TcpChannel(SocketChannel):
+    """An engine's channel to a worker on another machine."""
 
     kind: TransportKind = "tcp"
 
-    def __init__(self, endpoint: WorkerEndpoint, config: LineConfig) -> None:
-        """Connect. Raises HandshakeError or TransportError."""
-        self._worker = endpoint.worker
-        self._sequence = 0
-        self._shape = (0, 0)
-        self._broken = False
-        self._closed = False
-        self._lock = threading.Lock()
+    def _connect(self, endpoint: WorkerEndpoint) -> socket.socket:
+        sock = socket.create_connection((endpoint.tcp_host, endpoint.tcp_port), timeout=HANDSHAKE_TIMEOUT_S)
+        _tune(sock)
+        return sock
+
+    def _open(self, fds: list[int], num_call_bytes: int, num_answer_bytes: int) -> None:  # noqa: ARG002
         self._unsent = memoryview(b"")
-        num_call_bytes, num_answer_bytes = self._frame_bytes(config)
-        detail = self._offer(config)
-        try:
-            self._socket = socket.create_connection((endpoint.tcp_host, endpoint.tcp_port), timeout=HANDSHAKE_TIMEOUT_S)
-        except OSError as error:
-            raise TransportError(f"worker {endpoint.worker} cannot be reached: {error}") from error
-        try:
-            _tune(self._socket)
-            accept, _ = ask_for(
-                self._socket,
-                config.run_secret,
-                kind=self.kind,
-                engine=config.engine,
-                call_bytes=num_call_bytes,
-                answer_bytes=num_answer_bytes,
-                detail=detail,
-            )
-        except OSError as error:
-            self._socket.close()
-            raise TransportError(f"worker {endpoint.worker} cannot be reached: {error}") from error
-        except HandshakeError:
-            self._socket.close()
-            raise
         self._socket.setblocking(False)
-        self.max_rows = min(config.max_rows, accept.max_rows)
         self._call = _lazy_frame(num_call_bytes)
         self._answer = _lazy_frame(num_answer_bytes)
         self._readable = select.poll()
         self._readable.register(self._socket, select.POLLIN)
         self._writable = select.poll()
         self._writable.register(self._socket, select.POLLOUT)
-        try:
-            self._take_offer(accept.detail)
-        except TransportError:
-            self.close()
-            raise
-
-    @property
-    def is_broken(self) -> bool:
-        if not self._broken and self._lock.acquire(blocking=False):  # a call under way notices by itself
-            try:
-                self._broken = has_hung_up(self._socket)
-            finally:
-                self._lock.release()
-        return self._broken
 
     def submit(self, call: LayerCall) -> None:
         with self._lock:
@@ -137,19 +86,7 @@ class TcpChannel:
                 self._broken = True
                 raise TransportError(f"worker {self._worker} hung up: {error}") from error
 
-    # What a transport overrides whose rows do not travel in the frames.
-
-    def _frame_bytes(self, config: LineConfig) -> tuple[int, int]:
-        """Sizes of the largest call and answer."""
-        calls = call_bytes(config.max_rows, config.max_pairs, config.hidden_size, config.dtype)
-        return calls, max_answer_bytes(config.max_rows, config.hidden_size, config.dtype)
-
-    def _offer(self, config: LineConfig) -> dict[str, str]:  # noqa: ARG002
-        """What the worker must know beyond the sizes."""
-        return {}
-
-    def _take_offer(self, detail: dict[str, str]) -> None:
-        """Use what the worker told. Raises TransportError if that is impossible."""
+    # Overridden by a transport whose rows travel apart from the frames.
 
     def _put(self, call: LayerCall) -> int:
         return write_call(self._call, call, self._sequence)
@@ -163,11 +100,8 @@ class TcpChannel:
     def _take(self, deadline_s: float) -> torch.Tensor:  # noqa: ARG002
         return read_answer(self._answer, self._sequence, self._shape)
 
-    def _release(self) -> None:
-        """Give back what the transport holds beyond the socket and the frames."""
-
     def _push(self, patience_ms: int) -> None:
-        """Send what is unsent, until the line takes nothing for `patience_ms`."""
+        """Send what is unsent, until it takes nothing for `patience_ms`."""
         while self._unsent:
             try:
                 self._unsent = self._unsent[self._socket.send(self._unsent) :]
@@ -176,7 +110,7 @@ class TcpChannel:
                     return
 
     def _receive(self, deadline_s: float, timeout_s: float) -> None:
-        """One answer's frame. Nothing else can come: a line carries one call at a time."""
+        """One answer's frame. Nothing else can come: a channel carries one call at a time."""
         frame = self._answer.buffer
         received, wanted = 0, ANSWER_HEADER.size
         while received < wanted:
@@ -202,10 +136,6 @@ class TcpChannel:
         if received > wanted:
             raise TransportError(f"worker {self._worker} sent {received - wanted} bytes more than its answer")
 
-    def _check_usable(self) -> None:
-        if self._broken:
-            raise TransportError(f"the line to worker {self._worker} is broken")
-
     def close(self) -> None:
         self._broken = True
         if self._closed:
@@ -219,48 +149,36 @@ class TcpChannel:
             del self._call, self._answer, self._unsent
 
 
-class TcpPeer:
-    """A worker's end of one engine's line. Takes and sends what the line has room for, so that a slow one delays
-    nobody else.
+class TcpServerChannel(SocketServerChannel):
+    """A worker's end of one engine's channel.
+
+    Takes and sends only what there is room for, so that a slow engine delays no other.
     """
 
     kind: TransportKind = "tcp"
 
-    def __init__(self, sock: socket.socket, ask: Ask, config: PeerConfig) -> None:
-        """Accept. Raises HandshakeError for a bad size, or OSError."""
-        check_sizes(sock, ask)
-        self.engine = ask.engine
-        self.socket = sock
-        self.bell = sock.fileno()
-        self._config = config
+    def _make_frames(self, ask: Ask) -> list[int]:
+        self.bell = self.socket.fileno()
         self._call = _lazy_frame(ask.call_bytes)
         self._received = 0
         self._answer = _lazy_frame(ask.answer_bytes)
         self._unsent = memoryview(b"")
-        _tune(sock)
-        try:
-            detail = self._offer(ask)
-        except TransportError as error:
-            send_message(sock, Accept(error=str(error)))
-            raise
-        try:
-            send_message(
-                sock,
-                Accept(proof=prove(config.run_secret, "server", ask.nonce), max_rows=config.max_rows, detail=detail),
-            )
-            self._meet()
-        except (OSError, TransportError):
-            self._release()
-            raise
-        sock.setblocking(False)
+        _tune(self.socket)
+        return []
+
+    def _open(self, fds: list[int]) -> None:  # noqa: ARG002
+        self.socket.setblocking(False)
 
     @property
     def has_unsent(self) -> bool:
-        """Whether a part of an answer waits for room in the line."""
+        """Whether a part of an answer waits for room in the socket."""
         return bool(self._unsent)
 
     def receive(self) -> ReceivedCall | None:
-        """The next call, or None until all of it has come. Raises TransportError at the line's end or for nonsense."""
+        """The next call, or None until all of it has come.
+
+        Raises: TransportError when the engine hung up, or for nonsense.
+        """
         frame = self._call.buffer
         try:
             count = self.socket.recv_into(frame[self._received :])
@@ -290,14 +208,7 @@ class TcpPeer:
     def fail(self, sequence: int, status: int, message: str) -> None:
         self._send(write_error(self._answer, sequence, status, message))
 
-    # What a transport overrides whose rows do not travel in the frames.
-
-    def _offer(self, ask: Ask) -> dict[str, str]:  # noqa: ARG002
-        """What the engine must know. Raises TransportError if its wish cannot be granted."""
-        return {}
-
-    def _meet(self) -> None:
-        """What is left to do once the engine knows. Raises TransportError."""
+    # Overridden by a transport whose rows travel apart from the frames.
 
     def _wanted_bytes(self) -> int:
         return read_call_head(self._call.buffer).num_bytes
@@ -311,9 +222,6 @@ class TcpPeer:
     def _send_rows(self, partial_RH: torch.Tensor) -> None:
         """Send what `_put` left out."""
 
-    def _release(self) -> None:
-        """Give back what the transport holds beyond the socket and the frames."""
-
     def _send(self, length: int) -> None:
         if self._unsent:
             raise TransportError(f"engine {self.engine} called again before it took its answer")
@@ -321,7 +229,7 @@ class TcpPeer:
         self.flush()
 
     def flush(self) -> None:
-        """Send what the line takes. Raises TransportError at its end."""
+        """Send as much as there is room for. Raises TransportError when the engine hung up."""
         try:
             while self._unsent:
                 self._unsent = self._unsent[self.socket.send(self._unsent) :]

@@ -19,7 +19,7 @@ import torch
 
 from moeless.core.errors import FunctionUnavailableError
 from moeless.core.expert import FunctionId
-from moeless.dispatch.channel import LineConfig, WorkerEndpoint
+from moeless.dispatch.channel import ChannelConfig, WorkerEndpoint
 from moeless.dispatch.cuda_ipc import DeviceMemory
 from moeless.dispatch.server import DataPlaneServer
 from moeless.dispatch.wire import LayerCall, ReceivedCall
@@ -83,7 +83,7 @@ def random_call(
     )
 
 
-def line_config(**changes: Any) -> LineConfig:
+def channel_config(**changes: Any) -> ChannelConfig:
     """What an engine opens a line to a plain worker with."""
     settings = {
         "run_secret": RUN_SECRET,
@@ -93,7 +93,7 @@ def line_config(**changes: Any) -> LineConfig:
         "dtype": torch.float32,
         "max_rows": MAX_ROWS,
     }
-    return LineConfig(**settings | changes)
+    return ChannelConfig(**settings | changes)
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from tests.support.plain_workers import (
     MAX_ROWS,
     UNAVAILABLE_LAYER,
     PlainWorker,
+    channel_config,
     expected,
-    line_config,
     random_call,
     running_worker,
 )
@@ -39,11 +39,11 @@ def worker() -> Iterator[PlainWorker]:
 
 
 @pytest.fixture(params=[SharedMemoryChannel, TcpChannel], ids=["shm", "tcp"])
-def open_line(request: pytest.FixtureRequest) -> Iterator[Opener]:
+def open_channel(request: pytest.FixtureRequest) -> Iterator[Opener]:
     opened: list[Channel] = []
 
     def open_one(endpoint: WorkerEndpoint, **changes: Any) -> Channel:
-        opened.append(request.param(endpoint, line_config(**changes)))
+        opened.append(request.param(endpoint, channel_config(**changes)))
         return opened[-1]
 
     yield open_one
@@ -54,9 +54,9 @@ def open_line(request: pytest.FixtureRequest) -> Iterator[Opener]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("num_tokens", "num_rows"), [(1, 1), (9, 4), (MAX_ROWS, MAX_ROWS)])
 def test_an_answer_is_the_reference_computation(
-    worker: PlainWorker, open_line: Opener, dtype: torch.dtype, num_tokens: int, num_rows: int
+    worker: PlainWorker, open_channel: Opener, dtype: torch.dtype, num_tokens: int, num_rows: int
 ) -> None:
-    channel = open_line(worker.endpoint, dtype=dtype)
+    channel = open_channel(worker.endpoint, dtype=dtype)
     for seed in range(3):
         call = random_call(seed, num_tokens=num_tokens, num_rows=num_rows, dtype=dtype)
         channel.submit(call)
@@ -65,9 +65,9 @@ def test_an_answer_is_the_reference_computation(
         torch.testing.assert_close(answer, expected(call))
 
 
-def test_engines_that_share_a_worker_get_their_own_answers(worker: PlainWorker, open_line: Opener) -> None:
+def test_engines_that_share_a_worker_get_their_own_answers(worker: PlainWorker, open_channel: Opener) -> None:
     def converse(engine: int) -> None:
-        channel = open_line(worker.endpoint, engine=f"engine-{engine}")
+        channel = open_channel(worker.endpoint, engine=f"engine-{engine}")
         for turn in range(50):
             call = random_call(1000 * engine + turn, num_tokens=engine + 2, num_rows=engine + 1)
             channel.submit(call)
@@ -78,27 +78,27 @@ def test_engines_that_share_a_worker_get_their_own_answers(worker: PlainWorker, 
             conversation.result()
 
 
-def test_an_engine_without_the_token_is_refused(worker: PlainWorker, open_line: Opener) -> None:
+def test_an_engine_without_the_token_is_refused(worker: PlainWorker, open_channel: Opener) -> None:
     with pytest.raises(HandshakeError, match="the run secret is not this run's"):
-        open_line(worker.endpoint, run_secret="another run's secret")
+        open_channel(worker.endpoint, run_secret="another run's secret")
 
 
-def test_a_worker_without_the_token_is_refused(open_line: Opener) -> None:
+def test_a_worker_without_the_token_is_refused(open_channel: Opener) -> None:
     with running_worker(run_secret="another run's secret") as stranger, pytest.raises(HandshakeError):
-        open_line(stranger.endpoint)
+        open_channel(stranger.endpoint)
 
 
-def test_a_worker_that_is_not_there_is_a_transport_error(worker: PlainWorker, open_line: Opener) -> None:
+def test_a_worker_that_is_not_there_is_a_transport_error(worker: PlainWorker, open_channel: Opener) -> None:
     nobody = WorkerEndpoint(
         worker="worker-9", host_id="", unix_address="moeless-nobody", tcp_host="127.0.0.1", tcp_port=1, pid=0
     )
     with pytest.raises(TransportError, match="worker worker-9 cannot be reached"):
-        open_line(nobody)
+        open_channel(nobody)
 
 
-def test_a_worker_killed_while_it_computes_is_noticed_at_once(open_line: Opener) -> None:
+def test_a_worker_killed_while_it_computes_is_noticed_at_once(open_channel: Opener) -> None:
     with running_worker() as doomed, ThreadPoolExecutor(1) as engine:
-        channel = open_line(doomed.endpoint)
+        channel = open_channel(doomed.endpoint)
         channel.submit(random_call(0, layer=HANGING_LAYER))
         answer = engine.submit(channel.collect, 10 * LONG_S)
         doomed.kill()
@@ -108,9 +108,9 @@ def test_a_worker_killed_while_it_computes_is_noticed_at_once(open_line: Opener)
         assert channel.is_broken
 
 
-def test_a_worker_killed_between_calls_is_noticed_without_one(open_line: Opener) -> None:
+def test_a_worker_killed_between_calls_is_noticed_without_one(open_channel: Opener) -> None:
     with running_worker() as doomed:
-        channel = open_line(doomed.endpoint)
+        channel = open_channel(doomed.endpoint)
         assert not channel.is_broken
         doomed.kill()
         wait_until(lambda: channel.is_broken)
@@ -118,9 +118,9 @@ def test_a_worker_killed_between_calls_is_noticed_without_one(open_line: Opener)
             channel.submit(random_call(0))
 
 
-def test_a_late_worker_is_a_timeout_and_breaks_the_line(open_line: Opener) -> None:
+def test_a_late_worker_is_a_timeout_and_breaks_the_line(open_channel: Opener) -> None:
     with running_worker() as stuck:
-        channel = open_line(stuck.endpoint)
+        channel = open_channel(stuck.endpoint)
         channel.submit(random_call(0, layer=HANGING_LAYER))
         with pytest.raises(WorkerTimeoutError, match=r"worker worker-0 did not answer within 0\.05 s"):
             channel.collect(0.05)
@@ -136,9 +136,9 @@ def test_a_late_worker_is_a_timeout_and_breaks_the_line(open_line: Opener) -> No
     [(UNAVAILABLE_LAYER, r"function L02\.E\d{3} does not fit"), (FAILING_LAYER, "ZeroDivisionError: a bug")],
 )
 def test_a_worker_says_why_it_failed_and_goes_on(
-    worker: PlainWorker, open_line: Opener, layer: int, message: str
+    worker: PlainWorker, open_channel: Opener, layer: int, message: str
 ) -> None:
-    channel = open_line(worker.endpoint)
+    channel = open_channel(worker.endpoint)
     channel.submit(random_call(0, layer=layer))
     with pytest.raises(TransportError, match=message):
         channel.collect(LONG_S)
@@ -148,16 +148,16 @@ def test_a_worker_says_why_it_failed_and_goes_on(
     torch.testing.assert_close(channel.collect(LONG_S), expected(call))
 
 
-def test_the_worker_limits_the_rows_of_a_call(open_line: Opener) -> None:
+def test_the_worker_limits_the_rows_of_a_call(open_channel: Opener) -> None:
     with running_worker(max_rows=3) as small:
-        channel = open_line(small.endpoint)
+        channel = open_channel(small.endpoint)
         assert channel.max_rows == 3
 
 
 def test_a_call_beyond_the_workers_limits_is_dropped_and_others_are_served(
-    worker: PlainWorker, open_line: Opener
+    worker: PlainWorker, open_channel: Opener
 ) -> None:
-    honest, wrong = open_line(worker.endpoint), open_line(worker.endpoint, engine="wrong")
+    honest, wrong = open_channel(worker.endpoint), open_channel(worker.endpoint, engine="wrong")
     wrong.submit(random_call(0)._replace(layer=77))
     with pytest.raises(TransportError, match="hung up"):
         wrong.collect(LONG_S)
@@ -167,9 +167,9 @@ def test_a_call_beyond_the_workers_limits_is_dropped_and_others_are_served(
     torch.testing.assert_close(honest.collect(LONG_S), expected(call))
 
 
-def test_closing_ends_a_collect_of_another_thread(open_line: Opener) -> None:
+def test_closing_ends_a_collect_of_another_thread(open_channel: Opener) -> None:
     with running_worker() as stuck, ThreadPoolExecutor(1) as engine:
-        channel = open_line(stuck.endpoint)
+        channel = open_channel(stuck.endpoint)
         channel.submit(random_call(0, layer=HANGING_LAYER))
         answer = engine.submit(channel.collect, 10 * LONG_S)
         channel.close()
@@ -177,8 +177,8 @@ def test_closing_ends_a_collect_of_another_thread(open_line: Opener) -> None:
             answer.result(timeout=LONG_S)
 
 
-def test_closing_twice_is_closing_once(worker: PlainWorker, open_line: Opener) -> None:
-    channel = open_line(worker.endpoint)
+def test_closing_twice_is_closing_once(worker: PlainWorker, open_channel: Opener) -> None:
+    channel = open_channel(worker.endpoint)
     channel.close()
     channel.close()
     assert channel.is_broken
@@ -186,8 +186,8 @@ def test_closing_twice_is_closing_once(worker: PlainWorker, open_line: Opener) -
         channel.submit(random_call(0))
 
 
-def test_an_answer_outlives_its_line(worker: PlainWorker, open_line: Opener) -> None:
-    channel = open_line(worker.endpoint)
+def test_an_answer_outlives_its_line(worker: PlainWorker, open_channel: Opener) -> None:
+    channel = open_channel(worker.endpoint)
     call = random_call(0)
     channel.submit(call)
     answer = channel.collect(LONG_S)
@@ -196,12 +196,12 @@ def test_an_answer_outlives_its_line(worker: PlainWorker, open_line: Opener) -> 
     torch.testing.assert_close(answer, expected(call))
 
 
-def test_a_hundred_connections_leave_no_descriptor_behind(open_line: Opener) -> None:
+def test_a_hundred_connections_leave_no_descriptor_behind(open_channel: Opener) -> None:
     with running_worker() as busy:
         call = random_call(0)
 
         def connect_once() -> None:
-            channel = open_line(busy.endpoint)
+            channel = open_channel(busy.endpoint)
             channel.submit(call)
             torch.testing.assert_close(channel.collect(LONG_S), expected(call))
             channel.close()
@@ -212,11 +212,11 @@ def test_a_hundred_connections_leave_no_descriptor_behind(open_line: Opener) -> 
         connect_once()
         ours = num_own_fds()
         with pytest.raises(HandshakeError):
-            open_line(busy.endpoint, run_secret="wrong")
+            open_channel(busy.endpoint, run_secret="wrong")
         theirs = busy.num_fds()
         for _ in range(100):
             connect_once()
         with pytest.raises(HandshakeError):
-            open_line(busy.endpoint, run_secret="wrong")
+            open_channel(busy.endpoint, run_secret="wrong")
         assert num_own_fds() <= ours
         wait_until(lambda: busy.num_fds() <= theirs)

@@ -22,8 +22,8 @@ from tests.support.plain_workers import (
     MAX_ROWS,
     UNAVAILABLE_LAYER,
     PlainWorker,
+    channel_config,
     expected,
-    line_config,
     random_call,
     running_worker,
 )
@@ -39,13 +39,13 @@ def worker() -> Iterator[PlainWorker]:
         yield running
 
 
-def open_line(endpoint: WorkerEndpoint, **changes: object) -> CollectiveChannel:
-    return CollectiveChannel(endpoint, line_config(**changes), CPU)
+def open_channel(endpoint: WorkerEndpoint, **changes: object) -> CollectiveChannel:
+    return CollectiveChannel(endpoint, channel_config(**changes), CPU)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_answer_is_the_reference_computation(worker: PlainWorker, dtype: torch.dtype) -> None:
-    with closing(open_line(worker.endpoint, dtype=dtype)) as channel:
+    with closing(open_channel(worker.endpoint, dtype=dtype)) as channel:
         for seed, (num_tokens, num_rows) in enumerate([(1, 1), (9, 4), (MAX_ROWS, MAX_ROWS)]):
             call = random_call(seed, num_tokens=num_tokens, num_rows=num_rows, dtype=dtype)
             channel.submit(call)
@@ -56,7 +56,7 @@ def test_an_answer_is_the_reference_computation(worker: PlainWorker, dtype: torc
 
 def test_engines_that_share_a_worker_get_their_own_answers(worker: PlainWorker) -> None:
     def converse(engine: int) -> None:
-        with closing(open_line(worker.endpoint, engine=f"engine-{engine}")) as channel:
+        with closing(open_channel(worker.endpoint, engine=f"engine-{engine}")) as channel:
             for turn in range(5):
                 call = random_call(100 * engine + turn)
                 channel.submit(call)
@@ -69,11 +69,11 @@ def test_engines_that_share_a_worker_get_their_own_answers(worker: PlainWorker) 
 
 def test_an_engine_without_the_token_is_refused(worker: PlainWorker) -> None:
     with pytest.raises(HandshakeError, match="the run secret is not this run's"):
-        open_line(worker.endpoint, run_secret="another run's secret")
+        open_channel(worker.endpoint, run_secret="another run's secret")
 
 
 def test_an_error_answer_brings_no_rows_and_the_line_goes_on(worker: PlainWorker) -> None:
-    with closing(open_line(worker.endpoint)) as channel:
+    with closing(open_channel(worker.endpoint)) as channel:
         channel.submit(random_call(0, layer=UNAVAILABLE_LAYER))
         with pytest.raises(TransportError, match=r"function L02\.E\d{3} does not fit"):
             channel.collect(LONG_S)
@@ -83,7 +83,7 @@ def test_an_error_answer_brings_no_rows_and_the_line_goes_on(worker: PlainWorker
 
 
 def test_a_worker_killed_while_it_computes_is_noticed_at_once() -> None:
-    with running_worker() as doomed, closing(open_line(doomed.endpoint)) as channel, ThreadPoolExecutor(1) as engine:
+    with running_worker() as doomed, closing(open_channel(doomed.endpoint)) as channel, ThreadPoolExecutor(1) as engine:
         channel.submit(random_call(0, layer=HANGING_LAYER))
         answer = engine.submit(channel.collect, 10 * LONG_S)
         doomed.kill()
@@ -119,7 +119,7 @@ def test_a_process_killed_before_its_rows_came_is_noticed_at_once() -> None:
 
 
 def test_a_late_worker_is_a_timeout_and_breaks_the_line() -> None:
-    with running_worker() as stuck, closing(open_line(stuck.endpoint)) as channel:
+    with running_worker() as stuck, closing(open_channel(stuck.endpoint)) as channel:
         channel.submit(random_call(0, layer=HANGING_LAYER))
         with pytest.raises(WorkerTimeoutError, match=r"did not answer within 0\.05 s"):
             channel.collect(0.05)
@@ -130,7 +130,7 @@ def test_connections_leave_no_descriptor_behind() -> None:
     with running_worker() as busy:
 
         def connect_once() -> None:
-            with closing(open_line(busy.endpoint)) as channel:
+            with closing(open_channel(busy.endpoint)) as channel:
                 call = random_call(0)
                 channel.submit(call)
                 torch.testing.assert_close(channel.collect(LONG_S), expected(call))

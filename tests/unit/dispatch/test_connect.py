@@ -21,7 +21,7 @@ def endpoint() -> Iterator[WorkerEndpoint]:
         yield worker.endpoint
 
 
-def open_line(endpoint: WorkerEndpoint, *, run_secret: str = RUN_SECRET, device: str = "cpu") -> Channel:
+def open_channel(endpoint: WorkerEndpoint, *, run_secret: str = RUN_SECRET, device: str = "cpu") -> Channel:
     return connect(
         endpoint,
         run_secret=run_secret,
@@ -47,7 +47,7 @@ def open_line(endpoint: WorkerEndpoint, *, run_secret: str = RUN_SECRET, device:
 def test_the_fastest_transport_that_reaches_the_worker(
     endpoint: WorkerEndpoint, changes: dict[str, str], kind: str
 ) -> None:
-    with closing(open_line(msgspec.structs.replace(endpoint, **changes))) as channel:
+    with closing(open_channel(msgspec.structs.replace(endpoint, **changes))) as channel:
         assert channel.kind == kind
         call = random_call(0)
         channel.submit(call)
@@ -57,13 +57,13 @@ def test_the_fastest_transport_that_reaches_the_worker(
 def test_a_worker_that_refuses_is_not_asked_again_over_another_transport(endpoint: WorkerEndpoint) -> None:
     nowhere_else = msgspec.structs.replace(endpoint, tcp_port=1)
     with pytest.raises(HandshakeError, match="the run secret is not this run's"):
-        open_line(nowhere_else, run_secret="wrong")
+        open_channel(nowhere_else, run_secret="wrong")
 
 
 def test_a_worker_that_cannot_be_reached_at_all_is_a_transport_error(endpoint: WorkerEndpoint) -> None:
     gone = msgspec.structs.replace(endpoint, unix_address="moeless-nobody", tcp_port=1)
     with pytest.raises(TransportError, match="worker worker-0 cannot be reached"):
-        open_line(gone)
+        open_channel(gone)
 
 
 @pytest.mark.parametrize(("host_id", "kind"), [(None, "shm"), ("another machine", "tcp")])
@@ -80,7 +80,7 @@ def test_rows_go_through_host_memory_where_the_gpus_cannot_be_used(
     monkeypatch.setattr("moeless.dispatch.connect.CudaMemory", refuse)
     monkeypatch.setattr("moeless.dispatch.pair_group.dist.is_nccl_available", lambda: False)
     on_gpu = msgspec.structs.replace(endpoint, device="cuda:0", host_id=host_id or endpoint.host_id)
-    with closing(open_line(on_gpu, device="cuda:0")) as channel:
+    with closing(open_channel(on_gpu, device="cuda:0")) as channel:
         assert channel.kind == kind
     assert "rows go through host memory worker=worker-0" in caplog.text
 
@@ -93,6 +93,6 @@ def test_two_gpus_of_a_machine_share_memory_and_of_two_machines_use_nccl(
     monkeypatch.setattr("moeless.dispatch.connect.CudaIpcChannel", lambda *arguments: taken.append(arguments[2]))
     monkeypatch.setattr("moeless.dispatch.connect.CollectiveChannel", lambda *arguments: taken.append(arguments[2]))
     on_gpu = msgspec.structs.replace(endpoint, device="cuda:1")
-    open_line(on_gpu, device="cuda:0")
-    open_line(msgspec.structs.replace(on_gpu, host_id="another machine"), device="cuda:0")
+    open_channel(on_gpu, device="cuda:0")
+    open_channel(msgspec.structs.replace(on_gpu, host_id="another machine"), device="cuda:0")
     assert taken == ["its memory", torch.device("cuda:0")]

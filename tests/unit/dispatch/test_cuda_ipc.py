@@ -22,8 +22,8 @@ from tests.support.plain_workers import (
     RUN_SECRET,
     UNAVAILABLE_LAYER,
     PlainWorker,
+    channel_config,
     expected,
-    line_config,
     random_call,
     running_worker,
 )
@@ -40,8 +40,8 @@ def worker() -> Iterator[PlainWorker]:
         yield running
 
 
-def open_line(endpoint: WorkerEndpoint, *, looks: int = 0, **changes: object) -> CudaIpcChannel:
-    return CudaIpcChannel(endpoint, line_config(**changes), SharedDevice(looks))
+def open_channel(endpoint: WorkerEndpoint, *, looks: int = 0, **changes: object) -> CudaIpcChannel:
+    return CudaIpcChannel(endpoint, channel_config(**changes), SharedDevice(looks))
 
 
 def assert_answers(channel: CudaIpcChannel | SharedMemoryChannel, seed: int = 0) -> None:
@@ -52,7 +52,7 @@ def assert_answers(channel: CudaIpcChannel | SharedMemoryChannel, seed: int = 0)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_answer_is_the_reference_computation(worker: PlainWorker, dtype: torch.dtype) -> None:
-    with closing(open_line(worker.endpoint, dtype=dtype)) as channel:
+    with closing(open_channel(worker.endpoint, dtype=dtype)) as channel:
         for seed, (num_tokens, num_rows) in enumerate([(1, 1), (9, 4), (MAX_ROWS, MAX_ROWS)]):
             call = random_call(seed, num_tokens=num_tokens, num_rows=num_rows, dtype=dtype)
             channel.submit(call)
@@ -63,7 +63,7 @@ def test_an_answer_is_the_reference_computation(worker: PlainWorker, dtype: torc
 
 def test_engines_that_share_a_worker_get_their_own_answers(worker: PlainWorker) -> None:
     def converse(engine: int) -> None:
-        with closing(open_line(worker.endpoint, engine=f"engine-{engine}")) as channel:
+        with closing(open_channel(worker.endpoint, engine=f"engine-{engine}")) as channel:
             for turn in range(50):
                 assert_answers(channel, 100 * engine + turn)
 
@@ -75,7 +75,7 @@ def test_engines_that_share_a_worker_get_their_own_answers(worker: PlainWorker) 
 def test_a_copy_that_is_not_done_yet_is_waited_for_on_both_sides() -> None:
     with (
         running_worker(memory=SharedDevice(looks=20)) as worker,
-        closing(open_line(worker.endpoint, looks=1000)) as channel,
+        closing(open_channel(worker.endpoint, looks=1000)) as channel,
     ):
         for seed in range(5):
             assert_answers(channel, seed)
@@ -83,16 +83,16 @@ def test_a_copy_that_is_not_done_yet_is_waited_for_on_both_sides() -> None:
 
 def test_an_engine_whose_copy_never_ends_delays_no_other() -> None:
     with running_worker(memory=SharedDevice(looks=NEVER)) as worker:
-        stuck = open_line(worker.endpoint)
+        stuck = open_channel(worker.endpoint)
         stuck.submit(random_call(0))
-        with closing(SharedMemoryChannel(worker.endpoint, line_config())) as other:
+        with closing(SharedMemoryChannel(worker.endpoint, channel_config())) as other:
             assert_answers(other)
             stuck.close()
             assert_answers(other)
 
 
 def test_an_answer_that_never_ends_is_a_timeout(worker: PlainWorker) -> None:
-    with closing(open_line(worker.endpoint, looks=NEVER)) as channel:
+    with closing(open_channel(worker.endpoint, looks=NEVER)) as channel:
         channel.submit(random_call(0))
         with pytest.raises(WorkerTimeoutError, match="worker worker-0 did not"):
             channel.collect(0.1)
@@ -102,7 +102,7 @@ def test_an_answer_that_never_ends_is_a_timeout(worker: PlainWorker) -> None:
 def test_a_worker_killed_before_its_copy_ended_is_noticed_at_once() -> None:
     with (
         running_worker(memory=SharedDevice()) as doomed,
-        closing(open_line(doomed.endpoint, looks=NEVER)) as channel,
+        closing(open_channel(doomed.endpoint, looks=NEVER)) as channel,
         ThreadPoolExecutor(1) as engine,
     ):
         channel.submit(random_call(0))
@@ -116,7 +116,7 @@ def test_a_worker_killed_before_its_copy_ended_is_noticed_at_once() -> None:
 def test_a_worker_killed_while_it_computes_is_noticed_at_once() -> None:
     with (
         running_worker(memory=SharedDevice()) as doomed,
-        closing(open_line(doomed.endpoint)) as channel,
+        closing(open_channel(doomed.endpoint)) as channel,
         ThreadPoolExecutor(1) as engine,
     ):
         channel.submit(random_call(0, layer=HANGING_LAYER))
@@ -127,7 +127,7 @@ def test_a_worker_killed_while_it_computes_is_noticed_at_once() -> None:
 
 
 def test_a_worker_says_why_it_failed_and_goes_on(worker: PlainWorker) -> None:
-    with closing(open_line(worker.endpoint)) as channel:
+    with closing(open_channel(worker.endpoint)) as channel:
         channel.submit(random_call(0, layer=UNAVAILABLE_LAYER))
         with pytest.raises(TransportError, match=r"function L02\.E\d{3} does not fit"):
             channel.collect(LONG_S)
@@ -135,7 +135,7 @@ def test_a_worker_says_why_it_failed_and_goes_on(worker: PlainWorker) -> None:
 
 
 def test_more_rows_than_the_area_holds_are_refused_before_they_are_sent(worker: PlainWorker) -> None:
-    with closing(open_line(worker.endpoint, max_rows=2)) as channel:
+    with closing(open_channel(worker.endpoint, max_rows=2)) as channel:
         with pytest.raises(TransportError, match="6 pairs need 104 bytes, got 96"):
             channel.submit(random_call(0, num_rows=3))
         few_pairs = random_call(0, num_rows=3, top_k=1)
@@ -168,12 +168,12 @@ def test_a_wish_that_cannot_be_granted_is_refused_in_words(
 
 def test_a_worker_without_a_device_refuses() -> None:
     with running_worker() as plain, pytest.raises(HandshakeError, match="transport cuda-ipc is not served"):
-        open_line(plain.endpoint)
+        open_channel(plain.endpoint)
 
 
 def test_connections_leave_no_descriptor_behind(worker: PlainWorker) -> None:
     def connect_once() -> None:
-        with closing(open_line(worker.endpoint)) as channel:
+        with closing(open_channel(worker.endpoint)) as channel:
             assert_answers(channel)
 
     connect_once()

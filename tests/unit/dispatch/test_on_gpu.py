@@ -29,7 +29,7 @@ pytestmark = pytest.mark.gpu
 LONG_S = 60.0
 
 
-def open_line(endpoint: WorkerEndpoint, *, dtype: torch.dtype = torch.bfloat16) -> Channel:
+def open_channel(endpoint: WorkerEndpoint, *, dtype: torch.dtype = torch.bfloat16) -> Channel:
     return connect(
         endpoint,
         run_secret=RUN_SECRET,
@@ -59,14 +59,14 @@ def need_two_gpus() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_worker_on_the_same_gpu_shares_memory(dtype: torch.dtype) -> None:
-    with running_worker(device="cuda:0") as worker, closing(open_line(worker.endpoint, dtype=dtype)) as channel:
+    with running_worker(device="cuda:0") as worker, closing(open_channel(worker.endpoint, dtype=dtype)) as channel:
         assert channel.kind == "cuda-ipc"
         assert_answers(channel, dtype=dtype)
 
 
 def test_a_worker_on_another_gpu_shares_memory() -> None:
     need_two_gpus()
-    with running_worker(device="cuda:1") as worker, closing(open_line(worker.endpoint)) as channel:
+    with running_worker(device="cuda:1") as worker, closing(open_channel(worker.endpoint)) as channel:
         assert channel.kind == "cuda-ipc"
         assert_answers(channel)
 
@@ -75,13 +75,13 @@ def test_a_worker_on_another_machine_is_reached_by_nccl() -> None:
     need_two_gpus()
     with running_worker(device="cuda:1") as worker:
         elsewhere = msgspec.structs.replace(worker.endpoint, host_id="another machine")
-        with closing(open_line(elsewhere)) as channel:
+        with closing(open_channel(elsewhere)) as channel:
             assert channel.kind == "nccl"
             assert_answers(channel)
 
 
 def test_a_worker_on_the_cpu_is_reached_from_a_gpu() -> None:
-    with running_worker() as worker, closing(open_line(worker.endpoint)) as channel:
+    with running_worker() as worker, closing(open_channel(worker.endpoint)) as channel:
         assert channel.kind == "shm"
         call = random_call(0, dtype=torch.bfloat16)
         channel.submit(call._replace(x_TH=call.x_TH.to("cuda:0")))
@@ -92,7 +92,7 @@ def test_several_engines_share_a_worker() -> None:
     with running_worker(device="cuda:0") as worker:
 
         def converse() -> None:
-            with closing(open_line(worker.endpoint)) as channel:
+            with closing(open_channel(worker.endpoint)) as channel:
                 assert_answers(channel)
 
         with ThreadPoolExecutor(3) as engines:
@@ -101,7 +101,7 @@ def test_several_engines_share_a_worker() -> None:
 
 
 def test_a_worker_says_why_it_failed_and_goes_on() -> None:
-    with running_worker(device="cuda:0") as worker, closing(open_line(worker.endpoint)) as channel:
+    with running_worker(device="cuda:0") as worker, closing(open_channel(worker.endpoint)) as channel:
         call = random_call(0, layer=UNAVAILABLE_LAYER, dtype=torch.bfloat16)
         channel.submit(call._replace(x_TH=call.x_TH.to("cuda:0")))
         with pytest.raises(TransportError, match=r"function L02\.E\d{3} does not fit"):
@@ -112,7 +112,7 @@ def test_a_worker_says_why_it_failed_and_goes_on() -> None:
 def test_a_killed_worker_is_noticed_at_once_and_the_gpu_stays_usable() -> None:
     with (
         running_worker(device="cuda:0") as doomed,
-        closing(open_line(doomed.endpoint)) as channel,
+        closing(open_channel(doomed.endpoint)) as channel,
         ThreadPoolExecutor(1) as engine,
     ):
         call = random_call(0, layer=HANGING_LAYER, dtype=torch.bfloat16)
@@ -122,18 +122,21 @@ def test_a_killed_worker_is_noticed_at_once_and_the_gpu_stays_usable() -> None:
         with pytest.raises(TransportError, match="hung up") as raised:
             answer.result(timeout=LONG_S)
         assert not isinstance(raised.value, WorkerTimeoutError)
-    with running_worker("worker-1", device="cuda:0") as next_worker, closing(open_line(next_worker.endpoint)) as line:
+    with (
+        running_worker("worker-1", device="cuda:0") as next_worker,
+        closing(open_channel(next_worker.endpoint)) as line,
+    ):
         assert_answers(line, num_calls=3)
 
 
 def test_lines_give_their_device_memory_back() -> None:
     with running_worker(device="cuda:0") as worker:
-        with closing(open_line(worker.endpoint)) as channel:
+        with closing(open_channel(worker.endpoint)) as channel:
             assert_answers(channel, num_calls=1)
         torch.cuda.synchronize()
         free_bytes, _ = torch.cuda.mem_get_info()
         for _ in range(20):
-            with closing(open_line(worker.endpoint)) as channel:
+            with closing(open_channel(worker.endpoint)) as channel:
                 assert_answers(channel, num_calls=1)
         torch.cuda.synchronize()
         assert torch.cuda.mem_get_info()[0] >= free_bytes - (4 << 20)

@@ -23,9 +23,9 @@ from tests.support.plain_workers import (
     MAX_ROWS,
     NUM_EXPERTS,
     RUN_SECRET,
+    channel_config,
     compute,
     expected,
-    line_config,
     random_call,
 )
 from tests.support.waiting import wait_until
@@ -48,13 +48,13 @@ def server() -> Iterator[DataPlaneServer]:
     running.stop()
 
 
-def open_line(server: DataPlaneServer, transport: type[SharedMemoryChannel] | type[TcpChannel]) -> Channel:
-    return transport(server.endpoint, line_config())
+def open_channel(server: DataPlaneServer, transport: type[SharedMemoryChannel] | type[TcpChannel]) -> Channel:
+    return transport(server.endpoint, channel_config())
 
 
 def assert_serves(server: DataPlaneServer) -> None:
     for transport in (SharedMemoryChannel, TcpChannel):
-        with closing(open_line(server, transport)) as channel:
+        with closing(open_channel(server, transport)) as channel:
             call = random_call(7)
             channel.submit(call)
             torch.testing.assert_close(channel.collect(LONG_S), expected(call))
@@ -104,7 +104,7 @@ def test_an_error_in_its_own_code_is_answered_and_not_its_end() -> None:
     server = make_server(fail)
     server.start()
     for _ in range(2):
-        with closing(open_line(server, SharedMemoryChannel)) as channel:
+        with closing(open_channel(server, SharedMemoryChannel)) as channel:
             channel.submit(random_call(0))
             with pytest.raises(TransportError, match="KeyError: 'a bug'"):
                 channel.collect(LONG_S)
@@ -115,7 +115,7 @@ def test_an_error_in_its_own_code_is_answered_and_not_its_end() -> None:
 def test_an_answer_of_an_impossible_kind_is_an_error_answer() -> None:
     server = make_server(lambda call: call.x_RH.double())
     server.start()
-    with closing(open_line(server, SharedMemoryChannel)) as channel:
+    with closing(open_channel(server, SharedMemoryChannel)) as channel:
         channel.submit(random_call(0))
         with pytest.raises(TransportError, match="float64"):
             channel.collect(LONG_S)
@@ -127,7 +127,7 @@ def test_an_answer_of_an_impossible_kind_is_an_error_answer() -> None:
 def test_stopping_hangs_up_on_every_engine(transport: type[SharedMemoryChannel] | type[TcpChannel]) -> None:
     server = make_server()
     server.start()
-    with closing(open_line(server, transport)) as channel:
+    with closing(open_channel(server, transport)) as channel:
         wait_until(lambda: bool(server._peers))
         server.stop()
         assert not server.is_alive

@@ -17,8 +17,8 @@ from moeless.dispatch.shared_memory import SharedMemoryChannel
 from tests.support.plain_workers import (
     RUN_SECRET,
     PlainWorker,
+    channel_config,
     expected,
-    line_config,
     random_call,
     running_worker,
 )
@@ -30,8 +30,8 @@ def worker() -> Iterator[PlainWorker]:
         yield running
 
 
-def open_line(worker: PlainWorker) -> SharedMemoryChannel:
-    return SharedMemoryChannel(worker.endpoint, line_config())
+def open_channel(worker: PlainWorker) -> SharedMemoryChannel:
+    return SharedMemoryChannel(worker.endpoint, channel_config())
 
 
 def ask_for_areas(sock: socket.socket, worker: PlainWorker, *, num_bytes: int) -> list[int]:
@@ -48,7 +48,7 @@ def left_behind() -> set[Path]:
 def test_a_killed_worker_leaves_no_file() -> None:
     before = left_behind()
     with running_worker() as doomed:
-        channel = open_line(doomed)
+        channel = open_channel(doomed)
         call = random_call(0)
         channel.submit(call)
         torch.testing.assert_close(channel.collect(60), expected(call))
@@ -69,7 +69,7 @@ def test_an_engine_cannot_take_memory_from_under_the_worker(worker: PlainWorker)
 
 
 def test_nonsense_in_the_call_area_ends_that_line_only(worker: PlainWorker) -> None:
-    channel = open_line(worker)
+    channel = open_channel(worker)
     with socket.socket(socket.AF_UNIX) as sock:
         fds = ask_for_areas(sock, worker, num_bytes=4096)
         with mmap.mmap(fds[2], 4096) as area:

@@ -19,8 +19,8 @@ from tests.support.plain_workers import (
     MAX_ROWS,
     RUN_SECRET,
     PlainWorker,
+    channel_config,
     expected,
-    line_config,
     random_call,
     running_worker,
 )
@@ -34,8 +34,8 @@ def worker() -> Iterator[PlainWorker]:
         yield running
 
 
-def open_line(worker: PlainWorker, *, hidden_size: int = HIDDEN_SIZE, max_rows: int = MAX_ROWS) -> TcpChannel:
-    return TcpChannel(worker.endpoint, line_config(hidden_size=hidden_size, max_rows=max_rows))
+def open_channel(worker: PlainWorker, *, hidden_size: int = HIDDEN_SIZE, max_rows: int = MAX_ROWS) -> TcpChannel:
+    return TcpChannel(worker.endpoint, channel_config(hidden_size=hidden_size, max_rows=max_rows))
 
 
 @contextmanager
@@ -66,7 +66,7 @@ def read_answer(sock: socket.socket, call: LayerCall, *, sequence: int = 1) -> t
 
 
 def assert_answers(worker: PlainWorker, seed: int = 99) -> None:
-    with closing(open_line(worker)) as channel:
+    with closing(open_channel(worker)) as channel:
         call = random_call(seed)
         channel.submit(call)
         torch.testing.assert_close(channel.collect(LONG_S), expected(call))
@@ -103,7 +103,7 @@ def test_an_engine_that_does_not_take_its_answer_delays_no_other(worker: PlainWo
 
 
 def test_calls_longer_than_the_line_holds_arrive_whole(worker: PlainWorker) -> None:
-    with closing(open_line(worker, hidden_size=2048, max_rows=4096)) as channel:
+    with closing(open_channel(worker, hidden_size=2048, max_rows=4096)) as channel:
         for seed in range(2):
             call = random_call(seed, num_tokens=4096, num_rows=4000, hidden_size=2048)
             channel.submit(call)
