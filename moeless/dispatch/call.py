@@ -51,13 +51,13 @@ class PendingAnswer(Protocol):
 
 
 class CallChannel:
-    """A line whose every call is one remote call. Never broken: the other side replaces what dies.
+    """A channel whose every call is one remote call. Never broken: the other side replaces what dies.
 
     Whether the other side runs is not known here: it may have scaled to zero, or hang. So a call is waited for about as
     long as it takes where it runs, and no longer. One that is not answered then stays under way, because it is what
     wakes the other side; until it ends, every other call is refused at once. Where the answer comes sooner than
-    anything can start, calls take longer there: the line is twice as patient then, and less so as calls are answered in
-    time.
+    anything can start, calls take longer there: the channel is twice as patient then, and less so as calls are answered
+    in time.
 
     Args:
         start_call: sends a frame.
@@ -105,9 +105,9 @@ class CallChannel:
         self._pending = self._start_call(bytes(frame))
 
     def collect(self, timeout_s: float) -> torch.Tensor:
-        """Wait from when the call was sent, so that waits for several lines pass at once.
+        """Wait from when the call was sent, so that waits for several channels pass at once.
 
-        Raises: WorkerStartingError where there is no answer in time; the line is as good as before.
+        Raises: WorkerStartingError where there is no answer in time; the channel is as good as before.
         """
         pending, self._pending = self._pending, None
         if pending is None:

@@ -1,4 +1,4 @@
-"""The interface of a transport: one open line from an engine to a worker."""
+"""The interface of a transport: a channel from an engine to a worker, with an end on each side."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Protocol
 import msgspec
 import torch
 
-from moeless.dispatch.wire import LayerCall
+from moeless.dispatch.wire import LayerCall, ReceivedCall
 
 
 class Channel(Protocol):
@@ -47,9 +47,44 @@ class Channel(Protocol):
         ...
 
 
+class ServerChannel(Protocol):
+    """A worker's end of a channel, as the data plane uses it."""
+
+    @property
+    def kind(self) -> str: ...
+
+    engine: str
+    socket: socket.socket
+    """Tells by its end that the engine is gone."""
+    bell: int
+    """Descriptor that becomes readable when there is something to receive."""
+
+    @property
+    def has_unsent(self) -> bool:
+        """Whether a part of an answer waits for room in the socket."""
+        ...
+
+    def receive(self) -> ReceivedCall | None:
+        """The next call, or None while it is incomplete.
+
+        Raises: TransportError when the engine hung up, or for nonsense.
+        """
+        ...
+
+    def answer(self, sequence: int, partial_RH: torch.Tensor) -> None: ...
+
+    def fail(self, sequence: int, status: int, message: str) -> None: ...
+
+    def flush(self) -> None:
+        """Send what is unsent as far as there is room. Raises TransportError when the engine hung up."""
+        ...
+
+    def close(self) -> None: ...
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChannelConfig:
-    """What an engine opens a line with."""
+    """Settings of an engine's end."""
 
     run_secret: str = field(repr=False)
     """The run secret."""
@@ -76,7 +111,7 @@ class ChannelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerConfig:
-    """What a worker takes lines with."""
+    """Settings of a worker's end."""
 
     run_secret: str = field(repr=False)
     """The run secret."""
@@ -96,7 +131,6 @@ class WorkerEndpoint(msgspec.Struct, frozen=True, kw_only=True):
     """Name in the abstract socket namespace (without the leading NUL): it leaves nothing behind when a process dies."""
     tcp_host: str
     tcp_port: int
-    pid: int
     device: str = "cpu"
 
 

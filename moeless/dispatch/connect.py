@@ -28,7 +28,7 @@ def connect(
     max_rows: int,
     device: torch.device | str = "cpu",
 ) -> Channel:
-    """Open the fastest line to the worker at `endpoint`.
+    """Open the fastest channel to the worker at `endpoint`.
 
     Args:
         run_secret: the run's secret.

@@ -118,7 +118,7 @@ class Dispatcher:
             self._compiled = self._compile(table)
 
     def set_channels(self, channels: Mapping[str, Channel]) -> None:
-        """Replace the lines to workers. A worker without one is not used.
+        """Replace the channels to workers. A worker without one is not used.
 
         Lines left out are closed by the compute thread before its next layer: it may be waiting on one now.
         """
@@ -237,7 +237,7 @@ class Dispatcher:
                 self._observer.observe_layer(routing.layer, routing.x_TH, routing.experts_Tk, weights_Tk)
             if local is not None:
                 local_RH = self._compute_here(routing, local)
-        finally:  # an answer left in its line would be taken for the next call's
+        finally:  # an answer left in its channel would be taken for the next call's
             for group, channel in pending:
                 self._collect_into(out_TH, compiled, routing, group, channel, failed)
         if local is not None and local_RH is not None:

@@ -61,7 +61,7 @@ class Accept(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def prove(run_secret: str, role: Literal["client", "server"], nonce: str) -> str:
-    """Proof that `role` knows the run secret, for the peer that chose `nonce`."""
+    """Proof that `role` knows the run secret, for the side that chose `nonce`."""
     return hmac.digest(run_secret.encode(), f"{role}:{nonce}".encode(), "sha256").hex()
 
 
@@ -71,12 +71,28 @@ def _is_proof(proof: str, run_secret: str, role: Literal["client", "server"], no
 
 def send_message(sock: socket.socket, message: msgspec.Struct, fds: list[int] | None = None) -> None:
     """Send one message, and descriptors with it. Raises OSError."""
-    body = msgspec.json.encode(message)
-    frame = _LENGTH.pack(len(body)) + body
+    frame = _frame(message)
     if fds:
         socket.send_fds(sock, [frame], fds)
     else:
         sock.sendall(frame)
+
+
+def _frame(message: msgspec.Struct) -> bytes:
+    body = msgspec.json.encode(message)
+    return _LENGTH.pack(len(body)) + body
+
+
+def _check_length(length: int) -> None:
+    if length > _MAX_MESSAGE_BYTES:
+        raise HandshakeError(f"a handshake message may have {_MAX_MESSAGE_BYTES} bytes, got {length}")
+
+
+def _decode(body: bytes, type_: type[_Message]) -> _Message:
+    try:
+        return msgspec.json.decode(body, type=type_)
+    except (ValueError, RecursionError) as error:  # bytes that are no UTF-8 are a ValueError, and no DecodeError
+        raise HandshakeError(f"handshake failed: {error}") from error
 
 
 def receive_message(sock: socket.socket, type_: type[_Message], max_fds: int = 0) -> tuple[_Message, list[int]]:
@@ -86,13 +102,12 @@ def receive_message(sock: socket.socket, type_: type[_Message], max_fds: int = 0
     try:
         head = _receive_exactly(sock, _LENGTH.size, deadline_s, fds, max_fds)
         (length,) = _LENGTH.unpack(head)
-        if length > _MAX_MESSAGE_BYTES:
-            raise HandshakeError(f"a handshake message may have {_MAX_MESSAGE_BYTES} bytes, got {length}")
-        return msgspec.json.decode(_receive_exactly(sock, length, deadline_s, fds, 0), type=type_), fds
+        _check_length(length)
+        return _decode(_receive_exactly(sock, length, deadline_s, fds, 0), type_), fds
     except HandshakeError:
         close_all(fds)
         raise
-    except (OSError, msgspec.DecodeError) as error:
+    except OSError as error:
         close_all(fds)
         raise HandshakeError(f"handshake failed: {error}") from error
 
@@ -100,7 +115,7 @@ def receive_message(sock: socket.socket, type_: type[_Message], max_fds: int = 0
 def _receive_exactly(sock: socket.socket, length: int, deadline_s: float, fds: list[int], max_fds: int) -> bytes:
     """Bytes; descriptors that come with the first of them go into `fds`.
 
-    The deadline holds for all of them, so that nobody keeps us by sending a byte now and then.
+    The deadline holds for all of them, so that a client that sends a byte now and then is given up too.
     """
     room = socket.CMSG_LEN(max_fds * array.array("i").itemsize) if max_fds else 0
     data = b""
@@ -115,7 +130,7 @@ def _receive_exactly(sock: socket.socket, length: int, deadline_s: float, fds: l
             numbers.frombytes(packed[: len(packed) // numbers.itemsize * numbers.itemsize])
             fds.extend(numbers)
         if not chunk:
-            raise HandshakeError("the peer hung up during the handshake")
+            raise HandshakeError("the other side hung up during the handshake")
         data += chunk
     return data
 
@@ -126,19 +141,42 @@ def close_all(fds: list[int]) -> None:
         os.close(fd)
 
 
-def greet(sock: socket.socket, run_secret: str) -> Ask:
-    """Server side, up to the client's proof.
+class ProofCheck:
+    """The server's side up to the client's proof, without input or output: feed it bytes as they come."""
 
-    Raises: HandshakeError if the client does not prove the run secret (it gets an error) or stays silent.
-    """
-    sock.settimeout(HANDSHAKE_TIMEOUT_S)
-    nonce = secrets.token_hex(16)
-    send_message(sock, Hello(version=PROTOCOL_VERSION, nonce=nonce))
-    ask, _ = receive_message(sock, Ask)
-    if not _is_proof(ask.proof, run_secret, "client", nonce):
-        send_message(sock, Accept(error="the run secret is not this run's"))
-        raise HandshakeError(f"engine {ask.engine!r} did not prove the run secret")
-    return ask
+    def __init__(self, run_secret: str, *, nonce: str) -> None:
+        self._run_secret = run_secret
+        self._nonce = nonce
+        self._data = bytearray()
+        self.hello = _frame(Hello(version=PROTOCOL_VERSION, nonce=nonce))
+        """What to send first."""
+        self.refusal = b""
+        """What to send before hanging up on a client that `feed` refused; may be empty."""
+
+    @property
+    def num_wanted_bytes(self) -> int:
+        """Bytes that the client's message still lacks, as far as is known."""
+        if len(self._data) < _LENGTH.size:
+            return _LENGTH.size - len(self._data)
+        return _LENGTH.size + self._length - len(self._data)
+
+    @property
+    def _length(self) -> int:
+        return int(_LENGTH.unpack_from(self._data)[0])
+
+    def feed(self, data: bytes) -> Ask | None:
+        """The client's message once it is whole and proves the run secret. Raises HandshakeError."""
+        self._data += data
+        if len(self._data) < _LENGTH.size:
+            return None
+        _check_length(self._length)
+        if self.num_wanted_bytes:
+            return None
+        ask = _decode(bytes(self._data[_LENGTH.size :]), Ask)
+        if not _is_proof(ask.proof, self._run_secret, "client", self._nonce):
+            self.refusal = _frame(Accept(error="the run secret is not this run's"))
+            raise HandshakeError(f"engine {ask.engine!r:.100} did not prove the run secret")
+        return ask
 
 
 def check_sizes(sock: socket.socket, ask: Ask) -> None:

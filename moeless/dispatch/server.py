@@ -1,7 +1,7 @@
 """A worker's data plane: one thread that takes calls from all engines over all transports and computes them.
 
-Runs beside the Ray Serve replica's event loop in the worker's process. A second thread takes new connections, and
-each handshake runs in a short-lived one of its own, so that a silent stranger delays nobody.
+Runs beside the Ray Serve replica's event loop in the worker's process. handshake_server.py takes new connections in a
+thread of its own, so that clients that never authenticate block no one.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
 
 import torch
 
 from moeless.core.errors import FunctionUnavailableError, HandshakeError, TransportError
-from moeless.dispatch.channel import ServerConfig, WorkerEndpoint, host_id
+from moeless.dispatch.channel import ServerChannel, ServerConfig, WorkerEndpoint, host_id
 from moeless.dispatch.collective import CollectiveServerChannel
 from moeless.dispatch.cuda_ipc import CudaIpcServerChannel, DeviceMemory
 from moeless.dispatch.cuda_memory import CudaMemory
-from moeless.dispatch.handshake import Accept, Ask, TransportKind, greet, send_message
+from moeless.dispatch.handshake import Accept, Ask, send_message
+from moeless.dispatch.handshake_server import HandshakeServer
 from moeless.dispatch.shared_memory import SharedMemoryServerChannel
 from moeless.dispatch.tcp import TcpServerChannel
 from moeless.dispatch.wire import STATUS_FUNCTION_UNAVAILABLE, STATUS_INTERNAL_ERROR, ReceivedCall
@@ -38,40 +38,8 @@ _LINGER_S = 0.0006
 Compute = Callable[[ReceivedCall], torch.Tensor]
 """Partial sums (R, H) of a call, on the device where its rows lie."""
 
-_MAX_HANDSHAKES = 64
-"""At a time; further connections are hung up on."""
-_ACCEPT_AGAIN_S = 0.1
-"""Pause after the system refused a connection for want of descriptors."""
-
-
-class Peer(Protocol):
-    """A worker's end of one line."""
-
-    kind: TransportKind
-    engine: str
-    socket: socket.socket
-    """Tells by its end that the engine is gone."""
-    bell: int
-    """Descriptor that becomes readable when there is something to receive."""
-
-    @property
-    def has_unsent(self) -> bool:
-        """Whether a part of an answer waits for room in the line."""
-        ...
-
-    def receive(self) -> ReceivedCall | None:
-        """The next call, or None while it is incomplete. Raises TransportError at the line's end or for nonsense."""
-        ...
-
-    def answer(self, sequence: int, partial_RH: torch.Tensor) -> None: ...
-
-    def fail(self, sequence: int, status: int, message: str) -> None: ...
-
-    def flush(self) -> None:
-        """Send what is unsent as far as there is room. Raises TransportError at the line's end."""
-        ...
-
-    def close(self) -> None: ...
+_BACKLOG = 1024
+"""Connections that the system keeps until they are accepted; where they are full, a client waits a second or more."""
 
 
 class DataPlaneServer:
@@ -79,7 +47,7 @@ class DataPlaneServer:
 
     Args:
         compute: called in the server's thread only.
-        run_secret: the run's secret, which every peer must prove.
+        run_secret: the run's secret, which every client must prove.
         tcp_host: address to listen on; the port is free choice of the system.
         max_rows: most rows of one call.
         num_experts: experts of each layer, to check calls by.
@@ -106,15 +74,13 @@ class DataPlaneServer:
         self._epoll = select.epoll()
         self._has_served = False
         self._handlers: dict[int, Callable[[], None]] = {}
-        self._peers: set[Peer] = set()
-        self._stalled: set[Peer] = set()
-        self._new_peers: queue.SimpleQueue[Peer] = queue.SimpleQueue()
+        self._channels: set[ServerChannel] = set()
+        self._stalled: set[ServerChannel] = set()
+        self._new_channels: queue.SimpleQueue[ServerChannel] = queue.SimpleQueue()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._stop_accepting = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stopping = False
         self._lock = threading.Lock()
-        """Held to add a peer and to stop, so that no peer is added after."""
-        self._handshakes = threading.BoundedSemaphore(_MAX_HANDSHAKES)
+        """Held to add a channel and to stop, so that none is added after."""
         self._listeners = [_listen_unix(f"moeless-{worker}-{secrets.token_hex(8)}"), _listen_tcp(tcp_host)]
         host, port = self._listeners[1].getsockname()[:2]
         self.endpoint = WorkerEndpoint(
@@ -123,76 +89,45 @@ class DataPlaneServer:
             unix_address=self._listeners[0].getsockname()[1:].decode(),
             tcp_host=host,
             tcp_port=port,
-            pid=os.getpid(),
             device=device,
         )
-        self._threads = [
-            threading.Thread(target=self._run, name=f"data-plane-{worker}", daemon=True),
-            threading.Thread(target=self._accept, name=f"data-plane-{worker}-accept", daemon=True),
-        ]
+        self._handshakes = HandshakeServer(
+            self._listeners, run_secret=run_secret, on_proven=self._take_in, name=f"data-plane-{worker}-accept"
+        )
+        self._thread = threading.Thread(target=self._run, name=f"data-plane-{worker}", daemon=True)
 
     def start(self) -> None:
-        for thread in self._threads:
-            thread.start()
+        self._thread.start()
+        self._handshakes.start()
 
     def stop(self) -> None:
         """Hang up on every engine and end the threads. To be called once, after start."""
         with self._lock:
             self._stopping = True
+        self._handshakes.stop()
         os.eventfd_write(self._wake, 1)
-        os.eventfd_write(self._stop_accepting, 1)
-        for thread in self._threads:
-            thread.join()
+        self._thread.join()
         for listener in self._listeners:
             listener.close()
         os.close(self._wake)
-        os.close(self._stop_accepting)
         self._epoll.close()
 
     @property
     def is_alive(self) -> bool:
-        return all(thread.is_alive() for thread in self._threads)
+        return self._thread.is_alive() and self._handshakes.is_alive
 
     # ---- new connections, in threads of their own -------------------------------------------------------------
 
-    def _accept(self) -> None:
-        poll = select.poll()
-        by_fd = {listener.fileno(): listener for listener in self._listeners}
-        for fd in (self._stop_accepting, *by_fd):
-            poll.register(fd, select.POLLIN)
-        while not self._stopping:
-            for fd, _ in poll.poll():
-                if fd not in by_fd:
-                    break
-                try:
-                    connection, _ = by_fd[fd].accept()
-                except OSError as error:
-                    logger.warning("cannot accept a connection reason=%s", error)
-                    threading.Event().wait(_ACCEPT_AGAIN_S)
-                    continue
-                if not self._handshakes.acquire(blocking=False):
-                    logger.warning("refused a connection reason=%d handshakes are under way", _MAX_HANDSHAKES)
-                    connection.close()
-                    continue
-                threading.Thread(target=self._shake_hands, args=(connection,), daemon=True).start()
-
-    def _shake_hands(self, connection: socket.socket) -> None:
-        try:
-            peer = self._make_peer(connection, greet(connection, self._config.run_secret))
-        except (TransportError, OSError) as error:
-            logger.warning("refused a connection reason=%s", error)
-            connection.close()
-            return
-        finally:
-            self._handshakes.release()
+    def _take_in(self, connection: socket.socket, ask: Ask) -> None:
+        channel = self._make_channel(connection, ask)
         with self._lock:
             if self._stopping:
-                peer.close()
+                channel.close()
                 return
-            self._new_peers.put(peer)
+            self._new_channels.put(channel)
             os.eventfd_write(self._wake, 1)
 
-    def _make_peer(self, connection: socket.socket, ask: Ask) -> Peer:
+    def _make_channel(self, connection: socket.socket, ask: Ask) -> ServerChannel:
         if connection.family == socket.AF_UNIX:
             if ask.kind == "shm":
                 return SharedMemoryServerChannel(connection, ask, self._config)
@@ -209,7 +144,7 @@ class DataPlaneServer:
     # ---- calls, in the data plane's thread --------------------------------------------------------------------
 
     def _run(self) -> None:
-        self._watch(self._wake, self._take_new_peers)
+        self._watch(self._wake, self._take_new_channels)
         try:
             with torch.inference_mode():
                 while not self._stopping:
@@ -218,9 +153,9 @@ class DataPlaneServer:
                         if handler is not None:  # not dropped by an earlier event of the same round
                             handler()
         finally:
-            self._take_new_peers()
-            for peer in list(self._peers):
-                self._drop(peer)
+            self._take_new_channels()
+            for channel in list(self._channels):
+                self._drop(channel)
 
     def _linger(self) -> list[tuple[int, int]]:
         """Look for the next call for as long as a decoding step's layers are apart, before going to sleep.
@@ -240,66 +175,66 @@ class DataPlaneServer:
         self._handlers[fd] = handler
         self._epoll.register(fd, select.EPOLLIN)
 
-    def _take_new_peers(self) -> None:
+    def _take_new_channels(self) -> None:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wake)
-        while not self._new_peers.empty():
-            peer = self._new_peers.get()
-            self._peers.add(peer)
-            self._watch(peer.bell, partial(self._serve, peer))
-            if peer.socket.fileno() != peer.bell:
-                self._watch(peer.socket.fileno(), partial(self._drop_if_gone, peer))
-            logger.info("engine connected engine=%s transport=%s", peer.engine, peer.kind)
+        while not self._new_channels.empty():
+            channel = self._new_channels.get()
+            self._channels.add(channel)
+            self._watch(channel.bell, partial(self._serve, channel))
+            if channel.socket.fileno() != channel.bell:
+                self._watch(channel.socket.fileno(), partial(self._drop_if_gone, channel))
+            logger.info("engine connected engine=%s transport=%s", channel.engine, channel.kind)
 
-    def _serve(self, peer: Peer) -> None:
+    def _serve(self, channel: ServerChannel) -> None:
         try:
-            if peer.has_unsent:
-                peer.flush()
+            if channel.has_unsent:
+                channel.flush()
             else:
-                call = peer.receive()
+                call = channel.receive()
                 if call is not None:
-                    self._answer(peer, call)
-            if peer.has_unsent != (peer in self._stalled):
-                self._wait_for_room(peer)
+                    self._answer(channel, call)
+            if channel.has_unsent != (channel in self._stalled):
+                self._wait_for_room(channel)
         except TransportError as error:
-            logger.info("engine disconnected engine=%s reason=%s", peer.engine, error)
-            self._drop(peer)
+            logger.info("engine disconnected engine=%s reason=%s", channel.engine, error)
+            self._drop(channel)
 
-    def _answer(self, peer: Peer, call: ReceivedCall) -> None:
+    def _answer(self, channel: ServerChannel, call: ReceivedCall) -> None:
         try:
-            peer.answer(call.sequence, self._compute(call))
+            channel.answer(call.sequence, self._compute(call))
             self._has_served = True
         except TransportError:
             raise
         except FunctionUnavailableError as error:
-            peer.fail(call.sequence, STATUS_FUNCTION_UNAVAILABLE, str(error))
+            channel.fail(call.sequence, STATUS_FUNCTION_UNAVAILABLE, str(error))
         except Exception as error:  # whatever it is, the engine must hear of it and other engines be served
-            logger.exception("a call failed engine=%s layer=%d", peer.engine, call.layer)
-            peer.fail(call.sequence, STATUS_INTERNAL_ERROR, f"{type(error).__name__}: {error}")
+            logger.exception("a call failed engine=%s layer=%d", channel.engine, call.layer)
+            channel.fail(call.sequence, STATUS_INTERNAL_ERROR, f"{type(error).__name__}: {error}")
 
-    def _wait_for_room(self, peer: Peer) -> None:
-        """Watch for room in the line while an answer is unsent, and for calls else."""
-        self._stalled ^= {peer}
-        self._epoll.modify(peer.bell, select.EPOLLOUT if peer in self._stalled else select.EPOLLIN)
+    def _wait_for_room(self, channel: ServerChannel) -> None:
+        """Watch for room in the socket while an answer is unsent, and for calls else."""
+        self._stalled ^= {channel}
+        self._epoll.modify(channel.bell, select.EPOLLOUT if channel in self._stalled else select.EPOLLIN)
 
-    def _drop_if_gone(self, peer: Peer) -> None:
+    def _drop_if_gone(self, channel: ServerChannel) -> None:
         try:
-            peer.socket.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK)
-        except BlockingIOError:  # an event of an earlier peer whose descriptor had the same number
+            channel.socket.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK)
+        except BlockingIOError:  # an event of an earlier channel whose descriptor had the same number
             return
         except OSError as error:
-            logger.info("engine disconnected engine=%s reason=%s", peer.engine, error)
+            logger.info("engine disconnected engine=%s reason=%s", channel.engine, error)
         else:
-            logger.info("engine disconnected engine=%s", peer.engine)
-        self._drop(peer)
+            logger.info("engine disconnected engine=%s", channel.engine)
+        self._drop(channel)
 
-    def _drop(self, peer: Peer) -> None:
-        self._peers.discard(peer)
-        self._stalled.discard(peer)
-        for fd in {peer.bell, peer.socket.fileno()}:
+    def _drop(self, channel: ServerChannel) -> None:
+        self._channels.discard(channel)
+        self._stalled.discard(channel)
+        for fd in {channel.bell, channel.socket.fileno()}:
             del self._handlers[fd]
             self._epoll.unregister(fd)
-        peer.close()
+        channel.close()
 
 
 def _memory_of(device: torch.device) -> DeviceMemory | None:
@@ -315,9 +250,9 @@ def _memory_of(device: torch.device) -> DeviceMemory | None:
 def _listen_unix(name: str) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind("\0" + name)
-    listener.listen()
+    listener.listen(_BACKLOG)
     return listener
 
 
 def _listen_tcp(host: str) -> socket.socket:
-    return socket.create_server((host, 0), backlog=64)
+    return socket.create_server((host, 0), backlog=_BACKLOG)

@@ -47,7 +47,7 @@ _Views = tuple[torch.Tensor, _Words]
 
 
 class FailedCallError(TransportError):
-    """The worker answered, in words: it could not compute the call. The line is as good as before."""
+    """The worker answered, in words: it could not compute the call. The channel is as good as before."""
 
 
 class LayerCall(NamedTuple):

@@ -15,7 +15,16 @@ from hypothesis import strategies as st
 
 from moeless.core.errors import HandshakeError
 from moeless.dispatch import handshake
-from moeless.dispatch.handshake import Accept, Ask, Hello, ask_for, greet, prove, receive_message, send_message
+from moeless.dispatch.handshake import (
+    Accept,
+    Ask,
+    Hello,
+    ProofCheck,
+    ask_for,
+    prove,
+    receive_message,
+    send_message,
+)
 
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 RUN_SECRET = "the secret of this run"
@@ -38,6 +47,23 @@ def ask(sock: socket.socket, run_secret: str = RUN_SECRET, *, max_fds: int = 0) 
     return ask_for(sock, run_secret, kind="shm", engine="engine-0", call_bytes=64, answer_bytes=64, max_fds=max_fds)
 
 
+def greet(sock: socket.socket, run_secret: str) -> Ask:
+    """A server's side up to the client's proof, by a blocking socket."""
+    check = ProofCheck(run_secret, nonce="n" * 32)
+    sock.sendall(check.hello)
+    asked = None
+    try:
+        while asked is None:
+            data = sock.recv(check.num_wanted_bytes)
+            if not data:
+                raise HandshakeError("hung up")
+            asked = check.feed(data)
+    except HandshakeError:
+        sock.sendall(check.refusal)
+        raise
+    return asked
+
+
 def welcome(sock: socket.socket, run_secret: str = RUN_SECRET, fds: list[int] | None = None) -> Ask:
     """A whole server side that grants everything."""
     asked = greet(sock, run_secret)
@@ -45,7 +71,7 @@ def welcome(sock: socket.socket, run_secret: str = RUN_SECRET, fds: list[int] | 
     return asked
 
 
-def test_two_that_know_the_token_agree(
+def test_two_that_know_the_run_secret_agree(
     ends: tuple[socket.socket, socket.socket], other_side: ThreadPoolExecutor
 ) -> None:
     asked: Future[Ask] = other_side.submit(welcome, ends[1])
@@ -66,7 +92,7 @@ def test_descriptors_come_with_the_acceptance_and_are_not_inherited(
     handshake.close_all([reading, writing, *fds])
 
 
-def test_a_client_without_the_token_is_refused_and_told_so(
+def test_a_client_without_the_run_secret_is_refused_and_told_so(
     ends: tuple[socket.socket, socket.socket], other_side: ThreadPoolExecutor
 ) -> None:
     asked = other_side.submit(greet, ends[1], RUN_SECRET)
@@ -76,7 +102,7 @@ def test_a_client_without_the_token_is_refused_and_told_so(
         asked.result()
 
 
-def test_a_server_without_the_token_is_noticed(
+def test_a_server_without_the_run_secret_is_noticed(
     ends: tuple[socket.socket, socket.socket], other_side: ThreadPoolExecutor
 ) -> None:
     def pretend(sock: socket.socket) -> None:
@@ -122,20 +148,43 @@ def test_a_message_too_long_is_refused(ends: tuple[socket.socket, socket.socket]
         receive_message(ends[1], Ask)
 
 
-def test_a_peer_that_hangs_up_halfway_is_noticed(ends: tuple[socket.socket, socket.socket]) -> None:
+def test_a_side_that_hangs_up_halfway_is_noticed(ends: tuple[socket.socket, socket.socket]) -> None:
     ends[0].sendall(struct.pack("<I", 100) + b"{")
     ends[0].close()
     with pytest.raises(HandshakeError, match="hung up during the handshake"):
         receive_message(ends[1], Ask)
 
 
-def test_a_silent_peer_is_given_up(ends: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_worker_is_given_up(
+    ends: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(handshake, "HANDSHAKE_TIMEOUT_S", 0.05)
     with pytest.raises(HandshakeError, match="timed out"):
-        greet(ends[1], RUN_SECRET)
+        ask(ends[0])
 
 
-def test_a_peer_that_sends_a_byte_now_and_then_is_given_up(
+@pytest.mark.parametrize(
+    "body", [b'{"proof": "\xff\xfe"}', b"[" * 4000, b"[]", b"7", b'{"proof": 1}', b"\x00" * 12], ids=range(6)
+)
+def test_a_message_that_is_no_message_is_a_handshake_error(body: bytes) -> None:
+    check = ProofCheck(RUN_SECRET, nonce="n")
+    with pytest.raises(HandshakeError, match="handshake failed"):
+        check.feed(struct.pack("<I", len(body)) + body)
+
+
+def test_a_message_may_come_byte_by_byte() -> None:
+    check = ProofCheck(RUN_SECRET, nonce="n")
+    client, server = socket.socketpair()
+    with client, server:
+        send_message(client, Ask(proof=prove(RUN_SECRET, "client", "n"), nonce="m", kind="tcp", engine="e"))
+        client.shutdown(socket.SHUT_WR)
+        asked = [check.feed(byte) for byte in iter(lambda: server.recv(1), b"")]
+    assert asked[:-1] == [None] * (len(asked) - 1)
+    assert asked[-1] is not None
+    assert asked[-1].engine == "e"
+
+
+def test_a_side_that_sends_a_byte_now_and_then_is_given_up(
     ends: tuple[socket.socket, socket.socket], other_side: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(handshake, "HANDSHAKE_TIMEOUT_S", 0.2)

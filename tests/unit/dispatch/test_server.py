@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from moeless.core.errors import HandshakeError, TransportError
-from moeless.dispatch import server as server_module
 from moeless.dispatch.channel import Channel
 from moeless.dispatch.handshake import ask_for
 from moeless.dispatch.server import DataPlaneServer
@@ -71,16 +70,6 @@ def test_silent_strangers_delay_nobody(server: DataPlaneServer) -> None:
         assert_serves(server)
 
 
-def test_strangers_beyond_a_limit_are_hung_up_on(server: DataPlaneServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    with ExitStack() as stack:
-        for _ in range(server_module._MAX_HANDSHAKES):
-            assert stack.enter_context(stranger(server)).recv(1)
-        one_more = stack.enter_context(stranger(server))
-        assert one_more.recv(1) == b""
-    wait_until(lambda: server._handshakes._value == server_module._MAX_HANDSHAKES)
-    assert_serves(server)
-
-
 @pytest.mark.parametrize("data", [os.urandom(4000), b"GET / HTTP/1.1\r\n\r\n", b"\x05\x00\x00\x00hello", b""])
 def test_strangers_that_speak_something_else_are_hung_up_on(server: DataPlaneServer, data: bytes) -> None:
     with stranger(server) as sock, suppress(OSError):  # it may reset the connection before all of it is sent
@@ -128,7 +117,7 @@ def test_stopping_hangs_up_on_every_engine(transport: type[SharedMemoryChannel] 
     server = make_server()
     server.start()
     with closing(open_channel(server, transport)) as channel:
-        wait_until(lambda: bool(server._peers))
+        wait_until(lambda: bool(server._channels))
         server.stop()
         assert not server.is_alive
         wait_until(lambda: channel.is_broken)
