@@ -108,7 +108,7 @@ class PlainWorker:
         self.process.join()
 
     def num_fds(self) -> int:
-        return psutil.Process(self.endpoint.pid).num_fds()
+        return psutil.Process(self.process.pid).num_fds()
 
 
 @contextmanager

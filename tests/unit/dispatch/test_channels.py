@@ -90,7 +90,7 @@ def test_a_worker_without_the_token_is_refused(open_channel: Opener) -> None:
 
 def test_a_worker_that_is_not_there_is_a_transport_error(worker: PlainWorker, open_channel: Opener) -> None:
     nobody = WorkerEndpoint(
-        worker="worker-9", host_id="", unix_address="moeless-nobody", tcp_host="127.0.0.1", tcp_port=1, pid=0
+        worker="worker-9", host_id="", unix_address="moeless-nobody", tcp_host="127.0.0.1", tcp_port=1
     )
     with pytest.raises(TransportError, match="worker worker-9 cannot be reached"):
         open_channel(nobody)

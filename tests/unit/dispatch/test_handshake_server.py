@@ -7,11 +7,12 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 
 import pytest
 import torch
 
+from moeless.core.errors import HandshakeError, TransportError
 from moeless.deployments.worker_connections import WorkerConnections
 from moeless.dispatch import handshake_server
 from moeless.dispatch.channel import Channel, WorkerEndpoint
@@ -72,7 +73,7 @@ def stranger(listener: socket.socket, source: str = "") -> socket.socket:
 
 def prove_to(listener: socket.socket) -> None:
     """What an honest engine does up to its proof; the server here hangs up instead of accepting."""
-    with stranger(listener) as sock, pytest.raises(Exception, match="hung up"):
+    with stranger(listener) as sock, pytest.raises(HandshakeError, match="hung up"):
         ask_for(sock, RUN_SECRET, kind="tcp", engine="honest", call_bytes=64, answer_bytes=64)
 
 
@@ -146,9 +147,9 @@ def test_nonsense_ends_that_connection_only(
 
 
 def test_a_wrong_proof_is_answered_in_words(listeners: list[socket.socket]) -> None:
-    with serving(listeners, Proven()), stranger(listeners[1]) as sock:
-        with pytest.raises(Exception, match="the run secret is not this run's"):
-            ask_for(sock, "a guess", kind="tcp", engine="e", call_bytes=64, answer_bytes=64)
+    refused = pytest.raises(HandshakeError, match="the run secret is not this run's")
+    with serving(listeners, Proven()), stranger(listeners[1]) as sock, refused:
+        ask_for(sock, "a guess", kind="tcp", engine="e", call_bytes=64, answer_bytes=64)
 
 
 def test_stopping_hangs_up_on_handshakes_under_way(listeners: list[socket.socket]) -> None:
@@ -196,10 +197,8 @@ class Noise:
                 self.num_connections += 1
                 strangers.append(sock)
             for sock in strangers[: NUM_STRANGERS // 2]:  # half of them say something wrong, and all come again
-                try:
+                with suppress(OSError):
                     sock.send(b"\x10\x00\x00\x00nonsense nonsense")
-                except OSError:
-                    pass
                 sock.close()
             del strangers[: NUM_STRANGERS // 2]
         for sock in strangers:
@@ -227,7 +226,7 @@ def connected(transport: type[SharedMemoryChannel] | type[TcpChannel], endpoint:
     while True:
         try:
             return transport(endpoint, channel_config())
-        except Exception:
+        except TransportError:
             if time.monotonic() > deadline_s:
                 raise
 
