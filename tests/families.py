@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -56,9 +57,9 @@ FAMILIES = PARITY_FAMILIES | OTHER_FAMILIES
 _ALL = FAMILIES | REFUSED_FAMILIES
 
 
-def make_model(family: str, *, seed: int = 0) -> PreTrainedModel:
-    """A random model in float32 and eval mode; equal seeds give equal weights."""
-    config = CONFIG_MAPPING[family](**(BASE | _ALL[family]))
+def make_model(family: str, *, seed: int = 0, **settings: Any) -> PreTrainedModel:
+    """A random model in float32 and eval mode; equal seeds give equal weights. `settings` go to its config."""
+    config = CONFIG_MAPPING[family](**(BASE | _ALL[family] | settings))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -66,9 +67,11 @@ def make_model(family: str, *, seed: int = 0) -> PreTrainedModel:
     return model
 
 
-def make_checkpoint(family: str, folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
+def make_checkpoint(
+    family: str, folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **settings: Any
+) -> Path:
     """Write a random checkpoint of `family` in hub format, with a tokenizer, and return its folder."""
-    model = make_model(family, seed=seed).to(dtype)
+    model = make_model(family, seed=seed, **settings).to(dtype)
     model.config.dtype = dtype
     model.generation_config.pad_token_id, model.generation_config.eos_token_id = PAD_ID, EOS_ID
     model.save_pretrained(folder)

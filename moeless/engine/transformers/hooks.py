@@ -10,7 +10,9 @@
 - `update_batch` calls `RequestState.update_and_check_completion(token, logprob)`, frees the request's pages at once
   if that returns True, and passes what `to_generation_output()` returns to the router.
 - A request that must make room is soft reset: `create_equivalent_initial_request` makes its successor.
-- `PagedAttentionCache.search_prefix_match(request_id, prompt)` returns the tokens it found in shared pages.
+- `PagedAttentionCache.search_prefix_match(request_id, prompt)` returns the tokens it found in shared pages;
+  `count_new_complete_blocks(state, request_len)` decides which pages can be found later, none if it is empty.
+- A request with status PREFILLING in `active_requests`, no blocks and `position_offset` 0 is prefilled from its start.
 
 tests/unit/engine/transformers/test_hooks.py fails, naming the line above, when transformers changes one of these.
 """
@@ -21,7 +23,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
@@ -38,6 +42,7 @@ from moeless.core.generation import GenerationDelta
 from moeless.engine.observing import RowSpan, StepObservers
 from moeless.engine.transformers.paged_attention import NAME as ATTENTION
 from moeless.engine.transformers.paged_attention import SpanPlan, plan_attention, register_attention
+from moeless.engine.transformers.rotary import SequenceRotary
 from moeless.engine.transformers.sampling import Sampled, Vocabulary, sample
 from moeless.engine.transformers.sequence import Sequence
 
@@ -98,6 +103,7 @@ class _SamplingRunner(ModelRunner):  # type: ignore[misc]
 
     observers: StepObservers
     vocabulary: Vocabulary | None
+    rotary: SequenceRotary
 
     def compute_batch(self, model: nn.Module, batch_data: dict[str, Any]) -> None:
         ios = self.inputs_and_outputs
@@ -112,8 +118,14 @@ class _SamplingRunner(ModelRunner):  # type: ignore[misc]
         if ios.compute_stream is not None:
             # The inputs, and our plan, were made on the current stream; the model runs on its own.
             ios.compute_stream.wait_stream(torch.cuda.current_stream(ios.device))
-        with self.observers.step(self._row_spans):
+        with self.observers.step(self._row_spans), self.rotary.lengths(self._lengths_1W, ios.device):
             super().compute_batch(model, batch_data)
+
+    def _lengths_1W(self) -> NDArray[np.int64]:
+        """For each position of the step, the tokens of its sequence, those included that are yet to be computed."""
+        futures = self.inputs_and_outputs.requests_in_batch
+        lengths = [future.state.sequence.num_tokens for future in futures]
+        return np.repeat(np.array(lengths, dtype=np.int64), [future.query_length for future in futures])[None]
 
     def _row_spans(self) -> list[RowSpan]:
         spans, row = [], 0
@@ -176,6 +188,7 @@ class PagedBatcher:
         """
         register_attention()
         self._model: Any = model
+        self._rotary = SequenceRotary(model)
         self._original_attention: str = model.config._attn_implementation
         self._router = _DeltaRouter()
         self._batch: list[Any] | None = None
@@ -188,6 +201,8 @@ class PagedBatcher:
         self._cache: PagedAttentionCache = self._processor.cache
         self._cache.extend_read_and_write_indices = self._extend_write_indices
         self._note_cached_tokens()
+        self._share_short_prefixes_only()
+        self._rotary.install()
 
     @property
     def max_request_tokens(self) -> int:
@@ -224,6 +239,8 @@ class PagedBatcher:
         self._batch = [future.state for future in self._processor.inputs_and_outputs.requests_in_batch]
         self._processor._generation_step(self._model)
         self._processor.update_batch()
+        if self._rotary.depends_on_length:
+            self._recompute_outgrown(self._batch)
         return self._router.take()
 
     def fail_batch(self) -> list[Sequence]:
@@ -252,6 +269,7 @@ class PagedBatcher:
         return float(self._cache.compute_free_capacity() + cached / total)
 
     def close(self) -> None:
+        self._rotary.remove()
         self._model.set_attn_implementation(self._original_attention)
 
     def _create_processor(
@@ -270,6 +288,7 @@ class PagedBatcher:
         )
         processor.model_runner.observers = observers
         processor.model_runner.vocabulary = vocabulary
+        processor.model_runner.rotary = self._rotary
         return processor
 
     def _extend_write_indices(
@@ -296,6 +315,43 @@ class PagedBatcher:
             return found
 
         self._cache.search_prefix_match = search_and_note
+
+    def _share_short_prefixes_only(self) -> None:
+        """Where rotary factors depend on length, share the pages of sequences with those of short ones alone."""
+        if not self._rotary.depends_on_length:
+            return
+        search: Callable[[str, list[int]], int] = self._cache.search_prefix_match
+        count: Callable[[SequenceState, int], dict[str, int]] = self._cache.count_new_complete_blocks
+
+        def search_if_short(request_id: str, token_ids: list[int]) -> int:
+            return search(request_id, token_ids) if self._rotary.factors_of(len(token_ids)) == 0 else 0
+
+        def count_if_short(state: SequenceState, request_len: int) -> dict[str, int]:
+            assert state.sequence is not None
+            return count(state, request_len) if self._rotary.factors_of(state.sequence.num_tokens) == 0 else {}
+
+        self._cache.search_prefix_match = search_if_short
+        self._cache.count_new_complete_blocks = count_if_short
+
+    def _recompute_outgrown(self, states: list[Any]) -> None:
+        """Let sequences begin again whose new token changes their rotary factors: their pages hold the former ones.
+
+        What they have generated is prefilled like a prompt. They keep their place among the running ones, unless
+        they are computed anew for each token: then they queue up behind the ones that wait, which would never begin.
+        """
+        for state in states:
+            is_decoding = state.status == RequestStatus.DECODING and state.generated_tokens
+            if not is_decoding or not self._rotary.changes_at(state.sequence.num_tokens):
+                continue
+            self._cache.free_blocks(state.request_id)
+            successor = state.create_equivalent_initial_request()
+            if self._rotary.changes_with_every_token:
+                del self._scheduler.active_requests[state.request_id]
+                self._scheduler.add_waiting_request(successor)
+                self._scheduler.block_new_requests = False  # set until a running one ends, and there may be none now
+            else:
+                successor.status = RequestStatus.PREFILLING
+                self._scheduler.active_requests[state.request_id] = successor
 
 
 def kv_bytes_per_token(model: PreTrainedModel) -> int:

@@ -126,6 +126,11 @@ class Sequence:
     def num_generated(self) -> int:
         return len(self.generated_token_ids)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known so far: the prompt's and the generated ones."""
+        return self.num_prompt_tokens + self.num_generated
+
     def token_ids(self, first: int, count: int) -> list[int]:
         """The tokens at positions `first` to `first + count`, of the prompt and what was generated after it."""
         prompt, length = self.prompt_token_ids, self.num_prompt_tokens

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -25,6 +26,7 @@ from moeless.engine.config import EngineConfig
 from moeless.engine.observing import RowSpan
 from moeless.engine.protocol import OnStep
 from moeless.engine.transformers.experts import without_experts
+from moeless.engine.transformers.rotary import SequenceRotary
 from moeless.engine.transformers.sampling import sample
 from moeless.engine.transformers.sequence import Sequence
 from moeless.engine.transformers.threaded_engine import ThreadedEngine
@@ -64,6 +66,10 @@ class StaticBatchEngine(ThreadedEngine):
         self._capacity_tokens = 1
         self._joins_at_any_step = False
         self._takes_padding = False
+        self._outgrown: deque[Sequence] = deque()
+        """Sequences that have begun and are to be computed anew, with other rotary factors."""
+        self._has_just_recomputed = False
+        self._rotary = SequenceRotary(model)
         takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._forward_options: dict[str, Any] = {"logits_to_keep": 1} if takes_logits_to_keep else {}
 
@@ -76,6 +82,7 @@ class StaticBatchEngine(ThreadedEngine):
         if self._capacity_tokens < 2:
             raise ConfigError(f"kv_cache_bytes must hold at least two tokens of {token_bytes} bytes, got {budget}")
         self._limit_context_to(self._capacity_tokens)
+        self._rotary.install()
         logger.info(
             "static batching ready capacity_tokens=%d max_running=%d joins_at_any_step=%s",
             self._capacity_tokens,
@@ -84,8 +91,24 @@ class StaticBatchEngine(ThreadedEngine):
         )
 
     def _close(self) -> None:
+        self._rotary.remove()
         self._batch = None
         self._waiting.clear()
+        self._outgrown.clear()
+
+    def run_to_end(self, sequences: list[Sequence]) -> None:
+        """Generate from `sequences` in the caller's thread, for a check; the engine is used up afterwards.
+
+        An error of a step is raised.
+        """
+        self._open()
+        try:
+            self._waiting.extend(sequences)
+            while self._has_work():
+                self._step()
+                self._deliver()
+        finally:
+            self._close()
 
     def _add(self, sequence: Sequence) -> None:
         self._waiting.append(sequence)
@@ -93,11 +116,13 @@ class StaticBatchEngine(ThreadedEngine):
     def _drop(self, sequence: Sequence) -> None:
         if sequence in self._waiting:
             self._waiting.remove(sequence)
+        elif sequence in self._outgrown:
+            self._outgrown.remove(sequence)
         elif self._batch is not None and sequence in self._batch.sequences:
             self._keep([s is not sequence for s in self._batch.sequences])
 
     def _has_work(self) -> bool:
-        return bool(self._waiting) or self._batch is not None
+        return bool(self._waiting or self._outgrown) or self._batch is not None
 
     def _step(self) -> None:
         joining = self._pick_joining()
@@ -120,7 +145,7 @@ class StaticBatchEngine(ThreadedEngine):
 
     def _num_running(self) -> int:
         batch = self._batch
-        return 0 if batch is None else len(batch.sequences)
+        return len(self._outgrown) + (0 if batch is None else len(batch.sequences))
 
     def _kv_usage(self) -> float:
         batch = self._batch
@@ -129,38 +154,49 @@ class StaticBatchEngine(ThreadedEngine):
     # -- steps -----------------------------------------------------------------------------------------------------
 
     def _pick_joining(self) -> list[Sequence]:
-        """Take the sequences off the queue that begin now: as many as memory and one step's tokens allow."""
-        running: list[Sequence] = []
-        if self._batch is not None:
-            if not self._joins_at_any_step:
-                return []
-            running = self._batch.sequences
+        """Take the sequences off the queues that begin now, or begin again.
+
+        Those that begin again come first, but never twice in a row: with dynamic NTK they do at each token, and the
+        others must decode and begin too.
+        """
+        has_just_recomputed, self._has_just_recomputed = self._has_just_recomputed, False
+        if self._batch is not None and (has_just_recomputed or not self._joins_at_any_step):
+            return []
+        if has_just_recomputed and self._waiting:
+            return self._take_from(self._waiting)
+        joining = self._take_from(self._outgrown)
+        self._has_just_recomputed = bool(joining)
+        return joining or self._take_from(self._waiting)
+
+    def _take_from(self, queue: deque[Sequence]) -> list[Sequence]:
+        """Take sequences off a queue: as many as memory and one step's tokens allow."""
+        running = [] if self._batch is None else self._batch.sequences
         longest = max((s.num_prompt_tokens + s.max_tokens for s in running), default=0)
         joining: list[Sequence] = []
         widest = 0
-        while self._waiting and len(running) + len(joining) < self._config.max_running:
-            sequence = self._waiting[0]
-            if joining and not self._takes_padding and sequence.num_prompt_tokens != widest:
+        while queue and len(running) + len(joining) < self._config.max_running:
+            sequence = queue[0]
+            if joining and not self._takes_padding and sequence.num_tokens != widest:
                 break
             longest = max(longest, sequence.num_prompt_tokens + sequence.max_tokens)
-            widest = max(widest, sequence.num_prompt_tokens)
+            widest = max(widest, sequence.num_tokens)
             count = len(joining) + 1
             if (len(running) + count) * longest > self._capacity_tokens:
                 break
             if joining and count * widest > self._config.max_batch_tokens:
                 break
-            joining.append(self._waiting.popleft())
+            joining.append(queue.popleft())
         return joining
 
     def _prefill(self, sequences: list[Sequence]) -> tuple[_Batch, Tensor]:
-        lengths = [sequence.num_prompt_tokens for sequence in sequences]
+        lengths = [sequence.num_tokens for sequence in sequences]
         width = max(lengths)
         ids_BW = torch.zeros(len(sequences), width, dtype=torch.int64)
         mask_BW = torch.zeros(len(sequences), width, dtype=torch.int64)
         for row, sequence in enumerate(sequences):
             # Padding is masked, but 0 x NaN is NaN: a token of the sequence's own cannot harm it more than it does.
             ids_BW[row] = sequence.prompt_token_ids[0]
-            ids_BW[row, width - lengths[row] :] = torch.tensor(sequence.prompt_token_ids)
+            ids_BW[row, width - lengths[row] :] = torch.tensor(sequence.token_ids(0, lengths[row]))
             mask_BW[row, width - lengths[row] :] = 1
         device = self._model.device
         mask_BW = mask_BW.to(device)
@@ -178,7 +214,10 @@ class StaticBatchEngine(ThreadedEngine):
 
     def _forward(self, batch: _Batch, ids: Tensor, positions: Tensor) -> Tensor:
         """Returns: float32 logits of each row's last token, (B, V)."""
-        with self.observers.step(lambda: _row_spans(batch, ids.shape[1])):
+        with (
+            self.observers.step(lambda: _row_spans(batch, ids.shape[1])),
+            self._rotary.lengths(lambda: np.array(batch.lengths, dtype=np.int64)[:, None], ids.device),
+        ):
             return self._compute(batch, ids, positions)
 
     def _compute(self, batch: _Batch, ids: Tensor, positions: Tensor) -> Tensor:
@@ -199,8 +238,13 @@ class StaticBatchEngine(ThreadedEngine):
         sampled = sample(logits_BV, [sequence.sampler for sequence in batch.sequences], self._vocabulary)
         batch.next_ids = sampled.token_ids
         keep: list[bool] = []
+        outgrown: list[Sequence] = []
         for row, sequence in enumerate(batch.sequences):
-            keep.append(not sequence.take(sampled, row))
+            ended = sequence.take(sampled, row)
+            changes = self._rotary.changes_at(sequence.num_tokens)  # the cache holds what other factors rotated
+            if changes and not ended:
+                outgrown.append(sequence)
+            keep.append(not (ended or changes))
             self._outbox.append(sequence.take_delta())
         running, self._batch = self._batch, batch
         if running is not None:  # a merge that fails half-way spoils both
@@ -209,6 +253,7 @@ class StaticBatchEngine(ThreadedEngine):
             self._keep(keep)
         if running is not None:
             self._batch = running if self._batch is None else _merge(running, self._batch)
+        self._outgrown.extend(outgrown)
 
     def _keep(self, keep: list[bool]) -> None:
         """Reduce the batch to the rows marked, and cut the padding that all of them share."""

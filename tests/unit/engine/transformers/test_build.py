@@ -60,7 +60,7 @@ def test_attention_that_pages_get_wrong_is_noticed(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(paged_attention, "_decode", wrong)
     obstacle = paging_obstacle(model, make_tokenizer())
     assert obstacle is not None
-    assert obstacle.startswith("paged log-probabilities differ from the model's own by")
+    assert obstacle.startswith("log-probabilities differ from the model's own by")
 
 
 def test_the_choice_is_logged_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
