@@ -175,6 +175,8 @@ def evaluate(
         for ours, others, tested in zip(
             *(inputs_by_layer(part, config.fit) for part in (learning, held_out, test)), strict=True
         ):
+            if len(pairs) == done:
+                break
             for distance in sorted({d for layer, d in pairs if layer == ours.layer}):
                 target = ours.layer + distance
                 fitted = fit_kinds(learning, ours, target, config.fit, gate=(gates or {}).get(target))

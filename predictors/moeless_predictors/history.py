@@ -1,6 +1,6 @@
-"""The learned predictor: a small neural network from what is known of a token's routing to where it goes next.
+"""The learned predictor: a small neural network from features of a token's past routing to its next experts.
 
-`features.py` makes the features; this estimator takes any. Training is scikit-learn's; predicting is our own, because a
+`features.py` makes the features; this estimator takes any. Training is scikit-learn's; prediction is our own, because a
 decoding step has no time for an estimator's checks and products with zeros.
 
 Shapes: n tokens, F features, E experts, U hidden units.
@@ -23,6 +23,9 @@ from moeless_predictors.compiled import compiled
 
 _NUM_WEIGHTS = 110_000
 _MIN_UNITS, _MAX_UNITS = 96, 512
+_MAX_SPARSE_ROWS = 48
+"""Batches up to this size skip the zeros of X: 3 to 8 times as fast as BLAS for one token, about even at 32 tokens, and
+half as fast at 128."""
 
 
 class HistoryPredictor(LoadPredictor):
@@ -114,7 +117,12 @@ class HistoryPredictor(LoadPredictor):
 
         X, not checked, is of the fitted width, float32 and contiguous.
         """
-        hidden_nU = _hidden(X_nF, self.weights_in_FU_, self.bias_U_)
+        if len(X_nF) <= _MAX_SPARSE_ROWS:
+            hidden_nU = _hidden(X_nF, self.weights_in_FU_, self.bias_U_)
+        else:
+            hidden_nU = X_nF @ self.weights_in_FU_
+            hidden_nU += self.bias_U_
+            np.maximum(hidden_nU, 0, out=hidden_nU)
         logits_nE = hidden_nU @ self.weights_out_UE_
         logits_nE += self.bias_E_
         chances_nE: FloatArray = expit(logits_nE, out=logits_nE)

@@ -97,7 +97,8 @@ def test_live_forecasts_are_those_of_the_recorded_trace(load_family: LoadFamily)
     deltas = Recorder()
     with dispatched(family, deltas) as served:
         recorder = RoutingRecorder(served.observers, family.metadata, RecordingOptions(max_tokens=4000))
-        # The first step is measured: its forecasts are corrected by what the bound has learned. The others are not.
+        for pair in predictors.pairs.values():
+            pair.quantile.set_params(drift_half_life_tokens=None)  # forecasts are not corrected for drift
         forecasts = _Forecasts(LivePredictor(predictors, LiveConfig(max_share=1.0, measure_every=10_000)))
         served.observers.add(forecasts)
         recorder.start()
