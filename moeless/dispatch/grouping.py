@@ -13,10 +13,7 @@ from moeless.core.arrays import Float64Array, Int64Array
 from moeless.core.call_cost import CallCost
 from moeless.core.expert import FunctionId
 from moeless.core.routing_table import LOCAL_WORKER, RoutingTable
-from moeless.planning.step_balance import Replicas, balanced_split
-
-_GOLDEN = 0.6180339887498949
-"""Steps of this ratio spread single tokens over replicas in proportion to their shares."""
+from moeless.planning.step_balance import Replicas, ShareTurns, add_call_costs, balanced_split
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +28,9 @@ class CompiledLayer:
     step_cost: CallCost | None = None
     """As of the table."""
     replicas_F: Replicas | None = None
-    """Of the experts in `shares_of`, in its order; only with a step cost."""
+    """Of the experts in `shares_of`, in its order; None where there are none."""
+    turns: ShareTurns | None = None
+    """The same, to split by their shares; without a step cost."""
 
     def replicas(self, expert: int) -> Int64Array:
         """Numbers of the workers that hold an instance of `expert`."""
@@ -81,18 +80,20 @@ def compile_layer(
                 np.cumsum(shares / shares.sum()),
             )
     worker_of_E = np.array([number[kept[expert][0][0]] for expert in range(num_experts)], dtype=np.int64)
-    replicas = None
-    if table.step_cost is not None and shares_of:
+    replicas = turns = None
+    if shares_of:
         replicas = Replicas.of_one_layer(
             [replicas.tolist() for replicas, _ in shares_of.values()],
             [np.diff(cumulative, prepend=0.0).tolist() for _, cumulative in shares_of.values()],
         )
+        turns = None if table.step_cost is not None else ShareTurns.of(replicas)
     return CompiledLayer(
         workers=workers,
         worker_of_E=worker_of_E,
         shares_of=shares_of,
         step_cost=table.step_cost,
         replicas_F=replicas,
+        turns=turns,
     )
 
 
@@ -107,10 +108,8 @@ def group_by_worker(compiled: CompiledLayer, experts_Tk: Int64Array, *, step: in
     num_tokens, top_k = experts_Tk.shape
     experts_n = experts_Tk.reshape(-1)
     workers_n = compiled.worker_of_E[experts_n]
-    if compiled.step_cost is None:
-        _take_turns(compiled, experts_n, workers_n, step)
-    elif compiled.replicas_F is not None:
-        _even_out(compiled, compiled.replicas_F, experts_n, workers_n, compiled.step_cost)
+    if compiled.replicas_F is not None:
+        _share_out(compiled, compiled.replicas_F, experts_n, workers_n, step)
     order_n = np.argsort(workers_n * len(compiled.worker_of_E) + experts_n, kind="stable")
     sorted_workers = workers_n[order_n]
     starts = np.searchsorted(sorted_workers, np.arange(len(compiled.workers) + 1))
@@ -122,33 +121,21 @@ def group_by_worker(compiled: CompiledLayer, experts_Tk: Int64Array, *, step: in
     return groups
 
 
-def _take_turns(compiled: CompiledLayer, experts_n: Int64Array, workers_n: Int64Array, step: int) -> None:
-    """Give the pairs of experts with replicas to these by their shares."""
-    for expert, (replicas, cumulative) in compiled.shares_of.items():
-        positions = np.flatnonzero(experts_n == expert)
-        if len(positions):
-            points = ((np.arange(len(positions)) + step * _GOLDEN) % len(positions)) / len(positions)
-            if len(positions) == 1:
-                points = np.array([step * _GOLDEN % 1.0])
-            chosen = np.minimum(np.searchsorted(cumulative, points, side="right"), len(replicas) - 1)
-            workers_n[positions] = replicas[chosen]
-
-
-def _even_out(
-    compiled: CompiledLayer, replicas: Replicas, experts_n: Int64Array, workers_n: Int64Array, cost: CallCost
+def _share_out(
+    compiled: CompiledLayer, replicas: Replicas, experts_n: Int64Array, workers_n: Int64Array, step: int
 ) -> None:
-    """Give the pairs of experts with replicas to these so that the busiest worker is done early."""
+    """Split the pairs of experts with replicas: by the step's real counts with a step cost, else by their shares."""
     counts_E = np.bincount(experts_n, minlength=len(compiled.worker_of_E))
     functions = np.fromiter(compiled.shares_of, dtype=np.int64)
-    alone_E = counts_E.copy()
-    alone_E[functions] = 0
-    cost_E = np.where(
-        alone_E > 0,
-        cost.call_tokens + np.maximum(alone_E, cost.floor_tokens) + alone_E * cost.link_tokens,
-        0.0,
-    )
-    busy_W = np.bincount(compiled.worker_of_E, weights=cost_E, minlength=len(compiled.workers)).astype(np.float64)
-    split_N = balanced_split(counts_E[functions], replicas, busy_W[np.newaxis], cost)
+    if compiled.step_cost is None:
+        assert compiled.turns is not None  # made with the replicas
+        split_N = compiled.turns.split(counts_E[functions], step=step)
+    else:
+        alone_E = counts_E.copy()
+        alone_E[functions] = 0
+        busy_W = np.zeros(len(compiled.workers))
+        add_call_costs(alone_E, compiled.worker_of_E, compiled.step_cost, busy_W)
+        split_N = balanced_split(counts_E[functions], replicas, busy_W[np.newaxis], compiled.step_cost)
     for number, expert in enumerate(functions.tolist()):
         if counts_E[expert]:
             held = slice(replicas.instance_F[number], replicas.instance_F[number + 1])

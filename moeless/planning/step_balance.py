@@ -20,13 +20,15 @@ from functools import cache
 import numpy as np
 
 from moeless.core.arrays import Float64Array, Int64Array
-from moeless.core.call_cost import CallCost
+from moeless.core.call_cost import CallCost, call_work
 from moeless_predictors.compiled import compiled
 
+_GOLDEN = 0.6180339887498949
+"""Steps of this ratio spread single tokens over replicas in proportion to their shares."""
 _ENOUGH = 1.02
-"""Of the mean worker's time: nothing is moved to get the busiest one below."""
+"""Stop when the busiest worker is within 2 % of the mean."""
 _MIN_GAIN = 0.002
-"""Of the busiest worker's time."""
+"""Smallest gain of a move, as a share of the busiest worker's time."""
 _MAX_ROUNDS = 24
 _WHOLE_GAIN = 1.1
 """By the plan's shares all workers are level, not only the busiest one lower: that is left for no small gain."""
@@ -55,6 +57,43 @@ class Replicas:
             worker_N=np.array([worker for workers in workers_F for worker in workers], dtype=np.int64),
             share_N=np.array([share for shares in shares_F for share in shares], dtype=np.float64),
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShareTurns:
+    """Splits tokens over replicas by the plan's shares alone: whole tokens, each replica its share in the long run.
+
+    Systematic sampling: replica n of a function has the interval from `from_N` to `upto_N` of its tokens, and the
+    fraction that it gets more or less than whole tokens turns from step to step.
+    """
+
+    instance_F: Int64Array
+    """As of Replicas."""
+    from_N: Float64Array
+    upto_N: Float64Array
+
+    @classmethod
+    def of(cls, replicas: Replicas) -> ShareTurns:
+        """Turns of the plan's shares."""
+        if not len(replicas.share_N):
+            return cls(instance_F=replicas.instance_F, from_N=replicas.share_N, upto_N=replicas.share_N)
+        first_F, last_F = replicas.instance_F[:-1], replicas.instance_F[1:] - 1
+        upto_N = np.cumsum(replicas.share_N)
+        before_F = (upto_N - replicas.share_N)[first_F]
+        upto_N = upto_N - np.repeat(before_F, np.diff(replicas.instance_F))
+        from_N = np.concatenate(([0.0], upto_N[:-1]))
+        from_N[first_F], upto_N[last_F] = 0.0, 1.0
+        return cls(instance_F=replicas.instance_F, from_N=from_N, upto_N=upto_N)
+
+    def split(self, tokens_F: Int64Array, *, step: int) -> Int64Array:
+        """Tokens of each instance, shape (N,); they sum to those of its function.
+
+        Args:
+            step: counts the steps, or a layer's calls.
+        """
+        tokens_N, phase = np.repeat(tokens_F, np.diff(self.instance_F)), step * _GOLDEN % 1.0
+        upto_N = np.floor(tokens_N * self.upto_N + phase)
+        return (upto_N - np.floor(tokens_N * self.from_N + phase)).astype(np.int64)
 
 
 def balanced_split(
@@ -88,7 +127,7 @@ def balanced_split(
         replicas.share_N,
         busy_LW,
         speeds,
-        (float(cost.call_tokens), float(cost.floor_tokens), float(cost.link_tokens)),
+        cost.numbers,
         split_N,
     )
     return split_N
@@ -136,12 +175,44 @@ def _split_layers(
         _move_on(first, last, instance_F, worker_N, busy_W, speed_W, cost, split_N, enough)
 
 
+_call_work = compiled(call_work)
+
+
 @compiled
 def _cost_of(tokens: int, cost: tuple[float, float, float]) -> float:
-    """Of a call, as CallCost."""
-    if tokens == 0:
-        return 0.0
-    return cost[0] + max(float(tokens), cost[1]) + tokens * cost[2]
+    return _call_work(float(tokens), cost[0], cost[1], cost[2])
+
+
+def add_call_costs(
+    tokens_N: Int64Array,
+    place_N: Int64Array,
+    cost: CallCost,
+    busy_P: Float64Array,
+    *,
+    speed_N: Float64Array | None = None,
+) -> None:
+    """Add to `busy_P` the cost of a call of each instance.
+
+    Args:
+        tokens_N: of each instance; one without tokens is not called.
+        place_N: index into `busy_P` of each instance: its worker, or its layer and worker.
+        speed_N: of the instances' workers; default: all 1.
+    """
+    speeds = np.ones(len(tokens_N)) if speed_N is None else speed_N
+    _add_call_costs(tokens_N, place_N, speeds, cost.numbers, busy_P)
+
+
+@compiled
+def _add_call_costs(
+    tokens_N: Int64Array,
+    place_N: Int64Array,
+    speed_N: Float64Array,
+    cost: tuple[float, float, float],
+    busy_P: Float64Array,
+) -> None:
+    for instance in range(len(tokens_N)):
+        if tokens_N[instance] > 0:
+            busy_P[place_N[instance]] += _cost_of(tokens_N[instance], cost) / speed_N[instance]
 
 
 @compiled

@@ -11,21 +11,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moeless.core.arrays import FloatArray, IntArray
+from moeless.core.arrays import FloatArray, Int64Array, IntArray
 from moeless.core.call_cost import CallCost
 from moeless.core.cluster import Cluster
 from moeless.core.plan import Plan
 from moeless.planning.cost import ExpertTime, all_to_all_seconds, hub_seconds
-from moeless.planning.step_balance import Replicas, balanced_split
+from moeless.planning.step_balance import Replicas, ShareTurns, add_call_costs, balanced_split
 from moeless.simulate.batching import Step
 from moeless.simulate.scenario import Scenario, System
-from moeless_predictors.compiled import compiled
 
 if TYPE_CHECKING:
     from moeless.simulate.worker_memory import ColdStart, WorkerMemory
 
-_GOLDEN = 0.6180339887498949
-"""As in dispatch/grouping.py: single tokens take turns among replicas in proportion to their shares."""
 _SAMPLED_VALUES = 1 << 20
 _MAX_SAMPLED = 256
 
@@ -45,10 +42,10 @@ class CompiledPlan:
     """A plan in the form that steps are computed with.
 
     Args:
-        sample_MLk: choices of some tokens, by which is told how many of a worker's pairs are of one token.
-        like: hosting of a plan that differs in few instances, whose share of distinct tokens is taken over.
-        step_cost: replicas share each step's tokens so that the busiest worker is done early by this cost, as dispatch
-            does (core.balancing); None: by the plan's shares.
+        sample_MLk: choices of some tokens: they estimate the distinct tokens among a worker's pairs.
+        like: a plan that differs in few instances, whose share of distinct tokens is taken over.
+        step_cost: as in a routing table: replicas split each step's tokens by this cost, as dispatch does
+            (planning.step_balance); None: by the plan's shares.
     """
 
     def __init__(
@@ -75,30 +72,17 @@ class CompiledPlan:
         replicas_C = np.bincount(self._cell_N, minlength=len(self.has_C))
         self._shared = np.flatnonzero(replicas_C[self._cell_N] > 1)
         self._alone = np.flatnonzero(replicas_C[self._cell_N] == 1)
-        upto = np.cumsum(plan.share_N[self._shared])
-        cells = self._cell_N[self._shared]
-        is_first = np.diff(cells, prepend=-1) != 0
-        before = (upto - plan.share_N[self._shared])[is_first]
-        group = np.cumsum(is_first) - 1
-        self._upto = upto - before[group] if len(cells) else upto
-        self._from = np.where(is_first, 0.0, np.concatenate(([0.0], self._upto[:-1]))) if len(cells) else upto
-        is_last = np.diff(cells, append=-1) != 0
-        self._upto[is_last] = 1.0
         self._step_cost = step_cost
         self._speed_W = None if self._is_even else cluster.speed_W.astype(np.float64)
-        if step_cost is not None:
-            self._replicas, self._shared_cells = self._replicated()
+        self._replicas, self._shared_cells = self._replicated()
+        self._turns = ShareTurns.of(self._replicas)
         self._distinct_LW: FloatArray = _distinct_share(plan, sample_MLk) if like is None else like._distinct_LW
 
     def load(self, counts_C: IntArray, *, num_tokens: int, step: int) -> WorkerLoad:
-        """Of a step of `num_tokens` tokens; tokens of functions without an instance are left out."""
-        tokens_N = counts_C[self._cell_N].astype(np.float64)
-        if self._step_cost is not None:
-            self._balance(tokens_N, counts_C, self._step_cost)
-        elif len(self._shared):
-            # Systematic sampling: whole tokens, all of them, each instance its share in the long run.
-            shared, phase = tokens_N[self._shared], step * _GOLDEN % 1.0
-            tokens_N[self._shared] = np.floor(shared * self._upto + phase) - np.floor(shared * self._from + phase)
+        """What a step of `num_tokens` tokens asks of the workers; functions without an instance are left out."""
+        tokens_N = counts_C[self._cell_N].astype(np.int64)
+        if len(self._shared):
+            tokens_N[self._shared] = self._split(tokens_N, counts_C[self._shared_cells].astype(np.int64), step)
         seconds_N = self._expert_time(tokens_N)
         if not self._is_even:
             seconds_N /= self._speed_N
@@ -119,30 +103,16 @@ class CompiledPlan:
         )
         return replicas, cells
 
-    def _balance(self, tokens_N: FloatArray, counts_C: IntArray, cost: CallCost) -> None:
-        """Set the tokens of instances that are one of several."""
+    def _split(self, tokens_N: Int64Array, tokens_F: Int64Array, step: int) -> Int64Array:
+        """The tokens of instances that are one of several."""
+        if self._step_cost is None:
+            return self._turns.split(tokens_F, step=step)
         busy_LW = np.zeros(self._shape)
-        costs = (float(cost.call_tokens), float(cost.floor_tokens), float(cost.link_tokens))
-        _add_costs(tokens_N, self._alone, self._place_N, self._speed_N, costs, busy_LW.reshape(-1))
-        tokens_F = counts_C[self._shared_cells].astype(np.int64)
-        tokens_N[self._shared] = balanced_split(tokens_F, self._replicas, busy_LW, cost, speed_W=self._speed_W)
-
-
-@compiled
-def _add_costs(
-    tokens_N: FloatArray,
-    alone_n: IntArray,
-    place_N: IntArray,
-    speed_N: FloatArray,
-    cost: tuple[float, float, float],
-    busy_P: FloatArray,
-) -> None:
-    """Add what the instances `alone_n` cost their places, by CallCost."""
-    call, floor, link = cost
-    for instance in alone_n:
-        tokens = tokens_N[instance]
-        if tokens > 0:
-            busy_P[place_N[instance]] += (call + max(tokens, floor) + tokens * link) / speed_N[instance]
+        alone = self._alone
+        add_call_costs(
+            tokens_N[alone], self._place_N[alone], self._step_cost, busy_LW.reshape(-1), speed_N=self._speed_N[alone]
+        )
+        return balanced_split(tokens_F, self._replicas, busy_LW, self._step_cost, speed_W=self._speed_W)
 
 
 def balanced_load(
