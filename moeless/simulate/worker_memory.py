@@ -185,6 +185,7 @@ class WorkerMemory:
             self._rollout.evict(self._rollout.drain_keys)
         if self._rollout.phase is Phase.DONE:
             self._rollout = None
+            self.advance(now_s)
             resident_W = np.bincount(self.serving.plan.worker_N, minlength=self._cluster.num_workers)
             self._set_resident(resident_W, now_s)
 

@@ -172,6 +172,20 @@ def test_a_hot_expert_leaves_the_worker_that_others_keep_busy() -> None:
     assert [len(group.pairs_n) for group in by_shares] == [60]
 
 
+def test_reachable_replicas_without_a_share_get_equal_ones() -> None:
+    # The worker that had all tokens is away.
+    shares = (InstanceShare("worker-0", 1.0), InstanceShare("worker-1", 0.0), InstanceShare("worker-2", 0.0))
+    table = RoutingTable(version=1, instances={FunctionId(LAYER, 0): shares}, step_cost=CallCost(floor_tokens=1.0))
+    compiled = compile_layer(table, LAYER, 1, known=frozenset({"worker-1", "worker-2"}))
+    assert compiled.replicas_F is not None
+    assert compiled.replicas_F.share_N.tolist() == [0.5, 0.5]
+    groups = group_by_worker(compiled, np.zeros((30, 1), dtype=np.int64), step=0)
+    assert [(compiled.workers[group.worker], len(group.pairs_n)) for group in groups] == [
+        ("worker-1", 15),
+        ("worker-2", 15),
+    ]
+
+
 def test_an_instance_without_a_share_needs_a_step_cost() -> None:
     instances = {FunctionId(0, 0): (InstanceShare("a", 1.0), InstanceShare("b", 0.0))}
     assert RoutingTable(version=1, instances=instances, step_cost=CallCost()).workers == ("a", "b")

@@ -364,3 +364,20 @@ def test_progress_ends_with_all_requests(
     simulate(make_scenario(), system, on_progress=lambda done, total: calls.append((done, total)))
     assert calls[-1] == (60, 60)
     assert calls == sorted(calls)
+
+
+def test_a_plan_serves_only_once_its_weights_are_there(
+    make_scenario: MakeScenario, spread_plan: MakePlan, fixed_planner: Any
+) -> None:
+    # Cold starts of steps go before those of the plan to come, on the same link: it is ready later than was expected.
+    # The rollout refuses a plan whose instances are not warm.
+    scenario = make_scenario(
+        arrivals=made_up_arrivals(rate_per_s=20, num_requests=40, prompt_tokens=1, output_tokens=20)
+    )
+    scenario = replace(scenario, cluster=replace(scenario.cluster, fetch_bytes_per_s=1e7))
+    has_LEW, shares_LEW = spread_plan(3, 8, 4).dense()
+    has_LEW[:, [0, 2, 4]] = False
+    planner = fixed_planner(empty_plan(), Plan.from_dense(has_LEW, shares_LEW, version=2))
+    result = simulate(scenario, System(name="x", planner=planner, interval_s=0.1))
+    assert result.num_cold_starts > 0
+    assert result.num_plans == 1

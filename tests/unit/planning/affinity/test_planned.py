@@ -84,6 +84,24 @@ def test_later_plans_come_closer_with_few_moves_each_and_then_stay(scaler: dict[
     assert planner.plan(observed(load_LE, 40.0), plan) is plan
 
 
+@pytest.mark.parametrize("max_moves", [2, 5])
+def test_balance_and_affinity_share_the_moves_of_a_tick(max_moves: int) -> None:
+    statistics = topics(4)
+    system = PlanningContext(model=MODEL, cluster=CLUSTER, affinity=statistics)
+    rng = np.random.default_rng(0)
+    loads = [statistics.load_LE * 100 * rng.lognormal(0, 0.5, (L, E)) for _ in range(12)]
+    settings = {"scaler": {"name": "minMax", "maxExtraShare": 0}, "benefitThreshold": 0}
+    placer = {"name": "affinity", "maxImbalance": 1.1, "minGain": 0}
+    planner = MoelessPlanner(policy(placer, **settings, maxMovesPerTick=max_moves), system)
+    plan = MoelessPlanner(policy({"name": "minimalMoves"}, **settings), system).plan(observed(loads[0], 0.0), None)
+    moves = []
+    for tick, load_LE in enumerate(loads, start=1):
+        after = planner.plan(observed(load_LE, float(tick)), plan)
+        moves.append(len(after.started_since(plan)))
+        plan = after
+    assert max(moves) == max_moves
+
+
 def test_no_moves_are_made_where_the_policy_allows_none() -> None:
     statistics = topics(2)
     system = PlanningContext(model=MODEL, cluster=CLUSTER, affinity=statistics)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -42,6 +43,17 @@ def test_of_what_was_wanted_in_the_window_the_most_stays() -> None:
 def test_replicas_come_once_they_were_wanted_for_the_window() -> None:
     assert run(stabiliser(up_s=3), [1, 4, 4, 4, 4]) == [1, 1, 1, 4, 4]
     assert run(stabiliser(up_s=3), [1, 4, 1, 4, 4, 4]) == [1, 1, 1, 1, 1, 4]
+
+
+@pytest.mark.parametrize(("waited_s", "count"), [(2.999, 1), (3.0, 4), (3.001, 4)])
+def test_replicas_come_when_the_window_is_exactly_over(waited_s: float, count: int) -> None:
+    # What was wanted before is remembered with the moment that its part of the window begins.
+    rising = stabiliser(up_s=3)
+    held = rising.stabilise(np.array([[1]]), time_s=10.0, current_LE=np.array([[1]]))
+    held = rising.stabilise(np.array([[4]]), time_s=10.05, current_LE=held)
+    assert held.tolist() == [[1]]
+    held = rising.stabilise(np.array([[4]]), time_s=10.0 + waited_s, current_LE=held)
+    assert held.tolist() == [[count]]
 
 
 def test_what_would_be_ready_too_late_is_started_only_if_the_forecast_lasts() -> None:
