@@ -6,7 +6,19 @@ from typing import Literal, Protocol
 
 import msgspec
 
+MAX_RECORDING_BYTES = 1 << 30
+"""What the rows of a recording may take in memory."""
+
 RecordingState = Literal["none", "recording", "full", "stopped", "failed"]
+
+
+def recorded_row_bytes(
+    *, num_layers: int, num_experts: int, top_k: int, hidden_size: int, num_hidden_layers: int, token_ids: bool
+) -> int:
+    """Bytes that one recorded row takes in memory."""
+    per_choice = (1 if num_experts <= 256 else 2) + 4
+    span_and_token = 4 * 4 + (4 if token_ids else 0)  # at most as many spans as rows
+    return num_layers * top_k * per_choice + 2 * num_hidden_layers * hidden_size + span_and_token
 
 
 class RecordingOptions(msgspec.Struct, frozen=True, kw_only=True):

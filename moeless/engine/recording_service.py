@@ -17,15 +17,19 @@ from typing import BinaryIO
 
 from moeless.core.errors import RecordingError, RequestError
 from moeless.core.generation import ModelInfo
-from moeless.core.recording import RecordedFile, RecordingOptions, RecordingState, RecordingStatus
+from moeless.core.recording import (
+    MAX_RECORDING_BYTES,
+    RecordedFile,
+    RecordingOptions,
+    RecordingState,
+    RecordingStatus,
+)
 from moeless.engine.observing import StepObservers
 from moeless.engine.routing_recorder import RoutingRecorder, check_options, row_bytes
 from moeless_predictors.traces import RoutingTrace, TraceMetadata
 
 logger = logging.getLogger(__name__)
 
-MAX_BYTES = 1 << 30
-"""Most memory that the rows of one recording may take."""
 CHUNK_BYTES = 1 << 20
 """What `read` gives at a time."""
 
@@ -39,7 +43,9 @@ class Recordings:
         max_bytes: most memory for one recording's rows. Becoming a file takes as much again, for that time.
     """
 
-    def __init__(self, observers: StepObservers, metadata: TraceMetadata, *, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(
+        self, observers: StepObservers, metadata: TraceMetadata, *, max_bytes: int = MAX_RECORDING_BYTES
+    ) -> None:
         self._observers = observers
         self._metadata = metadata
         self._max_bytes = max_bytes

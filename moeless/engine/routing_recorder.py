@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moeless.core.arrays import Float32Array, Int64Array
 from moeless.core.errors import RequestError
-from moeless.core.recording import RecordingOptions
+from moeless.core.recording import RecordingOptions, recorded_row_bytes
 from moeless.engine.observing import RoutedSequence, RowSpan, StepObservers, rows_in
 from moeless_predictors.traces import DECODE, PREFILL, RoutingTrace, TraceMetadata
 
@@ -33,10 +33,14 @@ _MAX_FLOAT16 = 65504.0
 
 def row_bytes(metadata: TraceMetadata, options: RecordingOptions) -> int:
     """Bytes that one recorded row takes in memory."""
-    per_choice = _expert_dtype(metadata.num_experts).itemsize + 4
-    hidden = 2 * len(options.hidden_layers) * (metadata.hidden_size or 0)
-    span_and_token = 4 * 4 + (4 if options.token_ids else 0)  # at most as many spans as rows
-    return metadata.num_layers * metadata.top_k * per_choice + hidden + span_and_token
+    return recorded_row_bytes(
+        num_layers=metadata.num_layers,
+        num_experts=metadata.num_experts,
+        top_k=metadata.top_k,
+        hidden_size=metadata.hidden_size or 0,
+        num_hidden_layers=len(options.hidden_layers),
+        token_ids=options.token_ids,
+    )
 
 
 def check_options(options: RecordingOptions, metadata: TraceMetadata) -> None:

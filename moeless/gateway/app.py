@@ -13,12 +13,13 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from moeless import __version__
-from moeless.gateway.body import describe_bodies
+from moeless.gateway.api_document import install_document
+from moeless.gateway.body_limits import write_limits
 from moeless.gateway.completions import completions_router
 from moeless.gateway.config import GatewayConfig
 from moeless.gateway.errors import install_handlers
 from moeless.gateway.info import info_router
-from moeless.gateway.middleware import ApiKeyMiddleware, BodyLimitMiddleware, ErrorMiddleware
+from moeless.gateway.middleware import OPEN_PATHS, ApiKeyMiddleware, BodyLimitMiddleware, ErrorMiddleware
 from moeless.gateway.recording import RecordingRequest, recording_router
 from moeless.gateway.request_id import RequestIdMiddleware
 from moeless.gateway.schemas import ChatCompletionRequest, CompletionRequest
@@ -39,11 +40,16 @@ def create_app(engine: EngineSource, config: GatewayConfig) -> FastAPI:
             yield
 
     app = FastAPI(title="moeless", version=__version__, lifespan=lifespan, redirect_slashes=False)
-    install_handlers(app)
-    app.include_router(completions_router(service))
-    app.include_router(info_router(service))
-    app.include_router(recording_router(service))
-    describe_bodies(app, ChatCompletionRequest, CompletionRequest, RecordingRequest)
+    routers = [completions_router(service), info_router(service), recording_router(service)]
+    install_handlers(app, routers)
+    for router in routers:
+        app.include_router(router)
+    install_document(
+        app,
+        [ChatCompletionRequest, CompletionRequest, RecordingRequest],
+        limits=lambda schemas: write_limits(schemas, config, service.known_model()),
+        open_paths=OPEN_PATHS if config.api_keys else None,
+    )
     # The last one added is the outermost.
     app.add_middleware(BodyLimitMiddleware, max_bytes=config.max_body_bytes)
     if config.api_keys:

@@ -1,25 +1,20 @@
-"""Request bodies: from bytes to a model, or a RequestError that names field, rule and value; and their OpenAPI schemas.
+"""Request bodies: from bytes to a model, or a RequestError that names the field, the rule and the value.
 
-The routes read their bodies themselves, so that errors are worded here, and FastAPI does not know the models:
-`describe_bodies` puts them into its document.
+The routes call `read_body` themselves, so that errors are worded here; api_document.py describes the bodies.
 """
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from fastapi import FastAPI, Request
-from fastapi.openapi.utils import get_openapi
+from fastapi import Request
 from pydantic import BaseModel, ValidationError
-from pydantic.json_schema import models_json_schema
 from pydantic_core import ErrorDetails
 
 from moeless.core.errors import RequestError
 from moeless.gateway.errors import UnsupportedMediaTypeError
 
 Body = TypeVar("Body", bound=BaseModel)
-
-_REF = "#/components/schemas/{model}"
 
 _MAX_VALUE_CHARS = 80
 """How much of a wrong value an error message quotes."""
@@ -85,23 +80,3 @@ def _path(loc: tuple[int | str, ...]) -> str | None:
 def _quote(value: object) -> str:
     text = repr(value)
     return text if len(text) <= _MAX_VALUE_CHARS else f"{text[:_MAX_VALUE_CHARS]}…"
-
-
-def schema_of(model: type[BaseModel]) -> dict[str, Any]:
-    """`openapi_extra` of a route whose body is `model`."""
-    schema = {"$ref": _REF.format(model=model.__name__)}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-
-
-def describe_bodies(app: FastAPI, *models: type[BaseModel]) -> None:
-    """Make `app` put the schemas that `schema_of` refers to into its document."""
-
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            document = get_openapi(title=app.title, version=app.version, routes=app.routes)
-            _, definitions = models_json_schema([(model, "validation") for model in models], ref_template=_REF)
-            document.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
-            app.openapi_schema = document
-        return app.openapi_schema
-
-    app.openapi = openapi  # type: ignore[method-assign]

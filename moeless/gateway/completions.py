@@ -7,12 +7,15 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel
 from starlette.types import Message, Receive, Scope, Send
 
 from moeless.gateway.admission import AdmittedRequest
-from moeless.gateway.body import read_body, schema_of
+from moeless.gateway.api_document import describes
+from moeless.gateway.body import read_body
 from moeless.gateway.errors import describe, encode_error
 from moeless.gateway.metrics import SequenceObserver
 from moeless.gateway.request_id import current_request_id
@@ -52,7 +55,7 @@ def completions_router(service: GatewayService) -> APIRouter:
     """The two generating endpoints."""
     router = APIRouter()
 
-    @router.post("/v1/chat/completions", openapi_extra=schema_of(ChatCompletionRequest))
+    @router.post("/v1/chat/completions", openapi_extra=_description("ChatCompletion", ChatCompletionRequest))
     async def create_chat_completion(request: Request) -> Response:
         arrived_s = time.monotonic()
         model = service.model()
@@ -61,7 +64,7 @@ def completions_router(service: GatewayService) -> APIRouter:
         admitted = await service.admission.admit_chat(body, model, request_id)
         return _GenerationResponse(service, _CHAT, admitted, arrived_s)
 
-    @router.post("/v1/completions", openapi_extra=schema_of(CompletionRequest))
+    @router.post("/v1/completions", openapi_extra=_description("Completion", CompletionRequest))
     async def create_completion(request: Request) -> Response:
         arrived_s = time.monotonic()
         model = service.model()
@@ -71,6 +74,11 @@ def completions_router(service: GatewayService) -> APIRouter:
         return _GenerationResponse(service, _COMPLETION, admitted, arrived_s)
 
     return router
+
+
+def _description(answer: str, body: type[BaseModel]) -> dict[str, Any]:
+    content = {"application/json": answer, "text/event-stream": "Event"}
+    return describes(content, 400, 404, 413, 415, 429, 500, 503, body=body)
 
 
 class _GenerationResponse(Response):

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.routing import BaseRoute, Match, Route
 
 from moeless.core.errors import (
     ContextLengthError,
@@ -138,8 +139,19 @@ def json_error(status: int, body: ErrorBody, headers: Mapping[str, str] | None =
     return Response(encode_error(body), status_code=status, headers=headers, media_type="application/json")
 
 
-def install_handlers(app: FastAPI) -> None:
-    """Give every error that reaches the framework OpenAI's shape."""
+def _allowed_methods(request: Request, routes: Iterable[BaseRoute]) -> str:
+    """The methods of a path. The framework names those of the path's first route only."""
+    found = [route for route in routes if isinstance(route, Route) and route.matches(request.scope)[0] != Match.NONE]
+    return ", ".join(sorted({method for route in found for method in route.methods or ()}))
+
+
+def install_handlers(app: FastAPI, routers: Sequence[APIRouter]) -> None:
+    """Give every error that reaches the framework OpenAI's shape.
+
+    Args:
+        routers: those that `app` includes.
+    """
+    routes = [*app.routes, *(route for router in routers for route in router.routes)]
 
     async def on_moeless_error(_: Request, error: Exception) -> Response:
         return error_response(error)
@@ -156,7 +168,8 @@ def install_handlers(app: FastAPI) -> None:
             type=_TYPE_OF_STATUS.get(error.status_code, "invalid_request_error"),
             code=_CODE_OF_STATUS.get(error.status_code),
         )
-        return json_error(error.status_code, body, error.headers)
+        headers = {"allow": _allowed_methods(request, routes)} if error.status_code == 405 else error.headers
+        return json_error(error.status_code, body, headers)
 
     app.add_exception_handler(MoelessError, on_moeless_error)
     app.add_exception_handler(HTTPException, on_http_exception)

@@ -12,6 +12,7 @@ from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from moeless import __version__
 from moeless.core.errors import ModelNotFoundError
 from moeless.core.generation import FunctionStatus, ModelInfo, WorkerStatus
+from moeless.gateway.api_document import describes
 from moeless.gateway.service import GatewayService
 
 
@@ -19,31 +20,31 @@ def info_router(service: GatewayService) -> APIRouter:
     """Everything but the generating endpoints."""
     router = APIRouter()
 
-    @router.get("/health")
+    @router.get("/health", openapi_extra=describes(_json_of("Status")))
     async def health() -> Response:
         """200 as long as the gateway's process answers."""
         return _json({"status": "ok"})
 
-    @router.get("/ready")
+    @router.get("/ready", openapi_extra=describes(_json_of("Status"), more={503: _json_of("Status")}))
     async def ready() -> Response:
         """200 if a request sent now could be answered, else 503."""
         if await service.is_ready():
             return _json({"status": "ready"})
         return _json({"status": "not ready"}, status=503)
 
-    @router.get("/version")
+    @router.get("/version", openapi_extra=describes(_json_of("Version")))
     async def version() -> Response:
         return _json({"version": __version__})
 
-    @router.get("/metrics")
+    @router.get("/metrics", openapi_extra=describes({CONTENT_TYPE_PLAIN_0_0_4: "Text"}, 500))
     async def metrics() -> Response:
         return Response(await service.expose_metrics(), headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})
 
-    @router.get("/v1/models")
+    @router.get("/v1/models", openapi_extra=describes(_json_of("Models"), 503))
     async def list_models() -> Response:
         return _json({"object": "list", "data": [_model(service.model().info)]})
 
-    @router.get("/v1/models/{model_id:path}")
+    @router.get("/v1/models/{model_id:path}", openapi_extra=describes(_json_of("Model"), 404, 503))
     async def retrieve_model(model_id: str) -> Response:
         info = service.model().info
         if model_id != info.model_id:
@@ -54,7 +55,7 @@ def info_router(service: GatewayService) -> APIRouter:
             )
         return _json(_model(info))
 
-    @router.get("/v1/experts")
+    @router.get("/v1/experts", openapi_extra=describes(_json_of("Experts"), 500, 503))
     async def list_experts() -> Response:
         """Each expert function as it stands now."""
         client = service.client()
@@ -70,13 +71,17 @@ def info_router(service: GatewayService) -> APIRouter:
             }
         )
 
-    @router.get("/v1/predictors")
+    @router.get("/v1/predictors", openapi_extra=describes(_json_of("Predictors"), 500, 503))
     async def list_predictors() -> Response:
         """How each layer's load is forecast, and how well."""
         stats = await service.client().stats()
         return _json({"object": "list", "model": service.model().info.model_id, "data": stats.predictions})
 
     return router
+
+
+def _json_of(schema: str) -> dict[str, str]:
+    return {"application/json": schema}
 
 
 def _json(content: dict[str, Any], status: int = 200) -> Response:

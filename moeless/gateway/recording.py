@@ -12,16 +12,19 @@ from typing import Annotated
 import msgspec
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from moeless.core.errors import EngineStoppedError, RequestError
 from moeless.core.recording import RecordedFile, RecordingClient, RecordingOptions, RecordingStatus
-from moeless.gateway.body import read_body, schema_of
+from moeless.gateway.api_document import describes
+from moeless.gateway.body import read_body
+from moeless.gateway.schemas import WHOLE, StrictBody
 from moeless.gateway.service import GatewayService
 
 _MAX_TOKENS = 1_000_000_000
 _MAX_LAYERS = 1_000
 _DEFAULTS = RecordingOptions()
+_STATUS = {"application/json": "Recording"}
 
 
 class RecordingNotAllowedError(RequestError):
@@ -30,14 +33,12 @@ class RecordingNotAllowedError(RequestError):
     http_status = 403
 
 
-class RecordingRequest(BaseModel):
+class RecordingRequest(StrictBody):
     """The body of POST /v1/traces/recording. What memory and the model allow is the engine's to say."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    max_tokens: Annotated[int, Field(ge=1, le=_MAX_TOKENS)] = _DEFAULTS.max_tokens
-    hidden_layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=_MAX_LAYERS)] = []
-    token_ids: bool = _DEFAULTS.token_ids
+    max_tokens: Annotated[int, Field(ge=1, le=_MAX_TOKENS), WHOLE] | None = None
+    hidden_layers: Annotated[list[Annotated[int, Field(ge=0), WHOLE]], Field(max_length=_MAX_LAYERS)] | None = None
+    token_ids: bool | None = None
 
 
 def recording_router(service: GatewayService) -> APIRouter:
@@ -52,32 +53,34 @@ def recording_router(service: GatewayService) -> APIRouter:
             )
         return service.client().recordings
 
-    @router.post("", openapi_extra=schema_of(RecordingRequest))
+    @router.post("", openapi_extra=describes(_STATUS, 400, 403, 409, 413, 415, 500, 503, body=RecordingRequest))
     async def start(request: Request) -> Response:
         """Begin to record what every request routes; a recording that has ended is dropped."""
         client = recordings()
         body = await read_body(request, RecordingRequest)
         options = RecordingOptions(
-            max_tokens=body.max_tokens, hidden_layers=tuple(body.hidden_layers), token_ids=body.token_ids
+            max_tokens=_DEFAULTS.max_tokens if body.max_tokens is None else body.max_tokens,
+            hidden_layers=tuple(body.hidden_layers or ()),
+            token_ids=bool(body.token_ids),
         )
         return _json(await client.start(options))
 
-    @router.get("")
+    @router.get("", openapi_extra=describes(_STATUS, 403, 500, 503))
     async def status() -> Response:
         """How the recording stands."""
         return _json(await recordings().status())
 
-    @router.post("/stop")
+    @router.post("/stop", openapi_extra=describes(_STATUS, 403, 409, 500, 503))
     async def stop() -> Response:
         """End the recording; its file can be downloaded then."""
         return _json(await recordings().stop())
 
-    @router.delete("")
+    @router.delete("", openapi_extra=describes(_STATUS, 403, 409, 500, 503))
     async def discard() -> Response:
         """End the recording and drop it."""
         return _json(await recordings().discard())
 
-    @router.get("/file")
+    @router.get("/file", openapi_extra=describes({"application/octet-stream": "File"}, 403, 409, 500, 503))
     async def download() -> Response:
         """The trace of a recording that has ended."""
         client = recordings()

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -63,6 +64,13 @@ def _refuse_forced_tools(value: Any) -> Any:
     return value
 
 
+def _as_whole(value: object) -> object:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+WHOLE = BeforeValidator(_as_whole)
+"""Makes an integer what JSON Schema calls one: 3.0 too, but neither "3" nor true."""
+
 NO_EFFECT = "no effect"
 """Marks fields that are accepted and change nothing in the output."""
 
@@ -80,14 +88,16 @@ OnlyOne = Annotated[float | None, AfterValidator(_refuse_other_than(1)), WithJso
 NoForcedTools = Annotated[Any, AfterValidator(_refuse_forced_tools), WithJsonSchema({"enum": ["none", "auto", None]})]
 
 
-class _Body(BaseModel):
+class StrictBody(BaseModel):
+    """Types are taken as they are, and what is not known must be null."""
+
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
     __pydantic_extra__: dict[str, None] = Field(init=False)
     """A field that is not known must be null, which is the same as leaving it out."""
 
 
-class StreamOptions(_Body):
+class StreamOptions(StrictBody):
     """`stream_options`."""
 
     include_usage: bool | None = None
@@ -96,13 +106,13 @@ class StreamOptions(_Body):
     include_obfuscation: OnlyFalse = None
 
 
-class TextFormat(_Body):
+class TextFormat(StrictBody):
     """`response_format`: text is the only one."""
 
     type: Literal["text"]
 
 
-class TextPart(_Body):
+class TextPart(StrictBody):
     """A content part; text is the only kind."""
 
     type: Literal["text"]
@@ -131,14 +141,14 @@ Content = Annotated[
 """The tags stand in angle brackets so that body.py can drop them from error paths."""
 
 
-class CalledFunction(_Body):
+class CalledFunction(StrictBody):
     """What an earlier answer called; the arguments are JSON text, as the model wrote it."""
 
     name: str
     arguments: str
 
 
-class ToolCall(_Body):
+class ToolCall(StrictBody):
     """One call of an earlier answer."""
 
     id: str | None = None
@@ -148,7 +158,7 @@ class ToolCall(_Body):
     """Streams number calls."""
 
 
-class Message(_Body):
+class Message(StrictBody):
     """One message of a chat. The null-only fields are what clients send back from an earlier answer."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -217,26 +227,26 @@ Stop = Annotated[
 ]
 
 
-class SamplingFields(_Body):
+class SamplingFields(StrictBody):
     """Fields of both endpoints."""
 
     model: str
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31), WHOLE] | None = None
     """Extension, as in vLLM: 0 and -1 mean no limit. So are the next seven."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
-    min_tokens: Annotated[int, Field(ge=0)] | None = None
-    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)] | None = None
+    min_tokens: Annotated[int, Field(ge=0), WHOLE] | None = None
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0), WHOLE]], Field(fail_fast=True)] | None = None
     include_stop_str_in_output: bool | None = None
-    prompt_logprobs: Annotated[int, Field(ge=0)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0), WHOLE] | None = None
     ignore_eos: bool | None = None
     """Generate max_tokens tokens whatever the model says. For benchmarks."""
-    n: Annotated[int, Field(ge=1)] | None = None
+    n: Annotated[int, Field(ge=1), WHOLE] | None = None
     stop: Stop = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), WHOLE] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
@@ -261,9 +271,9 @@ class ChatCompletionRequest(SamplingFields):
     """Body of POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0), WHOLE] | None = None
     response_format: TextFormat | None = None
     modalities: list[Literal["text"]] | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
@@ -288,18 +298,27 @@ class ChatCompletionRequest(SamplingFields):
     web_search_options: Unsupported = None
 
 
+def _as_whole_tokens(value: object) -> object:
+    """A look at the types first, since a prompt may have hundreds of thousands of token ids."""
+    if isinstance(value, list) and float in set(map(type, value)):
+        return [_as_whole(item) for item in value]
+    return value
+
+
 def _prompt_kind(value: object) -> str | None:
     if isinstance(value, str):
         return "<text>"
     if not isinstance(value, list):
         return None
     first = value[0] if value else None
-    if isinstance(first, int):
+    if isinstance(first, int | float):
         return "<tokens>"
     return "<token lists>" if isinstance(first, list) else "<texts>"
 
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
+TokenIds = Annotated[
+    list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True), BeforeValidator(_as_whole_tokens)
+]
 """Failing fast, because a body has room for half a million errors."""
 
 Prompt = Annotated[
@@ -319,10 +338,10 @@ class CompletionRequest(SamplingFields):
     """Body of POST /v1/completions."""
 
     prompt: Prompt
-    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    max_tokens: Annotated[int, Field(ge=0), WHOLE] | None = None
     """0 only scores or repeats the prompt."""
-    best_of: Annotated[int, Field(ge=1)] | None = None
-    logprobs: Annotated[int, Field(ge=0)] | None = None
+    best_of: Annotated[int, Field(ge=1), WHOLE] | None = None
+    logprobs: Annotated[int, Field(ge=0), WHOLE] | None = None
     echo: bool | None = None
     suffix: Unsupported = None
 

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
-from moeless.core.generation import EngineClient
+from moeless.core.generation import EngineClient, ModelInfo
 from moeless.gateway.admission import Admission, ServedModel
 from moeless.gateway.config import GatewayConfig
 from moeless.gateway.errors import EngineStartingError
@@ -81,6 +81,10 @@ class GatewayService:
             self._model_metrics = ModelMetrics(self.metrics, info.model_id)
             self._model = ServedModel(info=info, tokenizer=tokenizer, traits=traits)
             logger.info("engine reached model=%s context=%d", info.model_id, info.max_context_tokens)
+
+    def known_model(self) -> ModelInfo | None:
+        """The model, or None while the engine has not been reached."""
+        return None if self._model is None else self._model.info
 
     def model(self) -> ServedModel:
         """Raises: EngineStartingError (503) while the engine has not been reached."""

@@ -177,6 +177,7 @@ REFUSED_COMPLETIONS = [
     ({"prompt": []}, "prompt", "empty"),
     ({"prompt": [[]]}, "prompt[0]", "empty"),
     ({"prompt": ["a", 1]}, "prompt[1]", "got 1"),
+    ({"prompt": [1.5]}, "prompt[0]", "1.5"),
     ({"prompt": [1, "a"]}, "prompt[1]", "'a'"),
     ({"prompt": [1, -1]}, "prompt[1]", "-1"),
     ({"prompt": [1, 260]}, "prompt", "below the vocabulary's size 260, got 260"),
@@ -337,3 +338,16 @@ async def test_a_method_that_a_path_does_not_have_is_refused(gateway: Gateway, m
     assert response.status_code == 405
     assert error_of(response)["code"] == "method_not_allowed"
     assert response.headers["allow"]
+
+
+async def test_all_methods_of_a_path_are_named(gateway: Gateway) -> None:
+    response = await gateway.http.put("/v1/traces/recording")
+    assert response.status_code == 405
+    assert response.headers["allow"] == "DELETE, GET, POST"
+
+
+async def test_a_whole_number_may_be_written_with_a_point(gateway: Gateway, engine: ScriptedEngine) -> None:
+    body = completion([1.0, 2], max_tokens=3.0, n=2.0, stop_token_ids=[4.0])
+    assert (await gateway.http.post("/v1/completions", json=body)).status_code == 200
+    assert engine.requests[0].prompt_token_ids == [1, 2]
+    assert engine.requests[0].sampling.max_tokens == 3
