@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ import torch
 from moeless.core.errors import FunctionUnavailableError
 from moeless.core.expert import FunctionId
 from moeless.core.routing_table import LOCAL_WORKER, InstanceShare, RoutingTable, spread_evenly
+from moeless.dispatch.channel import Channel
 from moeless.dispatch.dispatcher import DispatchConfig, Dispatcher
 from moeless.functions.feed_forward import FeedForward
 from moeless.functions.pool import InstancePool
@@ -254,6 +255,37 @@ def test_calls_longer_than_a_line_takes_are_sent_in_parts(
 
     assert shared_workers["a"].report("a").calls_begun - before == 4
     assert dispatcher.metrics.tokens_per_worker == {"a": 50 * TOP_K}
+
+
+class Patience:
+    """A channel that keeps how long each call was waited for."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self.timeouts_s: list[float] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._channel, name)
+
+    def collect(self, timeout_s: float) -> torch.Tensor:
+        self.timeouts_s.append(timeout_s)
+        return self._channel.collect(timeout_s)
+
+
+def test_a_call_of_more_rows_is_waited_for_longer(
+    packed: PackedModel, shared_workers: dict[str, WorkerProcess], make_dispatcher: Callable[..., Dispatcher]
+) -> None:
+    config = DispatchConfig(call_timeout_s=30.0, call_timeout_per_row_s=0.5)
+    dispatcher = make_dispatcher(evenly("a"), {"a": shared_workers["a"]}, config=config)
+    patience = Patience(dispatcher.channels["a"])
+    dispatcher.set_channels({"a": cast("Channel", patience)})
+    dispatcher._retired.clear()  # the channel is still in use, inside the other
+
+    for num_tokens in (1, 40):
+        call = routing(num_tokens)
+        assert_right(packed, dispatcher.forward(0, *call), call)
+
+    assert patience.timeouts_s == [30.5, 50.0]
 
 
 # ---- tables and lines -------------------------------------------------------------------------------------------

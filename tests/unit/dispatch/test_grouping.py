@@ -226,3 +226,25 @@ def test_sums_after_a_failure_add_up_to_the_layers_output(case: Case, data: st.D
     for group in [*(g for g in groups if g is not failed), *others, *([left] if left else [])]:
         out_T[group.tokens_R] += weighted_sums(group, x_T, weights_Tk)
     np.testing.assert_allclose(out_T, dense_T, rtol=1e-12)
+
+
+def test_a_failed_workers_pairs_are_spread_over_all_living_replicas() -> None:
+    instances = tuple(InstanceShare(f"worker-{number}", 0.25) for number in range(4))
+    table = RoutingTable(version=1, instances={FunctionId(0, 0): instances})
+    compiled = compile_layer(table, 0, 1)
+    experts_Tk = np.zeros((40, 1), dtype=np.int64)
+    failed = next(group for group in group_by_worker(compiled, experts_Tk, step=0) if group.worker == 0)
+    groups, left = regroup_elsewhere(compiled, failed, experts_Tk, dead={0, 2})
+    assert left is None
+    assert [group.worker for group in groups] == [1, 3]
+    assert [len(group.pairs_n) for group in groups] == [5, 5]
+
+
+def test_reachable_instances_without_a_share_take_over_evenly() -> None:
+    instances = (InstanceShare("gone", 1.0), InstanceShare("spare-0", 0.0), InstanceShare("spare-1", 0.0))
+    table = RoutingTable(version=1, instances={FunctionId(0, 0): instances}, step_cost=CallCost())
+    compiled = compile_layer(table, 0, 1, known=frozenset({"spare-0", "spare-1", LOCAL_WORKER}))
+    assert compiled.replicas_F is not None
+    assert compiled.replicas_F.share_N.tolist() == [0.5, 0.5]
+    groups = group_by_worker(compiled, np.zeros((40, 1), dtype=np.int64), step=0)
+    assert {compiled.workers[group.worker]: len(group.pairs_n) for group in groups} == {"spare-0": 20, "spare-1": 20}
