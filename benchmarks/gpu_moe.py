@@ -152,7 +152,7 @@ def _transformers_experts(pool: InstancePool, shape: Shape) -> Any:
     config = MixtralConfig(hidden_size=shape.hidden, intermediate_size=shape.inner, num_local_experts=shape.experts)
     with torch.device("meta"):
         experts = MixtralExperts(config)
-    slots = torch.from_numpy(pool.slots_LE[0]).to(pool.device)
+    slots = torch.from_numpy(pool.arena_rows_LE[0]).to(pool.device)
     arena = pool.arena(0)
     up_EIH, down_EHI = arena.up_SHI.transpose(1, 2), arena.down_SIH.transpose(1, 2)
     if slots.tolist() != sorted(slots.tolist()):

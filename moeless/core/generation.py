@@ -137,7 +137,7 @@ class FunctionStatus(msgspec.Struct, frozen=True, kw_only=True):
     layer: int
     expert: int
     state: str
-    """cold, loading, warm or draining; warm if any instance is."""
+    """cold, starting, warm or draining; warm if any instance is."""
     replicas: int
     workers: list[str]
     bytes: int
@@ -190,6 +190,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_usage: float
     """Share of KV pages in use, 0 to 1."""
     cold_starts: int
+    evictions: int
     warm_starts: int
     dispatch_seconds_sum: float
     dispatch_seconds_count: int

@@ -59,7 +59,7 @@ class ServeSettings:
     that is, where `host` is a loopback address."""
     call_timeout_s: float = 5.0
     keep_alive_s: float = 30.0
-    """How long the engine keeps a function that it loaded because no worker could compute it."""
+    """How long the engine keeps a function that it started because no worker could compute it."""
     function_max_replicas: int = 4
     """`isolation: function`: most replicas of one function."""
     function_idle_s: float = 60.0

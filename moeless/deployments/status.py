@@ -66,6 +66,7 @@ class EngineStatus:
             requests_waiting=counters.requests_waiting,
             kv_cache_usage=counters.kv_cache_usage,
             cold_starts=local.cold_starts + sum(report.cold_starts for report in reports.values()),
+            evictions=local.evictions + sum(report.evictions for report in reports.values()),
             warm_starts=local.warm_starts + sum(report.warm_starts for report in reports.values()),
             dispatch_seconds_sum=metrics.layer_seconds_sum,
             dispatch_seconds_count=sum(metrics.layer_seconds_counts),
@@ -162,7 +163,7 @@ class EngineStatus:
             found = [*states.get(entry.name, []), *[(entry.name, "warm")] * own]
             num_bytes[entry.name] += own * self._isolated_bytes[entry.name]
             kinds = {state for _, state in found}
-            shown = next((s for s in ("warm", "draining", "loading") if s in kinds), "cold")
+            shown = next((s for s in ("warm", "draining", "starting") if s in kinds), "cold")
             rows.append(
                 FunctionStatus(
                     name=entry.name,

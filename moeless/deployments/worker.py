@@ -41,6 +41,7 @@ class WorkerReport(msgspec.Struct, frozen=True, kw_only=True):
     instance_bytes: dict[str, int]
     resident_bytes: int
     cold_starts: int
+    evictions: int
     warm_starts: int
 
 
@@ -88,6 +89,7 @@ class ExpertHost:
             instance_bytes={str(function): self.pool.instance_bytes(function.layer) for function in states},
             resident_bytes=stats.resident_bytes,
             cold_starts=stats.cold_starts,
+            evictions=stats.evictions,
             warm_starts=stats.warm_starts,
         )
 

@@ -28,7 +28,7 @@ class WorkerConnections:
     """Args:
     dispatcher: whose channels to set.
     connectors: worker → a function that opens a channel to it; may take seconds; raises DispatchError or OSError.
-    keep_alive_s: how long idle functions that the engine itself loaded stay; None keeps them, for an engine whose
+    keep_alive_s: how long idle functions that the engine itself started stay; None keeps them, for an engine whose
         experts are its own.
     clock: seconds.
     """

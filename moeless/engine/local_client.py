@@ -111,6 +111,7 @@ _NO_DISPATCH = EngineStats(
     requests_waiting=0,
     kv_cache_usage=0.0,
     cold_starts=0,
+    evictions=0,
     warm_starts=0,
     dispatch_seconds_sum=0.0,
     dispatch_seconds_count=0,

@@ -1,7 +1,7 @@
 """An expert's feed-forward on grouped tokens: the computation that every instance does, whoever hosts it.
 
 Shapes: T tokens, R rows of tokens that a process received, k experts per token, n (row, expert) pairs,
-S arena slots, H hidden, I intermediate.
+S arena rows, H hidden, I intermediate.
 
 Two forms with the same result. `partial_sums` takes the pairs as host arrays, sorted by expert: on the CPU, and
 wherever routing must be looked at to send tokens elsewhere. `forward_resident` takes the router's own tensors and
@@ -99,15 +99,15 @@ class FeedForward:
             )
             return first_RH.add_(second_RH)
         try:
-            slots_n = self.pool.slots_LE[layer][experts_n]
+            arena_rows_n = self.pool.arena_rows_LE[layer][experts_n]
             on_cpu = self.pool.device.type == "cpu"
             few = len(rows_n) <= _FEW_PAIRS_SHARE * len(counts_E) and len(rows_n) - len(hit) <= _FEW_SHARED
             if on_cpu and (few or len(x_RH) == 1):
-                out_RH = self._one_by_one(layer, arena, x_RH, rows_n, slots_n, weights_n)
+                out_RH = self._one_by_one(layer, arena, x_RH, rows_n, arena_rows_n, weights_n)
             elif on_cpu and self._by_expert_pays[layer] and len(rows_n) <= _MAX_PAIRS_PER_EXPERT * len(hit):
-                out_RH = self._by_expert(layer, arena, x_RH, rows_n, slots_n, weights_n)
+                out_RH = self._by_expert(layer, arena, x_RH, rows_n, arena_rows_n, weights_n)
             else:
-                out_RH = self._by_group(layer, arena, x_RH, rows_n, slots_n, weights_n)
+                out_RH = self._by_group(layer, arena, x_RH, rows_n, arena_rows_n, weights_n)
         finally:
             self.pool.release(layer, hit)
         self.pool.tokens_LE[layer] += counts_E
@@ -119,7 +119,7 @@ class FeedForward:
         arena: LayerArena,
         x_RH: torch.Tensor,
         rows_n: Int64Array,
-        slots_n: Int64Array,
+        arena_rows_n: Int64Array,
         weights_n: torch.Tensor,
     ) -> torch.Tensor:
         """Matrix-vector products, the fastest form for a handful of pairs: each reads its weights once."""
@@ -127,18 +127,18 @@ class FeedForward:
         out_RH = torch.zeros(x_RH.shape, dtype=torch.float32)
         x_rows, out_rows = x_RH.unbind(0), out_RH.unbind(0)
         exact = x_RH.dtype == torch.float32
-        for row, slot, weight in zip(rows_n.tolist(), slots_n.tolist(), weights_n.tolist(), strict=True):
-            up_HI, down_IH = arena.up_SHI[slot], arena.down_SIH[slot]
+        for row, arena_row, weight in zip(rows_n.tolist(), arena_rows_n.tolist(), weights_n.tolist(), strict=True):
+            up_HI, down_IH = arena.up_SHI[arena_row], arena.down_SIH[arena_row]
             up_I = torch.mv(up_HI.t(), x_rows[row])
             if arena.up_bias_SI is not None:
-                up_I += arena.up_bias_SI[slot]
+                up_I += arena.up_bias_SI[arena_row]
             inner_I = gate(up_I)
             if exact and arena.down_bias_SH is None:
                 out_rows[row].addmv_(down_IH.t(), inner_I, alpha=weight)
                 continue
             down_H = torch.mv(down_IH.t(), inner_I)
             if arena.down_bias_SH is not None:
-                down_H += arena.down_bias_SH[slot]
+                down_H += arena.down_bias_SH[arena_row]
             out_rows[row].add_(down_H, alpha=weight)
         return out_RH
 
@@ -148,7 +148,7 @@ class FeedForward:
         arena: LayerArena,
         x_RH: torch.Tensor,
         rows_n: Int64Array,
-        slots_n: Int64Array,
+        arena_rows_n: Int64Array,
         weights_n: torch.Tensor,
     ) -> torch.Tensor:
         """Each expert's weights times its rows as columns.
@@ -159,17 +159,17 @@ class FeedForward:
         gate = self._gates[layer]
         x_nH = x_RH.index_select(0, torch.from_numpy(rows_n))
         y_nH = torch.empty(len(rows_n), x_RH.shape[1], dtype=torch.float32)
-        bounds = [0, *(np.flatnonzero(np.diff(slots_n)) + 1).tolist(), len(rows_n)]
+        bounds = [0, *(np.flatnonzero(np.diff(arena_rows_n)) + 1).tolist(), len(rows_n)]
         for start, end in pairwise(bounds):
-            slot = int(slots_n[start])
+            arena_row = int(arena_rows_n[start])
             x_mH = x_nH[start:end]
             multiply = _times_vector if end - start == 1 else _times_columns
-            up_mI = multiply(arena.up_SHI[slot].t(), x_mH)
+            up_mI = multiply(arena.up_SHI[arena_row].t(), x_mH)
             if arena.up_bias_SI is not None:
-                up_mI += arena.up_bias_SI[slot]
-            y_mH = multiply(arena.down_SIH[slot].t(), gate(up_mI))
+                up_mI += arena.up_bias_SI[arena_row]
+            y_mH = multiply(arena.down_SIH[arena_row].t(), gate(up_mI))
             if arena.down_bias_SH is not None:
-                y_mH += arena.down_bias_SH[slot]
+                y_mH += arena.down_bias_SH[arena_row]
             y_nH[start:end] = y_mH
         return _sum_by_row(y_nH, rows_n, weights_n, num_rows=len(x_RH))
 
@@ -179,20 +179,20 @@ class FeedForward:
         arena: LayerArena,
         x_RH: torch.Tensor,
         rows_n: Int64Array,
-        slots_n: Int64Array,
+        arena_rows_n: Int64Array,
         weights_n: torch.Tensor,
     ) -> torch.Tensor:
         """One grouped product for each projection over all pairs."""
-        if self.pool.device.type != "cpu":  # there slots differ from expert numbers
-            order = np.argsort(slots_n, kind="stable")
-            rows_n, slots_n, weights_n = rows_n[order], slots_n[order], weights_n[torch.from_numpy(order)]
-        ends_S = np.cumsum(np.bincount(slots_n, minlength=arena.num_slots), dtype=np.int32)
+        if self.pool.device.type != "cpu":  # there arena rows differ from expert numbers
+            order = np.argsort(arena_rows_n, kind="stable")
+            rows_n, arena_rows_n, weights_n = rows_n[order], arena_rows_n[order], weights_n[torch.from_numpy(order)]
+        ends_S = np.cumsum(np.bincount(arena_rows_n, minlength=arena.num_rows), dtype=np.int32)
         offsets_S = torch.from_numpy(ends_S).to(x_RH.device, non_blocking=True)
         rows = torch.from_numpy(rows_n).to(x_RH.device, non_blocking=True)
-        slots = None
+        arena_rows = None
         if arena.up_bias_SI is not None:
-            slots = torch.from_numpy(slots_n).to(x_RH.device, non_blocking=True)
-        y_nH = self._project(layer, arena, x_RH.index_select(0, rows), offsets_S, slots, ends_S)
+            arena_rows = torch.from_numpy(arena_rows_n).to(x_RH.device, non_blocking=True)
+        y_nH = self._project(layer, arena, x_RH.index_select(0, rows), offsets_S, arena_rows, ends_S)
         return _sum_by_row(y_nH, rows_n, weights_n, num_rows=len(x_RH))
 
     def _project(
@@ -201,17 +201,17 @@ class FeedForward:
         arena: LayerArena,
         x_nH: torch.Tensor,
         offsets_S: torch.Tensor,
-        slots_n: torch.Tensor | None,
+        arena_rows_n: torch.Tensor | None,
         ends_S: Int32Array | None,
     ) -> torch.Tensor:
-        """Both projections and the gate of rows sorted by slot. `slots_n` is needed for biases only."""
+        """Both projections and the gate of rows sorted by arena row. `arena_rows_n` is needed for biases only."""
         product = self._grouped_product(layer, offsets_S, ends_S)
         up_nI = product(x_nH, arena.up_SHI)
-        if arena.up_bias_SI is not None and slots_n is not None:
-            up_nI += arena.up_bias_SI.index_select(0, slots_n)
+        if arena.up_bias_SI is not None and arena_rows_n is not None:
+            up_nI += arena.up_bias_SI.index_select(0, arena_rows_n)
         y_nH = product(self._gates[layer](up_nI), arena.down_SIH)
-        if arena.down_bias_SH is not None and slots_n is not None:
-            y_nH += arena.down_bias_SH.index_select(0, slots_n)
+        if arena.down_bias_SH is not None and arena_rows_n is not None:
+            y_nH += arena.down_bias_SH.index_select(0, arena_rows_n)
         return y_nH
 
     def _grouped_product(self, layer: int, offsets_S: torch.Tensor, ends_S: Int32Array | None) -> _Product:
@@ -222,9 +222,9 @@ class FeedForward:
 
         def one_after_another(x_nA: torch.Tensor, w_SAB: torch.Tensor) -> torch.Tensor:
             y_nB = x_nA.new_zeros(x_nA.shape[0], w_SAB.shape[2])
-            for slot, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            for arena_row, (start, end) in enumerate(zip(starts, ends, strict=True)):
                 if end > start:
-                    torch.mm(x_nA[start:end], w_SAB[slot], out=y_nB[start:end])
+                    torch.mm(x_nA[start:end], w_SAB[arena_row], out=y_nB[start:end])
             return y_nB
 
         return one_after_another
@@ -236,7 +236,7 @@ class FeedForward:
 
         Tokens served are counted on the device and fetched by `InstancePool.tokens_served`.
         """
-        # Held until the work is queued: a slot that is loaded anew is written behind it, on the same stream.
+        # Held until the work is queued: an arena row that is written anew is written behind it, on the same stream.
         arena = self.pool.acquire(layer, self._every_expert[layer], is_call=False)
         try:
             self.pool.count_on_device(layer, top_k_index_Tk)
@@ -253,19 +253,19 @@ class FeedForward:
         top_k_weights_Tk: torch.Tensor,
     ) -> torch.Tensor:
         num_tokens, top_k = top_k_index_Tk.shape
-        slots_n = self._device_slots(layer)[top_k_index_Tk.reshape(-1)]
-        slots_n, order_n = torch.sort(slots_n, stable=True)
-        every_slot_S = torch.arange(arena.num_slots, device=slots_n.device)
-        offsets_S = torch.searchsorted(slots_n, every_slot_S, right=True, out_int32=True)
+        arena_rows_n = self._device_slots(layer)[top_k_index_Tk.reshape(-1)]
+        arena_rows_n, order_n = torch.sort(arena_rows_n, stable=True)
+        every_slot_S = torch.arange(arena.num_rows, device=arena_rows_n.device)
+        offsets_S = torch.searchsorted(arena_rows_n, every_slot_S, right=True, out_int32=True)
         x_nH = hidden_TH.index_select(0, order_n // top_k)
-        y_nH = self._project(layer, arena, x_nH, offsets_S, slots_n, None)
+        y_nH = self._project(layer, arena, x_nH, offsets_S, arena_rows_n, None)
         weights_n = top_k_weights_Tk.reshape(-1).index_select(0, order_n)
         weighted_nH = y_nH.float().mul_(weights_n.unsqueeze(-1))
         restored_nH = torch.empty_like(weighted_nH).index_copy_(0, order_n, weighted_nH)
         return restored_nH.view(num_tokens, top_k, -1).sum(1).to(hidden_TH.dtype)
 
     def _device_slots(self, layer: int) -> torch.Tensor:
-        slots_E = self.pool.slots_LE[layer]
+        slots_E = self.pool.arena_rows_LE[layer]
         key = slots_E.tobytes()
         cached = self._slots_on_device.get(layer)
         if cached is None or cached[0] != key:

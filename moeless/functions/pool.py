@@ -1,8 +1,8 @@
-"""The instances that one process hosts: load, warm, drain, evict, with every byte accounted.
+"""The instances that one process hosts: start, serve, drain, evict, with every byte accounted.
 
-A function is `cold` until an instance is started; the instance is `loading` while its package is copied into an
-arena slot, `warm` while it serves, `draining` once it takes no new work. Loading and draining may run in a control
-thread while the compute thread serves other instances.
+A function is `cold` until an instance is started; the instance is `starting` while its package is copied into
+a row of an arena, `warm` while it serves, `draining` once it takes no new work. Starting and draining may run in a
+control thread while the compute thread serves other instances.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import torch
 from moeless.core.arrays import Int64Array
 from moeless.core.errors import FunctionUnavailableError, MoelessError
 from moeless.core.expert import FunctionId
-from moeless.functions.arena import LayerArena, slot_bytes
+from moeless.functions.arena import LayerArena, row_bytes
 from moeless.functions.staging import Staging
 from moeless.packages.packed_model import PackedModel
 
 
 class InstanceState(StrEnum):
     COLD = "cold"
-    LOADING = "loading"
+    STARTING = "starting"
     WARM = "warm"
     DRAINING = "draining"
 
@@ -36,10 +36,11 @@ class PoolStats:
     """Counters since the pool began; bytes as of now."""
 
     cold_starts: int
-    """Instances loaded from their package."""
+    """Instances started from their package."""
     warm_starts: int
     """Calls of a function that found its instance warm."""
     evictions: int
+    """Instances that gave their memory back: drained, idle, or to make room."""
     resident_bytes: int
     num_instances: int
 
@@ -47,8 +48,8 @@ class PoolStats:
 @dataclass(slots=True)
 class _Instance:
     function: FunctionId
-    slot: int
-    state: InstanceState = InstanceState.LOADING
+    row: int
+    state: InstanceState = InstanceState.STARTING
 
 
 class InstancePool:
@@ -80,19 +81,19 @@ class InstancePool:
             self.num_experts[function.layer] = max(self.num_experts[function.layer], function.expert + 1)
         on_gpu = self.device.type == "cuda"
         self._staging = Staging(self.device) if on_gpu else None
-        self._load_dtype = None if on_gpu else dtype  # a GPU converts what it was given, and faster
+        self._read_dtype = None if on_gpu else dtype  # a GPU converts what it was given, and faster
         self._capacity_bytes = capacity_bytes
         self._clock = clock
         self._arenas: dict[int, LayerArena] = {}
-        self._free_slots: dict[int, list[int]] = {}
+        self._free_rows: dict[int, list[int]] = {}
         self._instances: dict[FunctionId, _Instance] = {}
         self._changed = threading.Condition(threading.RLock())
         self._resident_bytes = 0
         self._cold_starts = 0
         self._warm_starts = 0
         self._evictions = 0
-        self.slots_LE = [np.full(num, -1, dtype=np.int64) for num in self.num_experts]
-        """Slot of each expert's instance, per layer; -1 where there is none. Stable while the instance is held."""
+        self.arena_rows_LE = [np.full(num, -1, dtype=np.int64) for num in self.num_experts]
+        """Row of each expert's instance, per layer; -1 where there is none. Stable while the instance is held."""
         self._warm_LE = [np.zeros(num, dtype=bool) for num in self.num_experts]
         self.tokens_LE = [np.zeros(num, dtype=np.int64) for num in self.num_experts]
         """Tokens served by each function, as far as the host has counted them."""
@@ -114,8 +115,8 @@ class InstancePool:
                 self._changed.wait()
             instance = self._reserve(function)
         try:
-            weights = self.packed.load_function(function, dtype=self._load_dtype, device="cpu")
-            self._arenas[function.layer].write(instance.slot, weights)
+            weights = self.packed.read_function(function, dtype=self._read_dtype, device="cpu")
+            self._arenas[function.layer].write(instance.row, weights)
         except BaseException:
             with self._changed:
                 self._forget(instance)
@@ -140,31 +141,31 @@ class InstancePool:
             raise FunctionUnavailableError(f"function {function} does not exist in {self.packed.manifest.model_id}")
         arena = self._arenas.get(layer) or self._make_arena(layer)
         if self._capacity_bytes is not None:
-            self._make_room(arena.slot_bytes, function)
-        free = self._free_slots[layer]
+            self._make_room(arena.row_bytes, function)
+        free = self._free_rows[layer]
         if not free:
             self._evict_longest_idle(function, layer=layer)
-        slot = function.expert if self.device.type == "cpu" else free[-1]
-        free.remove(slot)
-        instance = _Instance(function, slot)
+        row = function.expert if self.device.type == "cpu" else free[-1]
+        free.remove(row)
+        instance = _Instance(function, row)
         self._instances[function] = instance
-        self.slots_LE[layer][function.expert] = slot
+        self.arena_rows_LE[layer][function.expert] = row
         self._last_used_s_LE[layer][function.expert] = self._clock()
-        self._resident_bytes += arena.slot_bytes
+        self._resident_bytes += arena.row_bytes
         return instance
 
     def _make_arena(self, layer: int) -> LayerArena:
         layout = self.packed.layout(layer)
-        num_slots = self.num_experts[layer]
+        num_rows = self.num_experts[layer]
         if self.device.type != "cpu" and self._capacity_bytes is not None:
             layouts = (self.packed.layout(each) for each in range(self.num_layers))
             whole_model = sum(
-                num * slot_bytes(each, self.dtype) for num, each in zip(self.num_experts, layouts, strict=True)
+                num * row_bytes(each, self.dtype) for num, each in zip(self.num_experts, layouts, strict=True)
             )
-            num_slots = max(1, min(num_slots, num_slots * self._capacity_bytes // whole_model))
-        arena = LayerArena(layout, num_slots=num_slots, dtype=self.dtype, device=self.device, staging=self._staging)
+            num_rows = max(1, min(num_rows, num_rows * self._capacity_bytes // whole_model))
+        arena = LayerArena(layout, num_rows=num_rows, dtype=self.dtype, device=self.device, staging=self._staging)
         self._arenas[layer] = arena
-        self._free_slots[layer] = list(range(num_slots))[::-1]
+        self._free_rows[layer] = list(range(num_rows))[::-1]
         return arena
 
     def _make_room(self, num_bytes: int, function: FunctionId) -> None:
@@ -175,7 +176,7 @@ class InstancePool:
     def _evict_longest_idle(self, wanted: FunctionId, *, layer: int | None = None) -> None:
         idle = [i for i in self._idle_instances() if layer in (None, i.function.layer)]
         if not idle:
-            needed = self._arenas[wanted.layer].slot_bytes
+            needed = self._arenas[wanted.layer].row_bytes
             raise FunctionUnavailableError(
                 f"function {wanted} needs {needed} bytes and does not fit: the pool may hold {self._capacity_bytes}, "
                 f"and busy instances hold {self._resident_bytes}"
@@ -233,12 +234,12 @@ class InstancePool:
 
     def _forget(self, instance: _Instance) -> None:
         layer, expert = instance.function
-        self.slots_LE[layer][expert] = -1
+        self.arena_rows_LE[layer][expert] = -1
         self._warm_LE[layer][expert] = False
         del self._instances[instance.function]
-        self._arenas[layer].release(instance.slot)
-        self._free_slots[layer].append(instance.slot)
-        self._resident_bytes -= self._arenas[layer].slot_bytes
+        self._arenas[layer].release(instance.row)
+        self._free_rows[layer].append(instance.row)
+        self._resident_bytes -= self._arenas[layer].row_bytes
         self._changed.notify_all()
 
     # ---- serving --------------------------------------------------------------------------------------------
@@ -298,7 +299,7 @@ class InstancePool:
     def instance_bytes(self, layer: int) -> int:
         """Bytes that one instance of `layer` holds; 0 while the layer has none."""
         arena = self._arenas.get(layer)
-        return 0 if arena is None else arena.slot_bytes
+        return 0 if arena is None else arena.row_bytes
 
     def arena(self, layer: int) -> LayerArena:
         """The layer's stacked weights. Raises KeyError before the layer's first start."""

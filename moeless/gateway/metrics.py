@@ -152,7 +152,8 @@ class _EngineCollector(Collector):
         yield _gauge("num_requests_running", "Sequences in the running batch.", model, stats.requests_running)
         yield _gauge("num_requests_waiting", "Sequences that wait for their turn.", model, stats.requests_waiting)
         yield _gauge("kv_cache_usage_perc", "Share of KV pages in use; 1 is all.", model, stats.kv_cache_usage)
-        yield _counter("function_cold_starts", "Instances loaded from a package.", model, stats.cold_starts)
+        yield _counter("function_cold_starts", "Instances started from a package.", model, stats.cold_starts)
+        yield _counter("function_evictions", "Instances that gave their memory back.", model, stats.evictions)
         yield _counter("function_warm_starts", "Calls that met a warm instance.", model, stats.warm_starts)
         yield _counter("dispatch_retries", "Calls sent again to another instance.", model, stats.dispatch_retries)
         yield _counter(

@@ -38,7 +38,7 @@ class FunctionEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Relative to the packed folder, with forward slashes."""
     tensors: dict[str, TensorEntry]
     bytes: int
-    """Of the tensors: what a loaded instance holds. The file is a header larger."""
+    """Of the tensors: what an instance holds. The file is a header larger."""
     sha256: str
     """Of the file."""
 

@@ -1,4 +1,4 @@
-"""A packed folder, opened for loading: one function at a time, by memory map."""
+"""A packed folder, read one function at a time, by memory map."""
 
 from __future__ import annotations
 
@@ -64,14 +64,14 @@ class PackedModel:
         """Bytes of the function's weights in the checkpoint's own dtype."""
         return self._entry(function).bytes
 
-    def load_function(
+    def read_function(
         self, function: FunctionId, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> FunctionWeights:
-        """Load one function's weights.
+        """Read one function's weights.
 
         On the CPU in the checkpoint's own dtype the tensors are a private memory map of the package: nothing is
-        copied, and pages are read when touched. The first load of a function in this process reads the file once
-        for its checksum.
+        copied, and pages are read when touched. The first read of a function in this process checks the
+        file's checksum.
 
         Raises:
             ChecksumError: the package is not what the manifest promises; names the function.

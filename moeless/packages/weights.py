@@ -1,4 +1,4 @@
-"""The weights of one loaded expert function."""
+"""The weights of one expert function."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def dense_layer(
     found = packed.layout(layer)
     out_TH = torch.zeros(hidden_TH.shape, dtype=torch.float64)
     for expert in experts_Tk.unique().tolist():
-        weights = packed.load_function(FunctionId(layer, expert), dtype=dtype)
+        weights = packed.read_function(FunctionId(layer, expert), dtype=dtype)
         tokens, choices = torch.where(experts_Tk == expert)
         y_nH = _expert(found, weights, hidden_TH[tokens].double())
         out_TH.index_add_(0, tokens, y_nH * weights_Tk[tokens, choices, None].double())

@@ -47,7 +47,7 @@ class DecodeGroup:
 
     rows_N: Tensor | None
     """Their query tokens; None when they are all of the step's, in order."""
-    slots: Tensor
+    cells: Tensor
     """(N * S,) where their keys are in the cache, padded."""
     mask_N11S: Tensor | None
     """0 for keys and -inf for padding; None without padding."""
@@ -60,7 +60,7 @@ class PrefillSpan:
 
     start: int
     stop: int
-    past_slots: Tensor | None
+    past_cells: Tensor | None
     """Where the keys before the new ones are; None if there are none. Read before the new ones are written, which
     may take their place in a sliding window."""
     mask_QS: Tensor | None
@@ -96,7 +96,7 @@ def plan_attention(
         every = len(members) == len(spans)
         if every:
             members = sorted(members)
-        table, valid = _slot_table(
+        table, valid = _cell_table(
             [decoding[i][0].request_id for i in members], [lengths[i] for i in members], allocator
         )
         mask = None
@@ -106,7 +106,7 @@ def plan_attention(
         decode.append(
             DecodeGroup(
                 rows_N=None if every else torch.tensor([decoding[i][1] for i in members], device=device),
-                slots=torch.from_numpy(table.reshape(-1)).to(device),
+                cells=torch.from_numpy(table.reshape(-1)).to(device),
                 mask_N11S=mask,
                 num_keys=table.shape[1],
             )
@@ -126,10 +126,10 @@ def _group_by_length(lengths: list[int]) -> list[list[int]]:
     return groups
 
 
-def _slot_table(
+def _cell_table(
     request_ids: list[str], lengths: list[int], allocator: Any
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """The cache slots of each request's first tokens, padded to the longest, and which are not padding.
+    """The cache cells of each request's first tokens, padded to the longest, and which are not padding.
 
     The padding is transformers' read trash, which stays zero: what a finished request left in a page could be NaN.
     """
@@ -140,21 +140,21 @@ def _slot_table(
         blocks = allocator.block_table[request_id][:num_pages]
         pages[row, : len(blocks)] = blocks
     pages *= allocator.block_physical_stride
-    slots = (pages[:, :, None] + np.arange(page_size)).reshape(len(request_ids), -1)
-    slots = slots[:, : max(lengths)]
-    valid = np.arange(slots.shape[1]) < np.array(lengths)[:, None]
-    return np.where(valid, slots, allocator.read_trash_index), valid
+    cells = (pages[:, :, None] + np.arange(page_size)).reshape(len(request_ids), -1)
+    cells = cells[:, : max(lengths)]
+    valid = np.arange(cells.shape[1]) < np.array(lengths)[:, None]
+    return np.where(valid, cells, allocator.read_trash_index), valid
 
 
 def _plan_prefill(
     span: SpanPlan, start: int, allocator: Any, window: int | None, dtype: torch.dtype, device: torch.device
 ) -> PrefillSpan:
     num_past = span.past if window is None else min(span.past, window - 1)
-    past_slots = None
+    past_cells = None
     if num_past:
         positions = np.arange(span.past - num_past, span.past)
-        slots, _ = _slot_table([span.request_id], [span.past if window is None else min(span.past, window)], allocator)
-        past_slots = torch.from_numpy(slots[0, positions if window is None else positions % window]).to(device)
+        cells, _ = _cell_table([span.request_id], [span.past if window is None else min(span.past, window)], allocator)
+        past_cells = torch.from_numpy(cells[0, positions if window is None else positions % window]).to(device)
     mask = None
     if num_past or (window is not None and span.length > window):
         query = torch.arange(num_past, num_past + span.length)[:, None]
@@ -163,7 +163,7 @@ def _plan_prefill(
         if window is not None:
             hidden |= key <= query - window
         mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf")).to(device)
-    return PrefillSpan(start, start + span.length, past_slots, mask)
+    return PrefillSpan(start, start + span.length, past_cells, mask)
 
 
 def paged_attention_forward(
@@ -194,8 +194,8 @@ def paged_attention_forward(
 
     pasts = [
         None
-        if span.past_slots is None
-        else (keys_SHD.index_select(0, span.past_slots), values_SHD.index_select(0, span.past_slots))
+        if span.past_cells is None
+        else (keys_SHD.index_select(0, span.past_cells), values_SHD.index_select(0, span.past_cells))
         for span in plan.prefill
     ]
     keys_SHD.index_copy_(0, write_index, new_keys)
@@ -244,8 +244,8 @@ def _decode(
     num_rows, num_heads, head_size = query_NHD.shape
     num_kv_heads = keys.shape[1]
     shape = (num_rows, group.num_keys, num_kv_heads, -1)
-    k_NHSD = keys.index_select(0, group.slots).view(shape).transpose(1, 2)
-    v_NHSD = values.index_select(0, group.slots).view(shape).transpose(1, 2)
+    k_NHSD = keys.index_select(0, group.cells).view(shape).transpose(1, 2)
+    v_NHSD = values.index_select(0, group.cells).view(shape).transpose(1, 2)
     q_NHGD = query_NHD.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, head_size)
     if sinks is None:
         out = scaled_dot_product_attention(q_NHGD, k_NHSD, v_NHSD, attn_mask=group.mask_N11S, scale=scaling)

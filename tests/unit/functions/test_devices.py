@@ -13,7 +13,7 @@ from transformers.integrations.moe import grouped_mm_experts_forward
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from moeless.core.expert import FunctionId
-from moeless.functions.arena import slot_bytes
+from moeless.functions.arena import row_bytes
 from moeless.functions.feed_forward import FeedForward
 from moeless.functions.pool import InstancePool
 from moeless.packages.packed_model import PackedModel
@@ -107,8 +107,8 @@ def test_instances_are_loaded_as_they_were_packed(
     pool = InstancePool(packed, device=device, dtype=dtype)
     pool.start_many(EVERY_FUNCTION)
     for function in EVERY_FUNCTION:
-        slot = int(pool.slots_LE[0][function.expert])
-        weights = packed.load_function(function, dtype=dtype)
+        slot = int(pool.arena_rows_LE[0][function.expert])
+        weights = packed.read_function(function, dtype=dtype)
         assert torch.equal(pool.arena(0).up_SHI[slot].cpu(), weights.up.t())
         assert torch.equal(pool.arena(0).down_SIH[slot].cpu(), weights.down.t())
 
@@ -117,7 +117,7 @@ def test_a_device_with_room_for_half_of_a_layer_still_computes_it(
     packed: PackedModel, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Slots are then reused for one expert after the other, while work that reads them may still be queued."""
-    capacity = NUM_EXPERTS // 2 * slot_bytes(packed.layout(0), dtype)
+    capacity = NUM_EXPERTS // 2 * row_bytes(packed.layout(0), dtype)
     feed_forward = FeedForward(InstancePool(packed, device=device, dtype=dtype, capacity_bytes=capacity))
     for seed in range(10):
         hidden_TH, experts_Tk, weights_Tk = routing(30 + seed, device, dtype)

@@ -74,8 +74,8 @@ def test_a_function_is_loading_while_its_package_is_read(packed: PackedModel) ->
     with ThreadPoolExecutor(1) as threads:
         started = threads.submit(pool.start, function(2))
         package.wait_for_load()
-        assert pool.state(function(2)) is InstanceState.LOADING
-        assert pool.states() == {function(2): InstanceState.LOADING}
+        assert pool.state(function(2)) is InstanceState.STARTING
+        assert pool.states() == {function(2): InstanceState.STARTING}
         package.let_go()
         assert started.result(10) is True
     assert pool.state(function(2)) is InstanceState.WARM
@@ -253,11 +253,11 @@ def test_a_call_that_began_before_draining_computes_with_its_weights(packed: Pac
     with ThreadPoolExecutor(1) as threads:
         drained = threads.submit(pool.drain, function(2))
         wait_until(lambda: pool.state(function(2)) is InstanceState.DRAINING)
-        slot = pool.slots_LE[0][2]
-        assert torch.equal(pool.arena(0).down_SIH[slot].T, packed.load_function(function(2)).down)
+        slot = pool.arena_rows_LE[0][2]
+        assert torch.equal(pool.arena(0).down_SIH[slot].T, packed.read_function(function(2)).down)
         release()
         assert drained.result(10) is True
-    assert pool.slots_LE[0][2] == -1
+    assert pool.arena_rows_LE[0][2] == -1
 
 
 def test_draining_that_takes_too_long_ends_warm_again(packed: PackedModel) -> None:
@@ -379,14 +379,14 @@ class SlowPackage(PackedModel):
         self._loading = threading.Event()
         self._may_go = threading.Event()
 
-    def load_function(self, wanted: FunctionId, **options):
+    def read_function(self, wanted: FunctionId, **options):
         self.loads += 1
         self._loading.set()
         assert self._may_go.wait(10)
         if self._failures:
             self._failures -= 1
             raise OSError("the disk is away")
-        return super().load_function(wanted, **options)
+        return super().read_function(wanted, **options)
 
     def wait_for_load(self) -> None:
         assert self._loading.wait(10)

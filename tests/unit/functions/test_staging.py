@@ -56,9 +56,9 @@ def test_several_threads_may_load_at_once() -> None:
 
 def test_a_slot_is_written_like_without_staging(tmp_path: Path) -> None:
     packed = write_packed(tmp_path / "packed", [layout(has_bias=True)], dtype=torch.bfloat16)
-    weights = packed.load_function(FunctionId(0, 1))
+    weights = packed.read_function(FunctionId(0, 1))
     plain, staged = (
-        LayerArena(packed.layout(0), num_slots=4, dtype=torch.float32, device=CPU, staging=staging)
+        LayerArena(packed.layout(0), num_rows=4, dtype=torch.float32, device=CPU, staging=staging)
         for staging in (None, Staging(CPU, num_threads=3, chunk_bytes=1000))
     )
     for arena in (plain, staged):

@@ -81,6 +81,7 @@ STATS = EngineStats(
     requests_waiting=2,
     kv_cache_usage=0.25,
     cold_starts=5,
+    evictions=2,
     warm_starts=70,
     dispatch_seconds_sum=0.5,
     dispatch_seconds_count=10,

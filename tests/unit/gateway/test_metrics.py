@@ -53,6 +53,7 @@ async def test_the_engines_figures_are_exposed(engine: ScriptedEngine) -> None:
     assert value(samples, "num_requests_waiting") == 2
     assert value(samples, "kv_cache_usage_perc") == 0.25
     assert value(samples, "function_cold_starts_total") == 5
+    assert value(samples, "function_evictions_total") == 2
     assert value(samples, "function_warm_starts_total") == 70
     assert value(samples, "dispatch_retries_total") == 1
     assert value(samples, "dispatch_fallbacks_total") == 2

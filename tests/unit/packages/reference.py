@@ -33,7 +33,7 @@ def serve_from_packages(model: PreTrainedModel, packed: PackedModel) -> Iterator
         layer = module.moeless_layer
         for expert in top_k_index_Tk.unique().tolist():
             tokens, slots = torch.where(top_k_index_Tk == expert)
-            weights = packed.load_function(FunctionId(layer, expert), dtype=hidden_TH.dtype)
+            weights = packed.read_function(FunctionId(layer, expert), dtype=hidden_TH.dtype)
             result = expert_ffn(packed.layout(layer), weights, hidden_TH[tokens])
             output_TH.index_add_(0, tokens, (result * top_k_weights_Tk[tokens, slots, None]).to(output_TH.dtype))
         return output_TH

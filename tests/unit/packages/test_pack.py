@@ -62,7 +62,7 @@ def test_the_backbone_folder_has_the_tokenizer_and_the_chat_template(families: F
 def test_packages_keep_the_checkpoints_own_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
     checkpoint = make_checkpoint("olmoe", tmp_path / "checkpoint", dtype=dtype)
     manifest = pack_checkpoint(checkpoint, tmp_path / "packed")
-    weights = PackedModel.open(tmp_path / "packed").load_function(FunctionId(0, 0))
+    weights = PackedModel.open(tmp_path / "packed").read_function(FunctionId(0, 0))
     assert manifest.dtype == str(dtype).removeprefix("torch.")
     assert (weights.up.dtype, weights.down.dtype) == (dtype, dtype)
 

@@ -39,7 +39,7 @@ def test_functions_are_listed_by_layer_and_expert(families: FamilyFolder) -> Non
 def test_function_bytes_are_those_of_the_loaded_weights(families: FamilyFolder) -> None:
     for family in ("mixtral", "gpt_oss", "nemotron_h"):
         packed = families[family].packed
-        assert packed.function_bytes(FunctionId(0, 0)) == packed.load_function(FunctionId(0, 0)).num_bytes
+        assert packed.function_bytes(FunctionId(0, 0)) == packed.read_function(FunctionId(0, 0)).num_bytes
 
 
 def test_a_loaded_function_is_a_map_of_its_package(folder: Path) -> None:
@@ -47,7 +47,7 @@ def test_a_loaded_function_is_a_map_of_its_package(folder: Path) -> None:
     package = folder / "functions" / f"{FUNCTION}.safetensors"
     before = sha256_of(package)
 
-    weights = packed.load_function(FUNCTION)
+    weights = packed.read_function(FUNCTION)
 
     assert str(package) in Path("/proc/self/maps").read_text()
     weights.up.zero_()
@@ -56,23 +56,23 @@ def test_a_loaded_function_is_a_map_of_its_package(folder: Path) -> None:
 
 def test_mapped_tensors_are_aligned_to_cache_lines(families: FamilyFolder) -> None:
     for family in ("mixtral", "gpt_oss", "nemotron_h"):
-        weights = families[family].packed.load_function(FunctionId(1, 1))
+        weights = families[family].packed.read_function(FunctionId(1, 1))
         first = min(tensor.data_ptr() for _, tensor in weights.named_tensors())
         assert first % 64 == 0
 
 
 def test_a_function_loads_in_another_dtype(families: FamilyFolder) -> None:
     packed = families["mixtral"].packed
-    half = packed.load_function(FUNCTION, dtype=torch.bfloat16)
-    assert torch.equal(half.down, packed.load_function(FUNCTION).down.to(torch.bfloat16))
+    half = packed.read_function(FUNCTION, dtype=torch.bfloat16)
+    assert torch.equal(half.down, packed.read_function(FUNCTION).down.to(torch.bfloat16))
     assert half.num_bytes * 2 == packed.function_bytes(FUNCTION)
 
 
 @pytest.mark.gpu
 def test_a_function_loads_onto_a_gpu(families: FamilyFolder) -> None:
     packed = families["mixtral"].packed
-    weights = packed.load_function(FUNCTION, device="cuda")
-    assert torch.equal(weights.up.cpu(), packed.load_function(FUNCTION).up)
+    weights = packed.read_function(FUNCTION, device="cuda")
+    assert torch.equal(weights.up.cpu(), packed.read_function(FUNCTION).up)
 
 
 def test_a_damaged_package_is_refused_by_name(folder: Path) -> None:
@@ -82,9 +82,9 @@ def test_a_damaged_package_is_refused_by_name(folder: Path) -> None:
     with pytest.raises(
         ChecksumError, match=r"^L01\.E002: sha256 of .*L01\.E002\.safetensors must be [0-9a-f]{64}, got"
     ):
-        packed.load_function(FUNCTION)
+        packed.read_function(FUNCTION)
 
-    packed.load_function(FunctionId(1, 3))
+    packed.read_function(FunctionId(1, 3))
 
 
 def test_the_checksum_is_taken_once_per_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +97,7 @@ def test_the_checksum_is_taken_once_per_process(folder: Path, monkeypatch: pytes
     monkeypatch.setattr("moeless.packages.packed_model.sha256_of", counted)
     packed = PackedModel.open(folder)
     for _ in range(3):
-        packed.load_function(FUNCTION)
+        packed.read_function(FUNCTION)
     assert taken == [folder / "functions" / f"{FUNCTION}.safetensors"]
 
 
@@ -118,13 +118,13 @@ def test_a_package_that_vanishes_after_opening_is_named(folder: Path) -> None:
     packed = PackedModel.open(folder)
     (folder / "functions" / f"{FUNCTION}.safetensors").unlink()
     with pytest.raises(PackageError, match=r"^L01\.E002: .* cannot be read \(No such file"):
-        packed.load_function(FUNCTION)
+        packed.read_function(FUNCTION)
 
 
 def test_an_unknown_function_is_refused(families: FamilyFolder) -> None:
     packed = families["mixtral"].packed
     with pytest.raises(PackageError, match=r"has no function L09\.E000"):
-        packed.load_function(FunctionId(9, 0))
+        packed.read_function(FunctionId(9, 0))
     with pytest.raises(PackageError, match="layer must be from 0 to 1, got 9"):
         packed.layout(9)
 

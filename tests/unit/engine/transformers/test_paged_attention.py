@@ -153,7 +153,7 @@ def test_decoding_sequences_of_like_length_are_one_group_and_others_are_not_padd
         allocator.block_table[request_id] = list(range(1, 2 + length // PAGE))
     spans = [SpanPlan(request_id, length - 1, 1) for request_id, length in lengths.items()]
     plan = plan_attention(spans, allocator, dtype=torch.float32, device=torch.device("cpu"))
-    assert sorted((group.num_keys, len(group.slots) // group.num_keys) for group in plan.decode) == [(60, 2), (500, 2)]
+    assert sorted((group.num_keys, len(group.cells) // group.num_keys) for group in plan.decode) == [(60, 2), (500, 2)]
     assert plan.prefill == ()
 
 
@@ -164,7 +164,7 @@ def test_a_decoding_batch_of_one_length_needs_no_mask_and_no_gather_of_queries()
     (group,) = plan_attention(spans, allocator, dtype=torch.float32, device=torch.device("cpu")).decode
     assert group.rows_N is None
     assert group.mask_N11S is None
-    assert group.slots.tolist() == [4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 15, 16, 17, 18]
+    assert group.cells.tolist() == [4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 15, 16, 17, 18]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
