@@ -102,6 +102,10 @@ class QueueFullError(MoelessError):
         self.retry_after_s = retry_after_s
 
 
+class LogitsError(MoelessError):
+    """The model's output for one sequence cannot be sampled or scored: NaN or infinite."""
+
+
 class EngineStoppedError(MoelessError):
     """The engine is shutting down or died; nothing more will come."""
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ from moeless.core.generation import GenerationDelta
 from moeless.engine.observing import RowSpan, StepObservers
 from moeless.engine.transformers.paged_attention import NAME as ATTENTION
 from moeless.engine.transformers.paged_attention import SpanPlan, plan_attention, register_attention
+from moeless.engine.transformers.prompt_scoring import PromptScorer
 from moeless.engine.transformers.rotary import SequenceRotary
 from moeless.engine.transformers.sampling import Sampled, Vocabulary, sample
 from moeless.engine.transformers.sequence import Sequence
@@ -104,6 +105,9 @@ class _SamplingRunner(ModelRunner):  # type: ignore[misc]
     observers: StepObservers
     vocabulary: Vocabulary | None
     rotary: SequenceRotary
+    scorer: PromptScorer
+    scored: list[GenerationDelta]
+    """Deltas of prompt tokens, for `PagedBatcher.step` to return."""
 
     def compute_batch(self, model: nn.Module, batch_data: dict[str, Any]) -> None:
         ios = self.inputs_and_outputs
@@ -118,8 +122,16 @@ class _SamplingRunner(ModelRunner):  # type: ignore[misc]
         if ios.compute_stream is not None:
             # The inputs, and our plan, were made on the current stream; the model runs on its own.
             ios.compute_stream.wait_stream(torch.cuda.current_stream(ios.device))
-        with self.observers.step(self._row_spans), self.rotary.lengths(self._lengths_1W, ios.device):
+        is_scored = any(f.state.sequence.scores_prompt for f in ios.requests_in_batch)
+        spans_scored = self._row_spans() if is_scored else []
+        with (
+            self.observers.step(self._row_spans),
+            self.rotary.lengths(self._lengths_1W, ios.device),
+            self.scorer.watch(spans_scored, self.scored.append),
+        ):
             super().compute_batch(model, batch_data)
+            if is_scored and ios.compute_stream is not None:
+                torch.cuda.current_stream(ios.device).wait_stream(ios.compute_stream)
 
     def _lengths_1W(self) -> NDArray[np.int64]:
         """For each position of the step, the tokens of its sequence, those included that are yet to be computed."""
@@ -241,7 +253,7 @@ class PagedBatcher:
         self._processor.update_batch()
         if self._rotary.depends_on_length:
             self._recompute_outgrown(self._batch)
-        return self._router.take()
+        return self._take_scored() + self._router.take()
 
     def fail_batch(self) -> list[Sequence]:
         """Forget what took part in a step that raised and free its pages. Requests beside it go on.
@@ -255,9 +267,15 @@ class PagedBatcher:
         for state in states:
             self.cancel(state.request_id)
         self._router.take()
+        self._take_scored()
         self._scheduler._requests_to_fork.clear()
         self._scheduler.block_new_requests = False
         return [state.sequence for state in states]
+
+    def _take_scored(self) -> list[GenerationDelta]:
+        runner = self._processor.model_runner
+        scored, runner.scored = runner.scored, []
+        return cast("list[GenerationDelta]", scored)
 
     def free_share(self) -> float:
         """Share of the pages that no request holds. May be called from any thread."""
@@ -289,6 +307,8 @@ class PagedBatcher:
         processor.model_runner.observers = observers
         processor.model_runner.vocabulary = vocabulary
         processor.model_runner.rotary = self._rotary
+        processor.model_runner.scorer = PromptScorer(self._model)
+        processor.model_runner.scored = []
         return processor
 
     def _extend_write_indices(
@@ -308,8 +328,10 @@ class PagedBatcher:
         search: Callable[[str, list[int]], int] = self._cache.search_prefix_match
 
         def search_and_note(request_id: str, prompt_ids: list[int]) -> int:
-            found = search(request_id, prompt_ids)
             state = self._scheduler.waiting_requests.get(request_id)
+            if state is not None and state.sequence.scores_prompt:
+                return 0  # what is found is not computed, and so cannot be scored
+            found = search(request_id, prompt_ids)
             if found and state is not None and state.sequence.num_generated == 0:
                 state.sequence.num_cached_tokens = found
             return found

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 
-from moeless.core.errors import MoelessError
+from moeless.core.errors import LogitsError, MoelessError
 from moeless.core.generation import FinishReason, GenerationDelta, GenerationRequest, TokenLogprob
 from moeless.engine.text import StopMatcher, TokenTexts
 from moeless.engine.transformers.row_sampler import RowSampler
@@ -22,6 +23,7 @@ class Sequence:
     __slots__ = (
         "_decoder",
         "_eos_ids",
+        "_fault",
         "_includes_stop",
         "_logprobs",
         "_matcher",
@@ -37,7 +39,9 @@ class Sequence:
         "finish_reason",
         "generated_token_ids",
         "max_tokens",
+        "next_scored",
         "num_cached_tokens",
+        "num_prompt_logprobs",
         "num_prompt_tokens",
         "prompt_token_ids",
         "request_id",
@@ -50,6 +54,10 @@ class Sequence:
         self.prompt_token_ids = request.prompt_token_ids
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.num_cached_tokens = 0
+        self.num_prompt_logprobs = sampling.prompt_logprobs
+        self.next_scored = 1
+        """Position of the next prompt token whose log-probability is wanted; the first has none."""
+        self._fault: str | None = None
         self.max_tokens = sampling.max_tokens
         self._eos_ids = frozenset() if sampling.ignore_eos else eos_ids.union(request.end_of_turn_ids)
         self._stop_ids = frozenset(sampling.stop_token_ids)
@@ -76,7 +84,7 @@ class Sequence:
 
         Never raises: a fault in one sequence must not fail the whole batch, so it ends this one with an error.
         """
-        error = sampled.errors.get(row)
+        error = self._fault or sampled.errors.get(row)
         if error is None:
             try:
                 return self.advance(sampled.token_ids[row], None if sampled.logprobs is None else sampled.logprobs[row])
@@ -112,7 +120,7 @@ class Sequence:
             self._stop_reason = self._stop_reason or self._stop_strings[token_id]
             return True
         if logprobs is not None:
-            self._logprobs.append(self._describe(logprobs))
+            self._logprobs.append(self._describe(logprobs, text_offset=self._num_chars))
         text = self._decoder.feed(token_id)
         self._num_chars += len(text)
         if text and self._take_text(text):
@@ -121,6 +129,31 @@ class Sequence:
             self._end("length")
             return True
         return False
+
+    @property
+    def scores_prompt(self) -> bool:
+        """True while log-probabilities of prompt tokens are wanted that are not there yet."""
+        return (
+            self.num_prompt_logprobs is not None and self.next_scored < self.num_prompt_tokens and self._fault is None
+        )
+
+    def take_scores(self, raws: list[RawLogprobs]) -> GenerationDelta:
+        """A delta of the log-probabilities of the next prompt tokens. Raises LogitsError if one is not finite."""
+        for raw in raws:
+            if not math.isfinite(raw.logprob):
+                raise LogitsError(
+                    f"the log-probability of prompt token {self.next_scored} is not finite ({raw.logprob})"
+                )
+            self.next_scored += 1
+        return GenerationDelta(
+            request_id=self.request_id,
+            prompt_logprobs=[self._describe(raw, text_offset=0) for raw in raws],
+            num_prompt_tokens=self.num_prompt_tokens,
+        )
+
+    def fail(self, error: Exception) -> None:
+        """Note a fault found while the prompt is computed; the sequence ends with it at its first token."""
+        self._fault = describe(error)
 
     @property
     def num_generated(self) -> int:
@@ -189,7 +222,7 @@ class Sequence:
             self._text += self._matcher.flush()
         self.finish_reason = reason
 
-    def _describe(self, raw: RawLogprobs) -> TokenLogprob:
+    def _describe(self, raw: RawLogprobs, *, text_offset: int) -> TokenLogprob:
         data = self._texts.bytes_of(raw.token_id)
         top: list[tuple[int, str, bytes, float]] = []
         for token_id, logprob in zip(raw.top_ids, raw.top_logprobs, strict=True):
@@ -201,7 +234,7 @@ class Sequence:
             data,
             raw.logprob,
             top,
-            text_offset=self._num_chars,
+            text_offset=text_offset,
             rank=raw.rank,
         )
 

@@ -22,6 +22,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from moeless.core.errors import ConfigError
+from moeless.core.generation import GenerationDelta
 from moeless.engine.config import EngineConfig
 from moeless.engine.observing import RowSpan
 from moeless.engine.protocol import OnStep
@@ -214,11 +215,19 @@ class StaticBatchEngine(ThreadedEngine):
 
     def _forward(self, batch: _Batch, ids: Tensor, positions: Tensor) -> Tensor:
         """Returns: float32 logits of each row's last token, (B, V)."""
+        is_scored = any(sequence.scores_prompt for sequence in batch.sequences)
+        scored = _row_spans(batch, ids.shape[1]) if is_scored else []
         with (
             self.observers.step(lambda: _row_spans(batch, ids.shape[1])),
             self._rotary.lengths(lambda: np.array(batch.lengths, dtype=np.int64)[:, None], ids.device),
+            self._scorer.watch(scored, self._emit),
         ):
             return self._compute(batch, ids, positions)
+
+    def _emit(self, delta: GenerationDelta) -> None:
+        """Deliver at once: a long prompt's log-probabilities need not all be held."""
+        self._outbox.append(delta)
+        self._deliver()
 
     def _compute(self, batch: _Batch, ids: Tensor, positions: Tensor) -> Tensor:
         output = self._model(

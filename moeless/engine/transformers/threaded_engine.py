@@ -26,6 +26,7 @@ from moeless.engine.config import EngineConfig
 from moeless.engine.observing import StepObservers
 from moeless.engine.protocol import EngineCounters, OnStep
 from moeless.engine.text import TokenTexts
+from moeless.engine.transformers.prompt_scoring import PromptScorer
 from moeless.engine.transformers.sampling import Vocabulary
 from moeless.engine.transformers.sequence import Sequence, describe
 from moeless.packages.context_length import limit_context
@@ -49,6 +50,7 @@ class ThreadedEngine(ABC):
         self._texts = TokenTexts(tokenizer)
         self._eos_ids = eos_token_ids(model) | self._texts.eos_ids
         self._vocab_size = int(model.config.get_text_config().vocab_size)
+        self._scorer = PromptScorer(model)
         self._vocabulary = Vocabulary(self._texts.token_ids() | self._eos_ids, self._vocab_size)
         self.max_context_tokens = limit_context(model.config, config.max_model_len)
 
@@ -129,6 +131,10 @@ class ThreadedEngine(ABC):
             raise RequestError("prompt must hold at least one token, got none", param="prompt")
         if min(prompt) < 0 or max(prompt) >= self._vocab_size:
             raise RequestError(f"prompt tokens must be in [0, {self._vocab_size}), got {min(prompt)} to {max(prompt)}")
+        if sampling.prompt_logprobs is not None and self._scorer.obstacle is not None:
+            raise RequestError(
+                f"prompt_logprobs are not served for this model: {self._scorer.obstacle}", param="prompt_logprobs"
+            )
         for field, token_ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
             for token_id in token_ids:
                 if not 0 <= token_id < self._vocab_size:

@@ -13,7 +13,7 @@ from moeless.engine.prediction import PredictionObserver
 from moeless.engine.routing_recorder import RecordingOptions, RoutingRecorder
 from moeless.engine.transformers.sequence import Sequence
 from moeless_predictors.fitting import FitConfig, fit_predictors
-from moeless_predictors.live import LivePredictor
+from moeless_predictors.live import LiveConfig, LivePredictor
 from tests.unit.engine.routed import PAGED, STATIC, LoadFamily, dispatched
 from tests.unit.engine.support import Recorder, eager_model, prompt_of, request, running
 
@@ -113,10 +113,10 @@ def test_pages_of_a_failed_request_are_not_shared() -> None:
 def test_a_fault_in_one_sequences_text_is_its_own(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     describe = Sequence._describe
 
-    def fail_for_one(self: Sequence, raw: Any) -> Any:
+    def fail_for_one(self: Sequence, raw: Any, **options: Any) -> Any:
         if self.request_id == "bad" and self.num_generated == 3:
             raise RuntimeError("no text for that")
-        return describe(self, raw)
+        return describe(self, raw, **options)
 
     monkeypatch.setattr(Sequence, "_describe", fail_for_one)
     recorder = Recorder()
@@ -141,7 +141,7 @@ def test_nan_passes_the_dispatcher_and_its_observers_without_harm_to_others(name
             before.start()
             expected = generate_good(engine, recorder)
             config = FitConfig(kinds=("gate", "transition"), distances=(1,))
-            live = LivePredictor(fit_predictors(before.take_trace(), config))
+            live = LivePredictor(fit_predictors(before.take_trace(), config), LiveConfig(max_share=1.0))
             engine.observers.add(PredictionObserver(live))
             beside = RoutingRecorder(engine.observers, family.metadata, options)
             beside.start()
