@@ -215,7 +215,7 @@ def _cap_rows(scaled_nE: FloatArray, total: int) -> None:
 
 @compiled
 def num_found(scores_nE: FloatArray, experts_nk: IntArray) -> int:
-    """How many of the tokens' true experts are among the k with the highest scores; of equal ones the lower index."""
+    """Number of the tokens' true experts among the k with the highest scores; of equal ones the lower index."""
     found = 0
     top_k = experts_nk.shape[1]
     for row in range(len(experts_nk)):

@@ -1,4 +1,4 @@
-"""What a prediction costs: microseconds a layer for a batch of decoded tokens, features included, on this machine."""
+"""Measure the cost of a prediction: microseconds a layer for a batch of decoded tokens, features included."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moeless_predictors.features import FeatureConfig, choice_values
 from moeless_predictors.live_features import LiveFeatures, StepRows
 
 BATCH_SIZE = 32
-"""Tokens of the batch that costs are told for."""
+"""Tokens in the batch that costs are measured for."""
 _REPEATS = 15
 _PAST_TOKENS = 64
 
@@ -30,9 +30,9 @@ class CostMeter:
         self._random = np.random.default_rng(0)
 
     def microseconds(self, kind: str, predictor: LoadPredictor, layer: int) -> float:
-        """Of predicting the probabilities of BATCH_SIZE tokens from source layer `layer`."""
+        """Time to predict the probabilities of BATCH_SIZE tokens from source layer `layer`."""
         if kind == "popularity":
-            features_nF = np.zeros((1, predictor.n_features_in_), dtype=np.float32)  # one row tells of all
+            features_nF = np.zeros((1, predictor.n_features_in_), dtype=np.float32)  # one row stands for all
             return _median_us(partial(predictor.fast_proba, features_nF))
         if kind != "history":
             features_nF = self._random.random((BATCH_SIZE, predictor.n_features_in_)).astype(np.float32)
@@ -40,7 +40,7 @@ class CostMeter:
         return self._history_us(predictor, layer)
 
     def _history_us(self, predictor: LoadPredictor, layer: int) -> float:
-        """With a past of some tokens for each sequence, made up: the cost depends on their number alone."""
+        """With a synthetic past for each sequence: the cost depends only on its length."""
         num_layers, _, _ = self._shape
         live = self._live = self._live or self._with_past()
         experts_nk, weights_nk = self._choices()

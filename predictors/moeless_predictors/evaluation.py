@@ -59,7 +59,7 @@ class EvaluationConfig:
     batch_sizes: tuple[int, ...] = (1, 16, 64, 256)
     batches_per_size: int = 200
     seed: int = 0
-    """Of the division into sequences to learn from and to test on, and of the batches."""
+    """Seed of the division into sequences to learn from and to test on, and of the batches."""
 
     def __post_init__(self) -> None:
         if not 0 < self.test_share < 1:
@@ -72,13 +72,13 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchMeasures:
-    """Of batches of one size."""
+    """Measures for batches of one size."""
 
     size: int
     relative_l1: float
     """Mean over batches of sum |forecast - load| / sum load."""
     straggler_top_tenth: float
-    """How often the most loaded expert is among the tenth of experts with the highest forecasts, rounded up."""
+    """Share of batches whose most loaded expert is in the tenth of experts with the highest forecasts, rounded up."""
     straggler_top_tenth_rounded_down: float
     """The same with a tenth rounded down, at least one."""
     coverage: float
@@ -89,7 +89,7 @@ class BatchMeasures:
 
 @dataclass(frozen=True, kw_only=True)
 class PairMeasures:
-    """Of one kind for one layer and distance."""
+    """Measures of one kind for one layer and distance."""
 
     layer: int
     distance: int
@@ -97,16 +97,16 @@ class PairMeasures:
     recall: float
     """Share of the tested tokens' true experts among the predicted top k."""
     cost_us: float
-    """Of forecasting a batch of 32, in microseconds."""
+    """Time to forecast a batch of 32, in microseconds."""
     batches: tuple[BatchMeasures, ...]
     chosen: str = ""
-    """Of SELECTED: the kind, and why."""
+    """Only for SELECTED: the chosen kind; `reason` says why."""
     reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What was measured, and on what."""
+    """Measures, and the data that they were taken on."""
 
     model: str
     num_layers: int
@@ -129,7 +129,7 @@ class Evaluation:
         return sorted({measure.distance for measure in self.measures})
 
     def of(self, kind: str, distance: int) -> list[PairMeasures]:
-        """Of all layers, in order."""
+        """Measures of all layers, in order."""
         found = [m for m in self.measures if m.kind == kind and m.distance == distance]
         return sorted(found, key=lambda measure: measure.layer)
 

@@ -1,9 +1,9 @@
-"""What is known of a token when its layer l has been routed, as features for the routing of layer l+d.
+"""Features of a token, once its layer l has been routed, that predict its routing at layer l+d.
 
 Two sorts. **Above**: the token's own choices at layer l and the layers before it. **Before**: its sequence's past: the
 choices of the token before it at the target layer, a running mean of such choices, and what followed at the target
-layer when the sequence's past looked most like it does now. The last is retrieval: each of the last W tokens is
-compared with this one (how many experts they share at the layers so far, recent layers counting most, and how many
+layer when the sequence's past was most similar to now. The last is retrieval: each of the last W tokens is
+compared with this one (how many experts they share at the layers so far, recent layers weighted higher, and how many
 their predecessors shared at all layers), and the routing of those that resemble it is averaged with softmax weights. A
 token that occurs again in a text is routed much as the first time, and this finds it without knowing what token it was.
 
@@ -34,7 +34,7 @@ MEAN_SCALE = 3.0
 _MAX_SCORE = 80.0
 """Whose exponential float32 still holds."""
 MIN_SHARE = 0.005
-"""Of retrieval's softmax. What is below it, live, need not be looked up: that is most of a window."""
+"""Smallest share of retrieval's softmax that counts. Most of a window is below it and is not looked up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,19 +44,19 @@ class FeatureConfig:
     layers_above: int = 6
     """Layers whose choices for the token itself are seen: l and those right before it."""
     first_layers: int = 2
-    """And so many of the model's first layers, whose routing tells most of what token it is."""
+    """Number of the model's first layers seen as well: their routing depends strongly on the token itself."""
     ranked_layers: int = 2
     """Source layers below this one, which have few layers above them, see their own choices by rank, too."""
     window: int = 128
     """W: tokens of the same sequence that retrieval looks back on."""
     layer_decay: float = 0.8
-    """What a layer's shared experts count for, one layer further up."""
+    """Factor on a layer's shared experts for each layer further up."""
     context_weight: float = 0.5
-    """What the experts count for that the predecessors of two tokens share."""
+    """Weight of the experts that the predecessors of two tokens share."""
     sharpness: float = 20.0
-    """Of retrieval's softmax."""
+    """Sharpness of retrieval's softmax."""
     mean_rate: float = 0.05
-    """Of the running mean: it looks back on about 1 / mean_rate tokens."""
+    """Rate of the running mean, which looks back on about 1 / mean_rate tokens."""
 
     def __post_init__(self) -> None:
         for name, minimum in (("layers_above", 1), ("first_layers", 0), ("ranked_layers", 0), ("window", 1)):
@@ -100,7 +100,7 @@ NUM_BEFORE = 3
 
 
 def choice_values(weights_nk: FloatArray) -> FloatArray:
-    """What a chosen expert's feature is: half for being chosen, half by its part of the gate weights; 1 on average."""
+    """A chosen expert's feature: half for being chosen, half by its part of the gate weights; 1 on average."""
     values_nk = _relative(weights_nk)
     values_nk *= 0.5
     values_nk += 0.5
@@ -185,7 +185,7 @@ class TraceFeatures:
         self._layer = layer
 
     def _features(self, layer: int, target: int) -> FloatArray:
-        assert layer == self._layer, "features of a layer must be asked for while it is the current one"
+        assert layer == self._layer, "features of a layer must be taken while it is the current one"
         chosen_TE = self.chosen(target)
         before = [self._previous_values(target), self._running_mean(chosen_TE), self._retrieved(chosen_TE)]
         above = [self._values(seen) for seen in self._config.above(layer)]

@@ -47,17 +47,17 @@ class FitConfig:
     kinds: tuple[str, ...] = KINDS
     """Kinds to choose from. The gate predictor is left out where the trace has no hidden states of a layer."""
     tolerance: float = 0.01
-    """How much recall a cheaper predictor may give up."""
+    """Recall that a cheaper predictor may give up."""
     quantile: float = 0.9
-    """Of the load, that the bound is calibrated to."""
+    """Quantile of the load that the bound is calibrated to."""
     validation_share: float = 0.1
-    """Of the sequences; they decide and calibrate, and are not learned from."""
+    """Share of the sequences that decide and calibrate, and are not learned from."""
     max_tokens: int = 100_000
     """Tokens to learn from; of longer traces, sequences are drawn at random."""
     gate_threshold: float = 0.8
     """Recall under which the copy of a gate is fine-tuned."""
     prefill_share: float = 0.15
-    """Of the tokens, shown once more to the history predictor as they are in a prefill: without a past."""
+    """Share of the tokens shown once more to the history predictor as in a prefill: without a past."""
     history: Mapping[str, Any] = field(default_factory=dict)
     """Parameters of HistoryPredictor."""
     features: FeatureConfig = field(default_factory=FeatureConfig)
@@ -82,7 +82,7 @@ class FitConfig:
 
 
 class LayerInputs:
-    """What each kind of predictor is given of a trace's tokens at one source layer."""
+    """Inputs of each kind of predictor for a trace's tokens at one source layer."""
 
     def __init__(self, trace: RoutingTrace, layer: int, history: Callable[[int], FloatArray] | None) -> None:
         self.layer = layer
@@ -96,7 +96,7 @@ class LayerInputs:
             hidden_TH: FloatArray = np.asarray(self._trace.hidden[self.layer])
             return hidden_TH
         if kind == "history":
-            assert self._history is not None, "history was not among the kinds asked for"
+            assert self._history is not None, "history must be among the configured kinds"
             if self._made is None or self._made[0] != target:
                 self._made = (target, self._history(target))
             return self._made[1]
@@ -109,7 +109,7 @@ class LayerInputs:
 
 
 def inputs_by_layer(trace: RoutingTrace, config: FitConfig) -> Iterator[LayerInputs]:
-    """The inputs of each source layer, in order. Those of a layer may be used until the next is asked for."""
+    """The inputs of each source layer, in order. Those of a layer are valid until the iterator advances."""
     if "history" in config.kinds:
         for layer, features in TraceFeatures(trace, config.features):
             yield LayerInputs(trace, layer, features)
@@ -178,7 +178,7 @@ def divide(trace: RoutingTrace, config: FitConfig) -> tuple[RoutingTrace, Routin
 def fit_kinds(
     trace: RoutingTrace, inputs: LayerInputs, target: int, config: FitConfig, *, gate: Gate | None = None
 ) -> dict[str, LoadPredictor]:
-    """A fitted predictor of each kind that the trace allows; popularity always, as the yardstick."""
+    """A fitted predictor of each kind that the trace allows; popularity always, as the baseline."""
     routing_TE = inputs.routing(target)
     fitted: dict[str, LoadPredictor] = {}
     for kind in KINDS:

@@ -23,11 +23,11 @@ from moeless_predictors.exactly_k import thresholds
 Scoring = Literal["logits", "sigmoid", "softmax"]
 
 _CHECKS = 10
-"""How often a fine-tuning looks at the held-out tokens; the best weights it saw there are taken."""
+"""Checks on held-out tokens during a fine-tuning; the best weights seen there are kept."""
 _CALIBRATION_TOKENS = 4096
 _SHARPNESS_RANGE = (1e-3, 1e3)
 _ONLINE_STEP = 0.1
-"""Of the learning rate, in partial_fit: it has no end at which a large step could have become small."""
+"""Factor on the learning rate in partial_fit, which has no schedule that makes steps smaller."""
 _NEWTON_STEPS_PREDICTING = 2
 """The probabilities' sum is then within 1 % of k, with three steps within 0.02 %."""
 _NEWTON_STEPS_FITTING = 3
@@ -182,7 +182,7 @@ class GatePredictor(LoadPredictor):
 
     @property
     def num_parameters(self) -> int:
-        """Of the copy: never more than a gate of the model with a bias has."""
+        """Parameters of the copy: never more than a gate of the model with a bias has."""
         return self.weight_.size + self.bias_.size
 
     def _probabilities(self, X_nF: FloatArray) -> FloatArray:
@@ -267,7 +267,7 @@ class GatePredictor(LoadPredictor):
             self.sharpness_ = sharpness
 
     def _recall(self, X_nH: FloatArray, y_nE: FloatArray, rows: IntArray) -> float:
-        """Of the tokens `rows`, a batch at a time."""
+        """Recall on the tokens `rows`, a batch at a time."""
         found = true = 0.0
         with torch.inference_mode():
             for begin in range(0, len(rows), self.batch_size):

@@ -1,9 +1,9 @@
-"""The features of `features.py`, kept up step by step while a server decodes.
+"""The features of `features.py`, updated step by step while a server decodes.
 
-The past of each sequence is a ring of its last W tokens: their experts, and the same as bit sets, so that what two
-tokens share is a popcount. What is done between two layers are the loops of `live_loops.py`. A step's own choices join
-the past at its end. Of a step that is not followed only the
-routing is kept; before the next one that is, such steps join the past together, at a fraction of the cost.
+The past of each sequence is a ring of its last W tokens: their experts, and the same as bit sets, so that the experts
+that two tokens share are a popcount. `live_loops.py` has the loops that run between two layers. A step's own choices
+join the past at its end. Of a step that is not followed only the routing is kept; before the next followed step these
+join the past together, at a fraction of the cost.
 
 Shapes: n rows of a step (padding left out), q rows among them with a past, m tokens of a sequence, L layers, E experts,
 k experts per token, W window, w words of 64 experts, Z slots for sequences.
@@ -36,7 +36,7 @@ class StepRows:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _SkippedStep:
-    """What is kept of a step that was not followed."""
+    """Data kept of a step that was not followed."""
 
     rows: list[StepRows]
     experts_Lnk: IntArray
@@ -74,7 +74,7 @@ class LiveFeatures:
         self._experts_LZWk = np.zeros((num_layers, num_slots, window, top_k), dtype=expert_type)
         self._bits_LZWw = np.zeros((num_layers, num_slots, window, words), dtype=np.uint64)
         self._shared_ZW = np.zeros((num_slots, window), dtype=np.float32)
-        """What the newest token shares, over all layers, with each token that it could look back on."""
+        """Experts that the newest token shares, over all layers, with each token that it could look back on."""
         self._last_values_ZLE = np.zeros((num_slots, num_layers, num_experts), dtype=np.float32)
         self._means_ZLE = np.zeros((num_slots, num_layers, num_experts), dtype=np.float32)
         self._num_seen_Z = np.zeros(num_slots, dtype=np.int64)
@@ -95,7 +95,7 @@ class LiveFeatures:
         """The rows of the step in order. A sequence that does not go on where it stopped starts without a past.
 
         Args:
-            is_followed: whether `features` will be asked for; else only the routing is kept.
+            is_followed: whether `features` will be called; else only the routing is kept.
         """
         self._rows, self._is_followed, self._num_observed = list(rows), is_followed, 0
         self._num_rows = sum(item.num_rows for item in rows)
@@ -126,7 +126,7 @@ class LiveFeatures:
         self._context_qW[np.arange(window) >= self._num_seen_Z[slots_q][:, np.newaxis]] = -np.inf
 
     def observe(self, layer: int, experts_nk: IntArray, weights_nk: FloatArray) -> None:
-        """What the gate of `layer` chose for the step's rows."""
+        """Take in the choices of the gate of `layer` for the step's rows."""
         assert layer == self._num_observed, "layers come in order"
         self._num_observed += 1
         self._experts_Lnk[layer] = experts_nk
@@ -152,7 +152,7 @@ class LiveFeatures:
         )
 
     def features(self, layer: int, target: int) -> FloatArray:
-        """Of every row, shape (n, F), float32, after `layer` was observed and before the next one is."""
+        """Features of every row, shape (n, F), float32, after `layer` was observed and before the next one is."""
         num_experts, config = self._num_experts, self._config
         num_features = config.num_features(layer, num_experts=num_experts, top_k=self._top_k)
         num_above = config.num_above(layer, num_experts=num_experts, top_k=self._top_k)

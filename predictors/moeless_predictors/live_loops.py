@@ -17,8 +17,8 @@ from moeless_predictors.features import MEAN_SCALE, MIN_SHARE
 Step = tuple[AnyArray, UInt64Array, FloatArray]
 """A step's choices, shape (L, n, k), the same as bits (L, n, w), and their values (n, L, E)."""
 Past = tuple[AnyArray, UInt64Array, FloatArray, FloatArray, IntArray]
-"""Of the sequences: choices, shape (L, Z, W, k), the same as bits (L, Z, W, w), the last token's values and the running
-means, (Z, L, E) both, and the number of tokens seen, (Z,)."""
+"""State of the sequences: choices, shape (L, Z, W, k), the same as bits (L, Z, W, w), the last token's values and the
+running means, (Z, L, E) both, and the number of tokens seen, (Z,)."""
 
 MIN_MEAN = 1e-12
 """Below it, that of an expert long unused is zero: else it ends as a subnormal number after some 1,700 tokens, and such
@@ -144,7 +144,7 @@ def append_tokens(slots_q: IntArray, rows_q: IntArray, step: Step, past: Past, m
 
 @compiled
 def _popcount(word: Any) -> Any:
-    """Of a np.uint64; the compiler knows this for the processor's own instruction."""
+    """Bits set in a np.uint64; the compiler replaces this with the processor's own instruction."""
     word = word - ((word >> np.uint64(1)) & np.uint64(0x5555555555555555))
     word = (word & np.uint64(0x3333333333333333)) + ((word >> np.uint64(2)) & np.uint64(0x3333333333333333))
     word = (word + (word >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)

@@ -43,7 +43,7 @@ def relative_l1(predicted_BE: FloatArray, load_BE: FloatArray) -> float:
 
 
 def straggler_hit_rate(predicted_BE: FloatArray, load_BE: FloatArray, *, share: float = 0.1) -> float:
-    """How often the most loaded expert is among the `share` of experts (at least one) with the highest prediction.
+    """Share of batches whose most loaded expert is among the `share` (at least one) of highest forecasts.
 
     Where several experts share the highest load, any of them counts.
     """

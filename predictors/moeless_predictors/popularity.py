@@ -133,7 +133,7 @@ def weight_left(num_tokens: float, half_life_tokens: float | None) -> float:
 
 
 def decay(num_tokens: int, half_life_tokens: float | None) -> tuple[FloatArray, float]:
-    """How much each of the newest tokens counts, shape (n,), the last one 1; and what is left of all before them.
+    """Weights of the newest tokens, shape (n,), the last one 1; and the factor on all before them.
 
     Raises: ValueError unless `half_life_tokens` is None or > 0.
     """

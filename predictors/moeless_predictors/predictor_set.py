@@ -56,7 +56,7 @@ class PairPredictor:
 
     @property
     def kind(self) -> str:
-        """Of the chosen predictor; one of KINDS."""
+        """Kind of the chosen predictor; one of KINDS."""
         return self.choice.name
 
 
@@ -69,7 +69,7 @@ class PredictorSet:
     num_experts: int
     top_k: int
     features: FeatureConfig
-    """Of the history predictors."""
+    """Features of the history predictors."""
     pairs: Mapping[tuple[int, int], PairPredictor] = field(repr=False)
     """By (source layer, distance)."""
 

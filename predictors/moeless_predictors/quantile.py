@@ -115,7 +115,7 @@ class LoadQuantile(BaseEstimator):  # type: ignore[misc]  # scikit-learn ships n
     """A calibrated upper bound of the load of each expert of one layer.
 
     Args:
-        quantile: the share of loads that the bound is to cover, or several in ascending order.
+        quantile: the share of loads that the bound covers, or several in ascending order.
         learning_rate: how fast the level follows the coverage seen in `update`; 0 leaves it as calibrated.
         drift_half_life_tokens: how fast what is known of the experts' drift fades; None: no drift is learned.
 
@@ -358,7 +358,7 @@ def _shuffled_rows(num_tokens: int, size: int, num_batches: int, random: np.rand
 
 
 def _contiguous_rows(starts_S1: IntArray, size: int, num_batches: int, random: np.random.Generator) -> IntArray:
-    """Rows of each batch, shape (B, size), in the data's order; if there are more than asked for, some at random."""
+    """Rows of each batch, shape (B, size), in the data's order; `num_batches` of them at random."""
     first_B = np.concatenate(
         [np.arange(start, end - size + 1, size) for start, end in pairwise(starts_S1)] or [np.empty(0, dtype=np.intp)]
     )

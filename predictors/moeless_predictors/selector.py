@@ -21,7 +21,7 @@ class Candidate:
     score: float
     """Recall of the top k on held-out sequences, or another score of which more is better."""
     cost_us: float
-    """What one prediction costs, in microseconds."""
+    """Cost of one prediction, in microseconds."""
 
     def __post_init__(self) -> None:
         if not self.name:

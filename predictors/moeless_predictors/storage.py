@@ -1,6 +1,6 @@
 """Save fitted predictors and load them again, without pickle: arrays in a safetensors file, JSON in its metadata.
 
-What is kept is scikit-learn's own division: the constructor's parameters, and the fitted attributes, whose names end
+A file keeps scikit-learn's own division: the constructor's parameters, and the fitted attributes, whose names end
 in an underscore. Attributes that begin with one are derived, and a predictor's `_restore` makes them again. Only
 classes of the registry are loaded, and a class's module is imported only when one of its kind is.
 
@@ -33,7 +33,7 @@ Document = dict[str, Any]
 
 FORMAT = "moeless-predictor"
 VERSION = 1
-"""Of the file's format; another one is refused."""
+"""Version of the file's format; another one is refused."""
 
 CLASSES = {
     "GatePredictor": "moeless_predictors.gate:GatePredictor",

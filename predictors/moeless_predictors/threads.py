@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from threadpoolctl import ThreadpoolController
 
 _OPENBLAS = "openblas"
-"""What numpy and scipy bring along. torch's own library is left as it is."""
+"""The library of numpy and scipy; torch's own is left alone."""
 
 
 def one_blas_thread() -> AbstractContextManager[object]:

@@ -1,4 +1,4 @@
-"""The rules for what a routing trace's columns hold. Each fault is told with the row, layer and choice it is at.
+"""Rules for the columns of a routing trace. Each error names row, layer and choice.
 
 Called by traces.routing, for new traces and for files; works through the rows in blocks.
 Shapes: T tokens, L MoE layers, k experts per token, S sequences, H hidden size.

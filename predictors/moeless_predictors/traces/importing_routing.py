@@ -319,7 +319,7 @@ class _CsvRows:
         return _CsvToken(sequence, position, 0, of_token)
 
     def _end_token(self) -> None:
-        """The token before the current line is complete, or it is told what it lacks."""
+        """Check that the token before the current line is complete."""
         if self._token is None:
             return
         self._num_layers = self._num_layers or self._token.next_layer

@@ -17,7 +17,7 @@ from moeless_predictors.traces.container import TraceFormatError
 
 
 class NpzArrays:
-    """The arrays of an open file; each is read, and checked by zip's checksum, when it is asked for."""
+    """The arrays of an open file; each is read, and checked by zip's checksum, on demand."""
 
     def __init__(self, path: Path, npz: NpzFile) -> None:
         self._path = path

@@ -35,7 +35,7 @@ _INT64 = int(np.iinfo(np.int64).max)
 
 @dataclass(frozen=True, kw_only=True)
 class TraceMetadata:
-    """Of which model a routing trace is."""
+    """Model and shape of a routing trace."""
 
     model: str
     num_experts: int

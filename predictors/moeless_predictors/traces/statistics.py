@@ -1,4 +1,4 @@
-"""What a trace tells about its model or its clients: skew, how neighbours resemble each other, how requests come.
+"""Statistics of a trace: skew, similarity of neighbours, dependency between layers; rate and lengths of requests.
 
 Pure functions. Shapes: T tokens, L MoE layers, E experts, k experts per token, R requests.
 """
@@ -39,7 +39,7 @@ class LayerStatistics:
     chance_overlap: float
     """The same for two tokens drawn independently from the layer's loads."""
     next_layer_dependency: float | None
-    """How much its first choice tells of the next layer's, up to 1 (by chance a little below 0); None at the end."""
+    """Mutual information of its first choice and the next layer's, up to 1 (by chance below 0); None at the end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ class ArrivalStatistics:
 
 
 def routing_statistics(trace: RoutingTrace) -> RoutingStatistics:
-    """Everything that can be told of a routing trace."""
+    """All statistics of a routing trace."""
     load_LE = expert_loads(trace)
     overlap_L = adjacent_overlap(trace)
     dependency_L = next_layer_dependency(trace)
@@ -97,7 +97,7 @@ def routing_statistics(trace: RoutingTrace) -> RoutingStatistics:
 
 
 def arrival_statistics(trace: ArrivalTrace) -> ArrivalStatistics:
-    """Everything that can be told of an arrival trace."""
+    """All statistics of an arrival trace."""
     gaps = np.diff(trace.arrival_s)
     has_gaps = trace.duration_s > 0
     hashes = trace.block_hashes
@@ -153,14 +153,14 @@ def adjacent_overlap(trace: RoutingTrace) -> FloatArray | None:
 
 
 def next_layer_dependency(trace: RoutingTrace, *, max_tokens: int = MAX_DEPENDENCY_TOKENS) -> FloatArray:
-    """How much a layer's first choice tells about the next layer's, for the layers 0 to L - 2.
+    """Mutual information of a layer's first choice and the next layer's, for the layers 0 to L - 2.
 
     The adjusted mutual information of the experts with the highest gate weight at l and l + 1: their mutual
     information, less what chance gives (which is much in a short trace of many experts), over the mean of their
     entropies, less the same. 1 if each determines the other, 0 on average if they are independent.
 
     Args:
-        max_tokens: from longer traces so many tokens are taken, evenly spread.
+        max_tokens: number of tokens taken from longer traces, evenly spread.
     Source: Vinh, Epps, Bailey, Information Theoretic Measures for Clusterings Comparison, JMLR 11 (2010).
     """
     step = -(-trace.num_tokens // max_tokens)

@@ -1,8 +1,8 @@
-"""Routing traces made up for tests and benchmarks, with the structure that real ones have.
+"""Synthetic routing traces for tests and benchmarks, with the structure of real ones.
 
 Every token has a latent state that wanders from token to token and from layer to layer; the router of a layer is a
 random linear map of it, beside a fixed liking for some experts. So experts are skewed, neighbours resemble each
-other, the layers above tell about the next, and the hidden states (if asked for) tell more than either.
+other, earlier layers inform about the next, and the hidden states (if generated) inform more than either.
 
 Shapes: S sequences, N tokens of a sequence, L MoE layers, E experts, k experts per token, D latent size, H hidden size.
 """
@@ -43,7 +43,7 @@ def synthetic_trace(
         token_dependence: correlation of the latent states of neighbouring tokens, from 0 to below 1.
         layer_dependence: correlation of a token's latent states in neighbouring layers, from 0 to 1.
         drift: how far the liking has turned to another set of experts by the last sequence, from 0 to 1.
-        prompt_tokens: so many tokens at the head of each sequence are PREFILL and share a step; the others DECODE.
+        prompt_tokens: tokens at the head of each sequence that are PREFILL and share a step; the others are DECODE.
         vocabulary: token ids are from 0 to below this, and go with the state of the first layer.
         hidden_size: record float32 hidden states of this size for every layer: the latent state, rotated.
     Raises: ValueError for a correlation or drift out of range.

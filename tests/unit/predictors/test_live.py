@@ -103,7 +103,7 @@ def test_a_predictor_worse_than_popularity_is_switched_off_and_tried_again(
     live = LivePredictor(
         replace(predictors, pairs=turned), LiveConfig(max_share=1.0, measure_every=1, window=16, retry_after=2)
     )
-    with caplog.at_level(logging.INFO, logger="moeless_predictors.live"):
+    with caplog.at_level(logging.INFO, logger="moeless_predictors.layer_forecaster"):
         decode(live, trace, steps=16)
         assert [row.is_active for row in live.accuracy()] == [True, False, True]
         assert "predictor switched off layer=2 distance=1 kind=transition" in caplog.text
