@@ -10,13 +10,14 @@ import typer
 from rich.table import Table
 
 from moeless.cli._console import say, stdout
+from moeless.cli._options import from_to, input_file
 from moeless.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from moeless_predictors.fitting import FitConfig, Gate
     from moeless_predictors.predictor_set import PredictorSet
 
-Trace = Annotated[Path, typer.Argument(help="Routing trace that `moeless trace` wrote.")]
+Trace = Annotated[Path, typer.Argument(callback=input_file, help="Routing trace that `moeless trace` wrote.")]
 Distances = Annotated[str, typer.Option(help="MoE layers ahead, as 1,3 or 1-5.")]
 Kinds = Annotated[
     str, typer.Option(help="Kinds to choose from; gate needs a trace with hidden states. Default: all there can be.")
@@ -27,8 +28,10 @@ Packed = Annotated[
 Tolerance = Annotated[float, typer.Option(help="Recall that a cheaper predictor may give up.")]
 Quantile = Annotated[float, typer.Option(help="Quantile of the load that the bound covers.")]
 GateThreshold = Annotated[float, typer.Option(help="Recall under which a copied gate is fine-tuned.")]
-MaxTokens = Annotated[int, typer.Option(help="Maximum of tokens to learn from; sequences are drawn at random.")]
-Seed = Annotated[int, typer.Option(help="Seed of the division into sequences, and of training.")]
+MaxTokens = Annotated[
+    int, typer.Option(callback=from_to(1), help="Maximum of tokens to learn from; sequences are drawn at random.")
+]
+Seed = Annotated[int, typer.Option(callback=from_to(0), help="Seed of the division into sequences, and of training.")]
 
 ALL_KINDS = "popularity,transition,gate,history"
 

@@ -21,6 +21,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from moeless.cli._console import progress_of, say_aside, stdout
+from moeless.cli._options import from_to, input_file, options_for
 from moeless.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ class ScenarioOptions:
     """Requests, routing, cluster and costs, but for how many workers there are and what each of them holds."""
 
     trace: Annotated[
-        Path | None, typer.Argument(help="Routing trace that `moeless trace` wrote; or give --generate.")
+        Path | None,
+        typer.Argument(callback=input_file, help="Routing trace that `moeless trace` wrote; or give --generate."),
     ] = None
     generate: Annotated[
         str | None, typer.Option(help="Make routing up: layers x experts x top-k, as 58x256x8, instead of TRACE.")
@@ -75,7 +77,10 @@ class ScenarioOptions:
     tokens_per_sequence: Annotated[int, typer.Option(help="Tokens of each of them.")] = 512
     arrivals: Annotated[
         Path | None,
-        typer.Option(help="Arrival trace, Azure CSV or Mooncake JSON lines; default: made up, by the options below."),
+        typer.Option(
+            callback=input_file,
+            help="Arrival trace, Azure CSV or Mooncake JSON lines; default: made up, by the options below.",
+        ),
     ] = None
     rate: Annotated[float, typer.Option(help="Requests a second.")] = 2.0
     prompt_tokens: Annotated[int, typer.Option(help="Mean tokens of a prompt.")] = 512
@@ -111,22 +116,25 @@ class ScenarioOptions:
     batch_tokens: Annotated[int, typer.Option(help="Most tokens of an engine's step.")] = 2048
     max_running: Annotated[int, typer.Option(help="Requests that an engine decodes together.")] = 256
     policy: Annotated[
-        Path | None, typer.Option(help="Policy file (docs/policy.md) that moeless and foresight follow.")
+        Path | None,
+        typer.Option(callback=input_file, help="Policy file (docs/policy.md) that moeless and foresight follow."),
     ] = None
     predictors: Annotated[
-        Path | None, typer.Option(help="moeless forecasts with the predictors of `moeless predict fit`.")
+        Path | None,
+        typer.Option(callback=input_file, help="moeless forecasts with the predictors of `moeless predict fit`."),
     ] = None
     prior: Annotated[
         Path | None,
         typer.Option(
-            help="Routing trace that was recorded earlier: what first plans are for; default: by --predictors, or even."
+            callback=input_file,
+            help="Routing trace recorded earlier, for the first plans; default: by --predictors, or even.",
         ),
     ] = None
     recall: Annotated[float, typer.Option(help="Recall of the predictors that are assumed without --predictors.")] = (
         0.84
     )
     eplb_spare_replicas: Annotated[int, typer.Option(help="Spare instances of EPLB on each worker and layer.")] = 1
-    seed: Annotated[int, typer.Option(min=0, help="Of everything that is drawn at random.")] = 0
+    seed: Annotated[int, typer.Option(callback=from_to(0), help="Of everything that is drawn at random.")] = 0
 
 
 def with_scenario_options(command: Callable[Concatenate[ScenarioOptions, Own], None]) -> Callable[..., None]:
@@ -252,7 +260,7 @@ def read_routing(options: ScenarioOptions) -> RoutingTrace:
 
 def read_config(options: ScenarioOptions, routing: RoutingTrace) -> SystemConfig:
     """What is assumed of the policies: their options, the policy file, and what the predictors say of the routing."""
-    from moeless.core.policy import load_policy
+    from moeless.core.policy import load_policy, unapplied_settings
     from moeless.simulate.offline_forecast import popularity_LE, predicted_routing, recorded_LE
     from moeless.simulate.systems import SystemConfig
     from moeless_predictors.predictor_set import PredictorSet
@@ -261,7 +269,10 @@ def read_config(options: ScenarioOptions, routing: RoutingTrace) -> SystemConfig
         model_id=routing.metadata.model, recall=options.recall, eplb_spare_replicas=options.eplb_spare_replicas
     )
     if options.policy is not None:
-        config = replace(config, policy=load_policy(options.policy))
+        policy = load_policy(options.policy)
+        for notice in unapplied_settings(policy):
+            say_aside(f"note: {options.policy}: {notice}")
+        config = replace(config, policy=policy)
     prior = None if options.prior is None else recorded_LE(_prior(options.prior, options.trace, routing))
     if options.predictors is not None:
         predictors = PredictorSet.load(options.predictors)
@@ -301,15 +312,9 @@ def checked_slo(ttft_s: float, tpot_s: float) -> tuple[float, float]:
 
 @contextmanager
 def options_named() -> Iterator[None]:
-    """Settings that an error begins with become the options that set them."""
-    try:
+    """Put options in place of the settings that errors begin with."""
+    with options_for(_OPTIONS):
         yield
-    except ConfigError as error:
-        name, space, rest = str(error).partition(" ")
-        stem, colon, _ = name.partition(":")
-        if stem not in _OPTIONS:
-            raise
-        raise ConfigError(f"{_OPTIONS[stem]}{colon}{space}{rest}") from error
 
 
 def show_table(table: TextTable) -> None:

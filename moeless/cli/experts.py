@@ -4,27 +4,32 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import httpx
 import typer
 from rich.table import Table
 
 from moeless.cli._console import stdout
-from moeless.core.errors import MoelessError
+from moeless.cli._options import from_to
+from moeless.cli._server import DEFAULT_URL, open_server, refusal, server_errors
 
 
 def experts_command(
-    url: Annotated[str, typer.Option(help="Where moeless serves.")] = "http://127.0.0.1:8000",
-    api_key: Annotated[str | None, typer.Option(envvar="MOELESS_API_KEY", help="Key, if one is asked for.")] = None,
-    top: Annotated[int | None, typer.Option(help="Only so many functions, those with the most tokens.")] = None,
+    url: Annotated[str, typer.Option(help="Address of the server, with or without /v1.")] = DEFAULT_URL,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="MOELESS_API_KEY", help="Key, if the server requires one.")
+    ] = None,
+    top: Annotated[
+        int | None,
+        typer.Option(callback=from_to(1), help="Show only this number of functions, those with the most tokens."),
+    ] = None,
 ) -> None:
     """Show each expert function: state, replicas, worker, bytes, tokens served."""
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    try:
-        response = httpx.get(f"{url}/v1/experts", headers=headers, timeout=10.0)
-        response.raise_for_status()
-    except httpx.HTTPError as error:
-        raise MoelessError(f"{url}/v1/experts: {error}") from error
-    stdout.print(experts_table(response.json()["data"], top=top))
+    with open_server(url, api_key, timeout_s=10.0) as client:
+        with server_errors(client):
+            response = client.get("/v1/experts")
+        if response.status_code != 200:
+            raise refusal(response)
+        functions = response.json()["data"]
+    stdout.print(experts_table(functions, top=top))
 
 
 def experts_table(functions: list[dict[str, object]], *, top: int | None = None) -> Table:

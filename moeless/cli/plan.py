@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moeless.cli._console import one_line_errors, progress_of, say
+from moeless.cli._extras import require_extra
+from moeless.cli._options import output_file
 from moeless.cli._scenario import (
     ScenarioOptions,
     checked_slo,
@@ -43,9 +45,12 @@ def plan_command(
     worker_hour_cost: Annotated[
         float | None, typer.Option(help="Dollars for a worker and hour: costs are told in dollars too.")
     ] = None,
-    json_: Annotated[Path | None, typer.Option("--json", help="Write everything to this file.")] = None,
+    json_: Annotated[
+        Path | None, typer.Option("--json", callback=output_file, help="Write everything to this file.")
+    ] = None,
 ) -> None:
     """Find out what to buy: for each system the fewest workers that keep an SLO, and a plan of the cheapest."""
+    require_extra("plan", "moeless plan")
     import msgspec
 
     from moeless.simulate.recommend import (
@@ -65,8 +70,6 @@ def plan_command(
         config = SizingConfig(slo=checked_slo(ttft_slo, tpot_slo), attainment=attainment, max_workers=max_workers)
         if worker_hour_cost is not None and not 0 < worker_hour_cost < math.inf:
             raise ConfigError(f"worker_hour_cost must be above 0 and finite, got {worker_hour_cost}")
-        if json_ is not None and not json_.parent.is_dir():  # better told now than after minutes
-            raise ConfigError(f"json must be in a folder that exists, got {json_}")
         names = list(USUAL) if systems is None else [name.strip() for name in systems.split(",")]
         asked = checked_systems(names, options.worker_idle)
         settings = settings_of(options, workers=max_workers, memory_per_worker="0")

@@ -11,6 +11,8 @@ import typer
 from rich.table import Table
 
 from moeless.cli._console import one_line_errors, progress_of, say, stdout
+from moeless.cli._extras import require_extra
+from moeless.cli._options import from_to, input_file, output_file
 from moeless.cli._predictors import (
     ALL_KINDS,
     Distances,
@@ -37,7 +39,8 @@ _MIN_WIDTH = 130
 def evaluate_command(
     trace: Trace,
     predictors: Annotated[
-        Path | None, typer.Option(help="Measure these, fitted on other sequences, instead of fitting.")
+        Path | None,
+        typer.Option(callback=input_file, help="Measure these, fitted on other sequences, instead of fitting."),
     ] = None,
     distances: Distances = "1-5",
     kinds: Kinds = ALL_KINDS,
@@ -46,7 +49,7 @@ def evaluate_command(
     split_by_label: Annotated[
         bool, typer.Option("--split-by-label", help="Test on labels (subjects) that are not learned from.")
     ] = False,
-    batches: Annotated[int, typer.Option(help="Batches of each size.")] = 200,
+    batches: Annotated[int, typer.Option(callback=from_to(1), help="Batches of each size.")] = 200,
     packed: Packed = None,
     tolerance: Tolerance = 0.01,
     quantile: Quantile = 0.9,
@@ -54,10 +57,17 @@ def evaluate_command(
     max_tokens: MaxTokens = 100_000,
     seed: Seed = 0,
     by_layer: Annotated[bool, typer.Option(help="A row for every layer, with the choice's reason.")] = False,
-    json_: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw recall and load error into this PNG.")] = None,
+    json_: Annotated[
+        Path | None, typer.Option("--json", callback=output_file, help="Write the figures to this file.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(callback=output_file, help="Draw recall and load error into this PNG.")
+    ] = None,
 ) -> None:
     """Measure predictors on sequences that they did not learn from."""
+    require_extra("plan", "moeless predict eval")
+    if plot is not None:
+        require_extra("plot", "--plot")
     from moeless_predictors.evaluation import EvaluationConfig, evaluate, evaluate_set
     from moeless_predictors.predictor_set import PredictorSet
     from moeless_predictors.traces import RoutingTrace

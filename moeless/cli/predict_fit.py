@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from moeless.cli._console import one_line_errors, progress_of, say
+from moeless.cli._extras import require_extra
+from moeless.cli._options import output_file
 from moeless.cli._predictors import (
     ALL_KINDS,
     Distances,
@@ -28,7 +30,7 @@ from moeless.core.errors import ConfigError
 
 def fit_command(
     trace: Trace,
-    out: Annotated[Path, typer.Argument(help="File to write, for `moeless serve --predictors`.")],
+    out: Annotated[Path, typer.Argument(callback=output_file, help="File to write, for `moeless serve --predictors`.")],
     distances: Distances = "1-3",
     kinds: Kinds = ALL_KINDS,
     packed: Packed = None,
@@ -40,6 +42,7 @@ def fit_command(
     overwrite: Annotated[bool, typer.Option(help="Write over OUT if it exists.")] = False,
 ) -> None:
     """Fit, choose and calibrate a predictor for every layer and distance."""
+    require_extra("plan", "moeless predict fit")
     from moeless_predictors.fitting import fit_predictors
     from moeless_predictors.traces import RoutingTrace
 

@@ -2,27 +2,53 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
+import shlex
 import signal
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import httpx
 import typer
 
-from moeless.cli._console import PackingProgress, stderr, stdout
+from moeless.cli._console import PackingProgress, ReservedTerminal, say, say_aside, waiting
+from moeless.cli._extras import require_extra
+from moeless.cli._options import above_zero, from_to, input_file, not_empty, options_for
 from moeless.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from moeless.deployments.settings import ServeSettings
+    from moeless.packages.manifest import Manifest
+
+_OPTIONS = {
+    name.replace("-", separator): f"--{name}"
+    for name in (
+        *("app-name", "api-key", "device", "dtype", "isolation", "max-model-len", "max-running", "max-waiting", "port"),
+        *("predict-distance", "predict-overhead", "predictors", "route-prefix", "workers", "function-max-replicas"),
+    )
+    for separator in "-_"
+} | {
+    "num_threads": "--threads",
+    "call_timeout_s": "--call-timeout",
+    "function_idle_s": "--function-idle",
+    "host": "--host",
+}
+"""Fields that errors begin with, to the options that set them."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def serve_command(
     model: Annotated[str, typer.Argument(help="moeless-mini, a packed folder, a checkpoint folder or a hub name.")],
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
-    workers: Annotated[int, typer.Option(help="Worker processes; 0 keeps the experts in the engine's process.")] = 0,
+    host: Annotated[str, typer.Option(callback=not_empty, help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(callback=from_to(1, 65535), help="Port to listen on.")] = 8000,
+    workers: Annotated[
+        int, typer.Option(callback=from_to(0), help="Worker processes; 0 keeps the experts in the engine's process.")
+    ] = 0,
     isolation: Annotated[
         str, typer.Option(help="shared: workers host many functions; function: one deployment each.")
     ] = "shared",
@@ -32,29 +58,48 @@ def serve_command(
         list[str] | None,
         typer.Option(envvar="MOELESS_API_KEY", help="Key that clients must send; may be given more than once."),
     ] = None,
-    served_model_name: Annotated[str | None, typer.Option(help="Name in the API; default: the model's.")] = None,
+    served_model_name: Annotated[
+        str | None, typer.Option(callback=not_empty, help="Name in the API; default: the model's.")
+    ] = None,
     max_model_len: Annotated[
-        int | None, typer.Option(help="Maximum tokens of prompt and completion; default: the model's.")
+        int | None,
+        typer.Option(callback=from_to(1), help="Maximum tokens of prompt and completion; default: the model's."),
     ] = None,
-    max_running: Annotated[int, typer.Option(help="Sequences decoded together.")] = 64,
-    max_waiting: Annotated[int, typer.Option(help="Requests held beyond that; more are answered 429.")] = 256,
-    kv_cache_gb: Annotated[float | None, typer.Option(help="Memory for the KV cache, in GB.")] = None,
+    max_running: Annotated[int, typer.Option(callback=from_to(1), help="Sequences decoded together.")] = 64,
+    max_waiting: Annotated[
+        int, typer.Option(callback=from_to(0), help="Requests held beyond that; more are answered 429.")
+    ] = 256,
+    kv_cache_gb: Annotated[
+        float | None, typer.Option(callback=above_zero, help="Memory for the KV cache, in GB.")
+    ] = None,
     worker_memory_gb: Annotated[
-        float | None, typer.Option(help="Most memory for instances on one worker, in GB.")
+        float | None, typer.Option(callback=above_zero, help="Most memory for instances on one worker, in GB.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="torch threads of the engine and of each worker.")] = None,
-    call_timeout: Annotated[float, typer.Option(help="Seconds after which a worker's answer counts as failed.")] = 5.0,
-    function_max_replicas: Annotated[int, typer.Option(help="isolation function: most replicas of a function.")] = 4,
+    threads: Annotated[
+        int | None, typer.Option(callback=from_to(1), help="torch threads of the engine and of each worker.")
+    ] = None,
+    call_timeout: Annotated[
+        float, typer.Option(callback=above_zero, help="Seconds after which a worker's answer counts as failed.")
+    ] = 5.0,
+    function_max_replicas: Annotated[
+        int, typer.Option(callback=from_to(1), help="isolation function: most replicas of a function.")
+    ] = 4,
     function_idle: Annotated[
-        float, typer.Option(help="isolation function: idle seconds until a function goes to zero.")
+        float, typer.Option(callback=above_zero, help="isolation function: idle seconds until a function goes to zero.")
     ] = 60.0,
     cors_allow_origin: Annotated[
-        list[str] | None, typer.Option(help="Origin that browsers may call from; may be given more than once.")
+        list[str] | None,
+        typer.Option(callback=not_empty, help="Origin that browsers may call from; may be given more than once."),
     ] = None,
     predictors: Annotated[
-        Path | None, typer.Option(help="Forecast each layer's load with the predictors of `moeless predict fit`.")
+        Path | None,
+        typer.Option(
+            callback=input_file, help="Forecast each layer's load with the predictors of `moeless predict fit`."
+        ),
     ] = None,
-    predict_distance: Annotated[int, typer.Option(help="How many MoE layers ahead to forecast.")] = 1,
+    predict_distance: Annotated[
+        int, typer.Option(callback=from_to(1), help="How many MoE layers ahead to forecast.")
+    ] = 1,
     predict_overhead: Annotated[
         float, typer.Option(help="Most of the steps' time that forecasting may take; 1 forecasts every step.")
     ] = 0.015,
@@ -63,10 +108,16 @@ def serve_command(
     ] = None,
     allow_tracing: Annotated[bool | None, typer.Option(hidden=True)] = None,
     ray_address: Annotated[str | None, typer.Option(help="Ray cluster to join; default: start Ray here.")] = None,
-    app_name: Annotated[str, typer.Option(help="Name of the Serve application on the cluster.")] = "moeless",
+    app_name: Annotated[
+        str, typer.Option(callback=not_empty, help="Name of the Serve application on the cluster.")
+    ] = "moeless",
     route_prefix: Annotated[str, typer.Option(help="Where the API begins on the cluster.")] = "/",
 ) -> None:
     """Serve a model with expert functions until interrupted."""
+    require_extra("serve", "moeless serve")
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _interrupt)
     if allow_tracing is not None:
         raise ConfigError("--allow-tracing is now --allow-recording (and --no-allow-recording)")
     from moeless.deployments.runtime import prepare_environment
@@ -74,86 +125,102 @@ def serve_command(
     from moeless.packages.context_length import check_context
     from moeless.packages.source import resolve_model
 
-    with PackingProgress() as (progress, on_progress):
+    with PackingProgress() as on_progress:
         packed = resolve_model(model, on_progress=on_progress)
-        progress.stop()
     check_context(packed, max_model_len)
     if "MOELESS_TOKEN" in os.environ:
         raise ConfigError("MOELESS_TOKEN is no longer read; set MOELESS_RUN_SECRET instead")
     on_device = _device(device)
-    settings = ServeSettings(
-        packed_path=str(packed.path),
-        model_id=served_model_name or packed.manifest.model_id,
-        run_secret=os.environ.get("MOELESS_RUN_SECRET") or secrets.token_hex(32),
-        num_workers=workers,
-        isolation=isolation,  # type: ignore[arg-type]  # checked by ServeSettings
-        dtype=dtype,
-        device=on_device,
-        host=host,
-        port=port,
-        api_keys=tuple(api_key or ()),
-        max_model_len=max_model_len,
-        max_running=max_running,
-        max_waiting=max_waiting,
-        kv_cache_bytes=_bytes("kv-cache-gb", kv_cache_gb),
-        worker_memory_bytes=_bytes("worker-memory-gb", worker_memory_gb),
-        num_threads=threads,
-        cores=tuple(sorted(os.sched_getaffinity(0))) if ray_address is None and on_device == "cpu" else (),
-        cors_allow_origins=tuple(cors_allow_origin or ()),
-        predictors_path=None if predictors is None else str(predictors.resolve()),
-        predict_distance=predict_distance,
-        predict_overhead=predict_overhead,
-        allow_recording=allow_recording,
-        app_name=app_name,
-        route_prefix=route_prefix,
-        call_timeout_s=call_timeout,
-        function_max_replicas=function_max_replicas,
-        function_idle_s=function_idle,
-    )
+    with options_for(_OPTIONS):
+        settings = ServeSettings(
+            packed_path=str(packed.path),
+            model_id=served_model_name or packed.manifest.model_id,
+            run_secret=os.environ.get("MOELESS_RUN_SECRET") or secrets.token_hex(32),
+            num_workers=workers,
+            isolation=isolation,  # type: ignore[arg-type]  # checked by ServeSettings
+            dtype=dtype,
+            device=on_device,
+            host=host,
+            port=port,
+            api_keys=tuple(api_key or ()),
+            max_model_len=max_model_len,
+            max_running=max_running,
+            max_waiting=max_waiting,
+            kv_cache_bytes=_bytes(kv_cache_gb),
+            worker_memory_bytes=_bytes(worker_memory_gb),
+            num_threads=threads,
+            cores=tuple(sorted(os.sched_getaffinity(0))) if ray_address is None and on_device == "cpu" else (),
+            cors_allow_origins=tuple(cors_allow_origin or ()),
+            predictors_path=None if predictors is None else str(predictors.resolve()),
+            predict_distance=predict_distance,
+            predict_overhead=predict_overhead,
+            allow_recording=allow_recording,
+            app_name=app_name,
+            route_prefix=route_prefix,
+            call_timeout_s=call_timeout,
+            function_max_replicas=function_max_replicas,
+            function_idle_s=function_idle,
+        )
     if settings.predictors_path is not None:
-        # What the engine would refuse is better told before Ray starts.
+        # Refused here, before Ray starts.
         from moeless.engine.prediction import load_live_predictor
         from moeless_predictors.live import LiveConfig
 
-        load_live_predictor(settings.predictors_path, LiveConfig(distance=predict_distance), packed.manifest)
+        with options_for(_OPTIONS):
+            load_live_predictor(settings.predictors_path, LiveConfig(distance=predict_distance), packed.manifest)
     prepare_environment()
+    with options_for(_OPTIONS):
+        _run(packed.manifest, settings, ray_address)
+
+
+def _run(manifest: Manifest, settings: ServeSettings, ray_address: str | None) -> None:
+    """Start the application, print how to call it, and serve until a signal comes."""
     from moeless.deployments.application import running
+    from moeless.deployments.run_log import lines_of_run
 
-    with stderr.status("") as status, ExitStack() as stack:
-        at = f"[{host}]" if ":" in host else host
-        url = f"http://{at}:{port}{route_prefix.rstrip('/')}"
-        start = BreakableStart(status.update, is_serving=lambda: _is_ready(url))
-        stop = start.asked_to_stop
-        stack.enter_context(running(packed.manifest, settings, ray_address=ray_address, on_phase=start.begin_phase))
-        start.is_over = True
-        status.update("connecting engine and workers")
-        wait_until_ready(url, stop)
-        status.stop()
-        key = " -H 'Authorization: Bearer $MOELESS_API_KEY'" if settings.api_keys else ""
-        body = f'{{"model": "{settings.model_id}", "messages": [{{"role": "user", "content": "What is 12 + 7?"}}]}}'
-        stdout.print(f"serving {settings.model_id} on {url} (Ctrl-C stops)", highlight=False)
-        stdout.print(
-            f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} \\\n    -d '{body}'",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
-        stdout.print(
-            f"  openai: OpenAI(base_url='{url}/v1', api_key='...')   experts: moeless experts --url {url}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
-        stop.wait()
-        stdout.print("stopping")
+    at = f"[{settings.host}]" if ":" in settings.host else settings.host
+    url = f"http://{at}:{settings.port}{settings.route_prefix.rstrip('/')}"
+    with ReservedTerminal() as terminal, lines_of_run(lambda line: say_aside(str(line))), ExitStack() as stack:
+        logs: list[Path] = []
+
+        def take_logs(folder: Path) -> None:
+            logs.append(folder)
+            terminal.move_to(folder / "moeless-serve.log")
+
+        with waiting() as show:
+            start = BreakableStart(show, is_serving=lambda: _is_ready(url))
+            application = running(
+                manifest, settings, ray_address=ray_address, on_phase=start.begin_phase, on_logs=take_logs
+            )
+            stack.enter_context(application)
+            start.is_over = True
+            show("connecting engine and workers")
+            wait_until_ready(url, start.asked_to_stop)
+        if not start.asked_to_stop.is_set():
+            for line in usage_lines(url, settings):
+                say(line)
+            for folder in logs:
+                say(f"  logs of Ray and of every process: {folder}")
+        start.asked_to_stop.wait()
 
 
-def _bytes(option: str, gigabytes: float | None) -> int | None:
-    if gigabytes is None:
-        return None
-    if gigabytes <= 0:
-        raise ConfigError(f"--{option} must be above 0, got {gigabytes}")
-    return int(gigabytes * 1e9)
+def usage_lines(url: str, settings: ServeSettings) -> list[str]:
+    """Lines that say where the model is served, and commands that call it, usable as printed."""
+    key = ' -H "Authorization: Bearer $MOELESS_API_KEY"' if settings.api_keys else ""
+    body = json.dumps(
+        {"model": settings.model_id, "messages": [{"role": "user", "content": "What is 12 + 7?"}]}, ensure_ascii=False
+    )
+    api_key = "os.environ['MOELESS_API_KEY']" if settings.api_keys else "'none'"
+    return [
+        f"serving {settings.model_id} on {url} (Ctrl-C stops)",
+        f"  curl {shlex.quote(f'{url}/v1/chat/completions')} -H 'Content-Type: application/json'{key} \\",
+        f"    -d {shlex.quote(body)}",
+        f"  openai: OpenAI(base_url='{url}/v1', api_key={api_key})   experts: moeless experts --url {url}",
+    ]
+
+
+def _bytes(gigabytes: float | None) -> int | None:
+    return None if gigabytes is None else int(gigabytes * 1e9)
 
 
 def _device(name: str) -> str:
@@ -168,11 +235,16 @@ def _device(name: str) -> str:
     return name
 
 
-class BreakableStart:
-    """Lets a signal break off the start, and afterwards only sets `asked_to_stop`.
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
-    Not in the middle of starting Ray: processes of it would be left behind. It is waited for, some seconds. Nor when
-    the model is served already and Serve is only about to say so: that is a stop like any other.
+
+class BreakableStart:
+    """Lets a signal break off the start, and afterwards only sets `asked_to_stop`. All stop signals do the same.
+
+    A signal does not break off starting Ray, which would leave processes of it behind; the start ends once Ray runs,
+    some seconds later. Nor does it when the model is served already and Serve is about to say so: that is a stop like
+    any other.
     """
 
     def __init__(self, show: Callable[[str], None], *, is_serving: Callable[[], bool]) -> None:
@@ -180,16 +252,28 @@ class BreakableStart:
         self.is_over = False
         self._show, self._is_serving = show, is_serving
         self._can_break = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # SIGHUP under nohup
+                signal.signal(number, self._on_signal)
 
     def begin_phase(self, phase: str) -> None:
+        """Show the phase. Raises KeyboardInterrupt if a signal came in one that could not be broken off."""
+        from moeless.deployments.runtime import STARTING_RAY, STOPPING
+
+        if phase == STOPPING:
+            self._can_break = False
+            if self.asked_to_stop.is_set():
+                say(STOPPING)
+            return
         self._show(phase)
         if self.asked_to_stop.is_set():
             raise KeyboardInterrupt
-        self._can_break = phase != "starting Ray"
+        self._can_break = phase != STARTING_RAY
 
     def _on_signal(self, *_: object) -> None:
+        # Had Ray's C++ put its own handler beneath this one, it would have printed a stack, into its file, and would
+        # abort the process by an alarm in three seconds.
+        signal.alarm(0)
         is_first = not self.asked_to_stop.is_set()
         self.asked_to_stop.set()
         if self._can_break and not self.is_over and is_first and not self._is_serving():

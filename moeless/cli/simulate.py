@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moeless.cli._console import one_line_errors, progress_of, say
+from moeless.cli._extras import require_extra
+from moeless.cli._options import output_file
 from moeless.cli._scenario import (
     ScenarioOptions,
     checked_slo,
@@ -40,10 +42,17 @@ def simulate_command(
     ] = None,
     ttft_slo: Annotated[float | None, typer.Option(help="SLO: most seconds to the first token.")] = None,
     tpot_slo: Annotated[float | None, typer.Option(help="SLO: most seconds for each token after it.")] = None,
-    json_: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
-    report: Annotated[Path | None, typer.Option(help="Write an HTML page with plots to this file.")] = None,
+    json_: Annotated[
+        Path | None, typer.Option("--json", callback=output_file, help="Write the results to this file.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(callback=output_file, help="Write an HTML page with plots to this file.")
+    ] = None,
 ) -> None:
     """Compare systems on the same requests and routing, in virtual time."""
+    require_extra("plan", "moeless simulate")
+    if report is not None:
+        require_extra("plot", "--report")
     from moeless.simulate.report.results import SimulationReport
     from moeless.simulate.report.tables import comparison_tables
     from moeless.simulate.routing import SequenceRouting

@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 
 from moeless.cli._console import one_line_errors, say, say_aside
+from moeless.cli._extras import require_extra
+from moeless.cli._options import from_to, input_path, not_empty, output_file
 from moeless.cli.trace_info import summary
 from moeless.core.errors import ConfigError
 
@@ -21,15 +23,24 @@ class Phase(StrEnum):
 
 
 def import_command(
-    source: Annotated[Path, typer.Argument(help="NPZ, CSV, JSON lines or a folder of ESFT logs: see docs/traces.md.")],
-    out: Annotated[Path, typer.Argument(help="Trace to write.")],
-    model: Annotated[str | None, typer.Option(help="Name of the model; default: the source's name.")] = None,
+    source: Annotated[
+        Path,
+        typer.Argument(callback=input_path, help="NPZ, CSV, JSON lines or a folder of ESFT logs: see docs/traces.md."),
+    ],
+    out: Annotated[Path, typer.Argument(callback=output_file, help="Trace to write.")],
+    model: Annotated[
+        str | None, typer.Option(callback=not_empty, help="Name of the model; default: the source's name.")
+    ] = None,
     phase: Annotated[Phase, typer.Option(help="Phase of the tokens where the source does not say.")] = Phase.DECODE,
     num_experts: Annotated[
-        int | None, typer.Option(min=1, help="Experts of a layer; default: by the highest that the source names.")
+        int | None,
+        typer.Option(callback=from_to(1), help="Experts of a layer; default: by the highest that the source names."),
     ] = None,
     top_k: Annotated[
-        int | None, typer.Option(min=1, help="Experts of a token in ESFT's logs; default: inferred from their lines.")
+        int | None,
+        typer.Option(
+            callback=from_to(1), help="Experts of a token in ESFT's logs; default: inferred from their lines."
+        ),
     ] = None,
     origin: Annotated[
         str | None, typer.Option(help="Where the source comes from, in words, kept in the trace; default: its name.")
@@ -37,6 +48,7 @@ def import_command(
     overwrite: Annotated[bool, typer.Option(help="Write over OUT if it exists.")] = False,
 ) -> None:
     """Import routing or arrivals; the format is recognised by content. Unknown files are refused by their columns."""
+    require_extra("plan", "moeless trace import")
     from moeless_predictors.traces import DECODE, PREFILL, ImportOptions, import_trace
 
     if out.exists() and not overwrite:

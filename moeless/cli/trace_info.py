@@ -11,6 +11,8 @@ import typer
 from rich.table import Table
 
 from moeless.cli._console import one_line_errors, say, stdout
+from moeless.cli._extras import require_extra
+from moeless.cli._options import input_file, output_file
 from moeless.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,11 +21,18 @@ if TYPE_CHECKING:
 
 
 def info_command(
-    trace: Annotated[Path, typer.Argument(help="Trace that `import` or `record` wrote.")],
-    json_: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
-    heatmap: Annotated[Path | None, typer.Option(help="Draw the load of layers x experts into this PNG.")] = None,
+    trace: Annotated[Path, typer.Argument(callback=input_file, help="Trace that `import` or `record` wrote.")],
+    json_: Annotated[
+        Path | None, typer.Option("--json", callback=output_file, help="Write the figures to this file.")
+    ] = None,
+    heatmap: Annotated[
+        Path | None, typer.Option(callback=output_file, help="Draw the load of layers x experts into this PNG.")
+    ] = None,
 ) -> None:
     """Check a trace to the last byte and print what it tells: skew, overlap and dependency, or rate and lengths."""
+    require_extra("plan", "moeless trace info")
+    if heatmap is not None:
+        require_extra("plot", "--heatmap")
     from moeless_predictors.traces import ArrivalTrace, RoutingTrace, kind_of
     from moeless_predictors.traces.statistics import arrival_statistics, routing_statistics
 

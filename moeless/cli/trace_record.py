@@ -16,6 +16,9 @@ import httpx
 import typer
 
 from moeless.cli._console import say, stderr
+from moeless.cli._extras import require_extra
+from moeless.cli._options import from_to, input_file, not_empty, output_file
+from moeless.cli._server import DEFAULT_URL, open_server, refusal, server_errors
 from moeless.core.errors import ConfigError, MoelessError
 
 _ENDPOINT = "/v1/traces/recording"
@@ -34,25 +37,42 @@ class Only(StrEnum):
 
 
 def record_command(
-    out: Annotated[Path | None, typer.Argument(help="Trace to write; not needed with --only start or stop.")] = None,
+    out: Annotated[
+        Path | None, typer.Argument(callback=output_file, help="Trace to write; not needed with --only start or stop.")
+    ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="Generate from these: a text file with a prompt a line, or .jsonl with 'prompt'."),
+        typer.Option(
+            callback=input_file, help="Generate from these: a text file with a prompt a line, or .jsonl with 'prompt'."
+        ),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="With --prompts: the model, named as for serve.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="With --prompts: tokens to generate after each.")] = 64,
-    batch: Annotated[int, typer.Option(help="With --prompts: sequences that decode together.")] = 16,
-    temperature: Annotated[float, typer.Option(help="With --prompts: of sampling; 0 is greedy.")] = 1.0,
+    model: Annotated[
+        str | None, typer.Option(callback=not_empty, help="With --prompts: the model, named as for serve.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(callback=from_to(1), help="With --prompts: tokens to generate after each.")
+    ] = 64,
+    batch: Annotated[
+        int, typer.Option(callback=from_to(1), help="With --prompts: sequences that decode together.")
+    ] = 16,
+    temperature: Annotated[
+        float, typer.Option(callback=from_to(0, 2), help="With --prompts: of sampling; 0 is greedy.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option(help="With --prompts: prompt i is sampled with seed + i.")] = 0,
     chat: Annotated[
         bool, typer.Option(help="With --prompts: put each as a user's message in the chat template.")
     ] = False,
-    url: Annotated[str | None, typer.Option(help="Server to record from; default: http://127.0.0.1:8000.")] = None,
-    api_key: Annotated[str | None, typer.Option(envvar="MOELESS_API_KEY", help="Key, if one is asked for.")] = None,
+    url: Annotated[
+        str | None, typer.Option(help=f"Address of the server, with or without /v1; default: {DEFAULT_URL}.")
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="MOELESS_API_KEY", help="Key, if the server requires one.")
+    ] = None,
     seconds: Annotated[float | None, typer.Option(help="How long to record; default: until Ctrl-C.")] = None,
     only: Annotated[Only | None, typer.Option(help="Only start recording, stop it, or dump what it has.")] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(help="Most tokens to record; default: the server's, or all of the prompts'.")
+        int | None,
+        typer.Option(callback=from_to(1), help="Most tokens to record; default: the server's, or all of the prompts'."),
     ] = None,
     hidden_layers: Annotated[
         str, typer.Option(help="MoE layers whose experts' input is recorded too, as in 0,3.")
@@ -90,13 +110,13 @@ def record_command(
         raise ConfigError(f"--model must be given with --prompts only, got {model}")
     if seconds is not None and only is not None:
         raise ConfigError(f"--seconds must not be given with --only {only.value}, got {seconds:g}")
-    if seconds is not None and seconds <= 0:
+    if seconds is not None and not seconds > 0:
         raise ConfigError(f"--seconds must be above 0, got {seconds:g}")
     body: dict[str, Any] = {"hidden_layers": list(layers), "token_ids": bool(token_ids)}
     if max_tokens is not None:
         body["max_tokens"] = max_tokens
-    with _server(url or "http://127.0.0.1:8000", api_key) as server:
-        _record_server(server, out, body, only=only, seconds=seconds)
+    with open_server(url or DEFAULT_URL, api_key, timeout_s=_CALL_TIMEOUT_S) as client:
+        _record_server(client, out, body, only=only, seconds=seconds)
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -128,9 +148,12 @@ def _prompt(path: Path, number: int, line: str) -> str:
 
 def _layers(text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(part) for part in text.split(",")) if text else ()
+        layers = tuple(int(part) for part in text.split(",")) if text else ()
     except ValueError as error:
         raise ConfigError(f"--hidden-layers must be numbers with commas between, got {text!r}") from error
+    if any(layer < 0 for layer in layers):
+        raise ConfigError(f"--hidden-layers must be at least 0, got {text!r}")
+    return layers
 
 
 # -- prompts run here --------------------------------------------------------------------------------------------------
@@ -139,13 +162,14 @@ def _layers(text: str) -> tuple[int, ...]:
 def _record_prompts(out: Path, path: Path, model: str | None, run: dict[str, Any], options: dict[str, Any]) -> None:
     if model is None:
         raise ConfigError("--model must be given with --prompts")
+    require_extra("serve", "moeless trace record --prompts")
     texts = read_prompts(path)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from moeless.engine.offline_recording import PromptRun, record_prompts
     from moeless.packages.source import resolve_model
 
     asked = PromptRun(**run)
-    with stderr.status("loading the model") as status:
+    with stderr.status("starting the model") as status:
         packed = resolve_model(model)
         trace = record_prompts(
             packed,
@@ -208,10 +232,10 @@ def _download(server: httpx.Client, out: Path) -> int:
 
     draft = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with _errors_told(server), server.stream("GET", f"{_ENDPOINT}/file", timeout=_FILE_TIMEOUT_S) as response:
+        with server_errors(server), server.stream("GET", f"{_ENDPOINT}/file", timeout=_FILE_TIMEOUT_S) as response:
             if response.status_code != 200:
                 response.read()
-                raise _refusal(response)
+                raise refusal(response)
             with _writing(out), draft.open("wb") as file:
                 for chunk in response.iter_bytes():
                     file.write(chunk)
@@ -226,41 +250,13 @@ def _download(server: httpx.Client, out: Path) -> int:
         draft.unlink(missing_ok=True)
 
 
-@contextmanager
-def _server(url: str, api_key: str | None) -> Iterator[httpx.Client]:
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    try:
-        client = httpx.Client(base_url=url, headers=headers, timeout=_CALL_TIMEOUT_S)
-    except (httpx.InvalidURL, ValueError) as error:
-        raise ConfigError(f"--url must be the address of a server, got {url!r}: {error}") from error
-    with client:
-        yield client
-
-
 def _ask(server: httpx.Client, method: str, path: str, **options: Any) -> dict[str, Any]:
-    with _errors_told(server):
+    with server_errors(server):
         response = server.request(method, f"{_ENDPOINT}{path}", **options)
     if response.status_code != 200:
-        raise _refusal(response)
+        raise refusal(response)
     status: dict[str, Any] = response.json()
     return status
-
-
-@contextmanager
-def _errors_told(server: httpx.Client) -> Iterator[None]:
-    try:
-        yield
-    except httpx.HTTPError as error:
-        raise MoelessError(f"{server.base_url}: {error or type(error).__name__}") from error
-
-
-def _refusal(response: httpx.Response) -> MoelessError:
-    """What the server said in its error body, or its status."""
-    try:
-        message = str(response.json()["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        message = "no moeless server answers there"
-    return MoelessError(f"{response.request.url}: {response.status_code}: {message}")
 
 
 @contextmanager

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.config import AutoscalingConfig, HTTPOptions, ProxyLocation
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
@@ -25,9 +26,12 @@ from moeless.core.errors import ConfigError, MoelessError
 from moeless.core.expert import FunctionId
 from moeless.core.routing_table import LOCAL_WORKER, InstanceShare, RoutingTable, spread_evenly
 from moeless.deployments.gateway import ENGINE, GATEWAY, gateway_deployment
-from moeless.deployments.runtime import DeferredReplica
+from moeless.deployments.ray_session import check_before_start, first_line, last_error, start_ray
+from moeless.deployments.runtime import STARTING_RAY, STOPPING, DeferredReplica
 from moeless.deployments.settings import MAX_ISOLATED_FUNCTIONS, ServeSettings
 from moeless.packages.manifest import Manifest
+
+logger = logging.getLogger(__name__)
 
 _ENGINE_CLASS = "moeless.deployments.engine:EngineDeployment"
 _WORKER_CLASS = "moeless.deployments.worker:WorkerDeployment"
@@ -35,8 +39,10 @@ _FUNCTION_CLASS = "moeless.deployments.worker:FunctionDeployment"
 _MANY_CALLS = 100_000
 """Calls that an engine or gateway may have under way: admission is the engine's own queue, not Serve's."""
 _LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
-_PROXY_READY_S = 20
-"""Serve's HTTP proxy is killed after three times this long. Its own 5 s are too few for two cores that are busy."""
+_DRAIN_POLL_S = 0.1
+"""How often a replica that stops looks whether its requests have ended; it waits at least this long."""
+_STOP_TIMEOUT_S = 5.0
+"""For the engine to end the requests that are running."""
 _CPU_SHARE = 0.001
 """CPUs that a deployment books with Ray. Threads are shared out by ServeSettings; booking whole CPUs would keep a
 small machine from running the parts side by side."""
@@ -55,6 +61,7 @@ def build_application(manifest: Manifest, settings: ServeSettings) -> Any:
             num_replicas=1,
             max_ongoing_requests=_MANY_CALLS,
             graceful_shutdown_timeout_s=5,
+            graceful_shutdown_wait_loop_s=_DRAIN_POLL_S,
             logging_config=_LOGGING,
             health_check_period_s=2,
             ray_actor_options=_resources(settings),
@@ -67,6 +74,7 @@ def build_application(manifest: Manifest, settings: ServeSettings) -> Any:
         num_replicas=1,
         max_ongoing_requests=_MANY_CALLS,
         graceful_shutdown_timeout_s=5,
+        graceful_shutdown_wait_loop_s=_DRAIN_POLL_S,
         logging_config=_LOGGING,
         ray_actor_options={"num_cpus": _CPU_SHARE},
     ).bind(engine)
@@ -98,6 +106,7 @@ def _worker_deployments(manifest: Manifest, settings: ServeSettings) -> dict[str
             name=name,
             num_replicas=1,
             graceful_shutdown_timeout_s=5,
+            graceful_shutdown_wait_loop_s=_DRAIN_POLL_S,
             logging_config=_LOGGING,
             health_check_period_s=2,
             ray_actor_options=_resources(settings),
@@ -124,6 +133,7 @@ def _function_deployments(manifest: Manifest, settings: ServeSettings) -> dict[s
             name=entry.name,
             max_ongoing_requests=2,
             graceful_shutdown_timeout_s=5,
+            graceful_shutdown_wait_loop_s=_DRAIN_POLL_S,
             logging_config=_LOGGING,
             autoscaling_config=AutoscalingConfig(
                 min_replicas=0,
@@ -173,22 +183,27 @@ def running(
     *,
     ray_address: str | None = None,
     on_phase: Callable[[str], None] = lambda _: None,
+    on_logs: Callable[[Path], None] = lambda _: None,
 ) -> Iterator[DeploymentHandle[Any]]:
     """Run the application until the block is left; nothing of it is left running then.
 
     Args:
         ray_address: a cluster to join; None starts Ray on this machine, and stops it at the end.
-        on_phase: told what begins now, in a few words.
+        on_phase: called with what begins now, in a few words; STOPPING is the last.
+        on_logs: called with the folder of Ray's logs, once Ray runs.
     Yields: the engine's handle, once every deployment runs.
     Raises: MoelessError if a deployment does not start, with the reason; ConfigError if the application's name is
         taken on the cluster, or the port on this machine.
     """
     if ray_address is None:
         _check_port(settings)
-    is_deployed = False
+    check_before_start(ray_address)
+    is_deployed = is_running = False
     try:
-        on_phase("starting Ray")
-        _start_ray(ray_address)
+        on_phase(STARTING_RAY)
+        logs = start_ray(ray_address)
+        if logs is not None:
+            on_logs(logs)
         settings = _share_gpus(manifest, settings)
         on_phase("starting Ray Serve")
         try:
@@ -202,15 +217,28 @@ def running(
             on_phase("starting engine, workers and gateway")
             is_deployed = True
             serve.run(build_application(manifest, settings), name=settings.app_name, route_prefix=settings.route_prefix)
+            is_running = True
         except (RuntimeError, TimeoutError, RayError) as error:
-            raise MoelessError(f"the application did not start: {error}") from error
+            raise MoelessError(f"the application did not start: {last_error(str(error))}") from error
         yield serve.get_deployment_handle(ENGINE, app_name=settings.app_name)
     finally:
-        if ray_address is not None and is_deployed:
-            serve.delete(settings.app_name)  # others may have applications on the same cluster
-        elif ray_address is None and ray.is_initialized():
-            serve.shutdown()
+        on_phase(STOPPING)
+        if ray.is_initialized():
+            if is_running:
+                _end_requests(settings.app_name)
+            if is_running or (is_deployed and ray_address is not None):
+                serve.delete(settings.app_name)  # lets each replica send what it still has to send
+            if ray_address is None:
+                serve.shutdown()  # on a cluster, others may have applications
         ray.shutdown()
+
+
+def _end_requests(app_name: str) -> None:
+    """End what is generated with an error, while gateway and proxy still run: each stream gets its error event."""
+    try:
+        serve.get_deployment_handle(ENGINE, app_name=app_name).stop.remote().result(timeout_s=_STOP_TIMEOUT_S)
+    except (RayError, RayServeException, TimeoutError) as error:
+        logger.warning("engine did not end its requests reason=%s", first_line(str(error)))
 
 
 def _check_port(settings: ServeSettings) -> None:
@@ -222,15 +250,3 @@ def _check_port(settings: ServeSettings) -> None:
         except OSError as error:
             where = f"{settings.host} port {settings.port}"
             raise ConfigError(f"host and port must be free to listen on, got {where}: {error.strerror}") from error
-
-
-def _start_ray(address: str | None) -> None:
-    if address is None:  # Ray's processes take it from this one's
-        os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", str(_PROXY_READY_S))
-    ray.init(
-        address=address or "local",
-        include_dashboard=False if address is None else None,
-        log_to_driver=address is None,
-        logging_level=logging.WARNING,
-        configure_logging=True,
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import secrets
@@ -65,6 +66,7 @@ class EngineDeployment:
         torch.set_num_threads(1)  # the generation thread alone computes, with its own number
         self._settings = settings
         self._workers = workers
+        self._is_stopping = False
         self._incarnation = secrets.token_hex(8)
         started_s = time.perf_counter()
         packed = PackedModel.open(settings.packed_path)
@@ -182,10 +184,17 @@ class EngineDeployment:
 
     def check_health(self) -> None:
         """Asked by Serve; an engine whose generation thread died is replaced."""
+        if self._is_stopping:
+            return
         if not self._engine.is_alive:
             raise EngineStoppedError("the generation thread ended")
         if not self._connections.is_alive:
             raise EngineStoppedError("the thread that keeps the worker connections ended")
+
+    async def stop(self) -> None:
+        """End every request with an error and take no more: the run ends, and Serve stops the replicas next."""
+        self._is_stopping = True
+        await asyncio.to_thread(self._engine.stop)
 
     def close(self) -> None:
         """End every request and hang up on workers and gateways."""

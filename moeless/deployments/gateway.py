@@ -21,6 +21,7 @@ from ray.serve.handle import DeploymentHandle
 from moeless.core.errors import EngineStoppedError
 from moeless.core.generation import EngineStats, FunctionStatus, GenerationDelta, GenerationRequest, ModelInfo
 from moeless.deployments.rpc import CancelCall, GatewayName, Pulse, PulseCall, RemoteRecordings, SubmitCall, SubmitReply
+from moeless.deployments.run_log import set_up_logging
 from moeless.deployments.runtime import node_address
 from moeless.deployments.settings import ServeSettings
 from moeless.deployments.token_channel import TokenReceiver
@@ -44,6 +45,8 @@ def gateway_deployment(settings: ServeSettings) -> Any:
     """The ingress deployment class; its FastAPI application is built inside each replica."""
 
     def build_app() -> FastAPI:
+        set_up_logging()
+
         async def reach_engine() -> RemoteEngineClient:
             handle = serve.get_deployment_handle(ENGINE, app_name=settings.app_name)
             return RemoteEngineClient(handle, TokenReceiver(settings.run_secret, node_address()))

@@ -8,6 +8,12 @@ import secrets
 import socket
 from typing import Any
 
+from moeless.deployments.run_log import set_up_logging
+
+STARTING_RAY = "starting Ray"
+STOPPING = "stopping"
+"""The first and the last phase of a run (deployments/application.py)."""
+
 
 def prepare_environment() -> None:
     """Token authentication for a Ray that is started here, no usage reports. What the user has set stays.
@@ -51,6 +57,7 @@ class DeferredReplica:
     """
 
     def __init__(self, import_path: str, *arguments: Any) -> None:
+        set_up_logging()
         module_name, _, class_name = import_path.partition(":")
         self._replica: Any = getattr(importlib.import_module(module_name), class_name)(*arguments)
 

@@ -20,6 +20,7 @@ from moeless.core.policy.tree import (
     Scaler,
     Settings,
 )
+from moeless.core.policy.unapplied import unapplied_settings
 
 __all__ = [
     "UNLIMITED",
@@ -40,4 +41,5 @@ __all__ = [
     "parse_policy",
     "policy_schema",
     "resolve",
+    "unapplied_settings",
 ]

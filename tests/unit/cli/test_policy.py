@@ -60,5 +60,19 @@ def test_a_policy_that_does_not_fit_the_model_is_refused(policy: Path, options: 
     assert words in str(error)
 
 
+@pytest.mark.parametrize(
+    ("text", "where"), [("defaults: {L}", "defaults"), ("rules: [{models: ['*'], L}]", "rules[0]")]
+)
+def test_whoever_sets_overflow_reads_that_nothing_applies_it(policy: Path, text: str, where: str) -> None:
+    policy.write_text(text.replace("L", "lossy: {capacityFactor: 1.25, overflow: reroute}"))
+    result = moeless_policy("check", policy)
+    assert result.exit_code == 0
+    assert f"note: {where}.lossy (overflow: reroute) has no effect yet" in result.stderr
+
+
+def test_a_policy_without_overflow_has_no_note(policy: Path) -> None:
+    assert moeless_policy("check", policy).stderr == ""
+
+
 def test_the_schema_is_printed_as_json() -> None:
     assert json.loads(moeless_policy("schema").output) == policy_schema()

@@ -63,5 +63,5 @@ def test_bad_options_are_named(trace: Path, tmp_path: Path) -> None:
     assert_refused(moeless_predict("eval", trace, "--kinds", "magic"), "kinds must be among", "magic")
     assert_refused(moeless_predict("eval", trace, "--layers", "7"), "layers must be from 0 to 2, got (7,)")
     assert_refused(moeless_predict("eval", trace, "--test-share", 2), "test_share must be between 0 and 1, got 2.0")
-    assert_refused(moeless_predict("eval", tmp_path / "none"), "none", "No such file")
+    assert_refused(moeless_predict("eval", tmp_path / "none"), "TRACE must be a file that exists, got", "none")
     assert_refused(moeless_predict("info", trace), "format must be 'moeless-predictor-set'")

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from contextlib import nullcontext
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from moeless.cli.serve import BreakableStart
+from moeless.cli.app import app
+from moeless.cli.serve import STOP_SIGNALS, BreakableStart, usage_lines
+from moeless.core.errors import ConfigError
+from moeless.deployments.settings import ServeSettings
+from moeless.packages.pack import pack_checkpoint
 from tests.families import make_checkpoint
 
 
@@ -27,6 +35,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint("mixtral", tmp_path_factory.mktemp("checkpoint") / "mixtral")
 
 
+@pytest.fixture(scope="module")
+def packed(checkpoint: Path) -> Path:
+    out = checkpoint.parent / "packed"
+    pack_checkpoint(checkpoint, out)
+    return out
+
+
 def assert_one_line(result: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
     assert result.returncode == code, result.stderr
     lines = result.stderr.strip().splitlines()
@@ -34,22 +49,6 @@ def assert_one_line(result: subprocess.CompletedProcess[str], code: int, *words:
     assert lines[0].startswith("moeless: ")
     for word in words:
         assert word in lines[0]
-
-
-def test_version_is_printed() -> None:
-    from moeless import __version__
-
-    result = moeless("version")
-    assert (result.returncode, result.stdout.strip()) == (0, __version__)
-
-
-def test_pack_writes_every_function_and_says_so(checkpoint: Path, tmp_path: Path) -> None:
-    out = tmp_path / "packed"
-    result = moeless("pack", str(checkpoint), str(out))
-    assert result.returncode == 0, result.stderr
-    manifest = json.loads((out / "manifest.json").read_text())
-    assert f"{len(manifest['functions'])} functions" in " ".join(result.stdout.split())
-    assert len(list((out / "functions").iterdir())) == len(manifest["functions"]) > 0
 
 
 @pytest.mark.parametrize("option", ["--allow-tracing", "--no-allow-tracing"])
@@ -70,15 +69,41 @@ def test_a_checkpoint_that_is_not_moe_is_one_line_and_code_2(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("option", "value", "word"),
     [
-        ("--isolation", "process", "isolation"),
-        ("--dtype", "int4", "dtype"),
-        ("--workers", "-3", "workers"),
-        ("--device", "tpu", "device"),
-        ("--kv-cache-gb", "0", "kv-cache-gb"),
+        ("--isolation", "process", "--isolation"),
+        ("--dtype", "int4", "--dtype"),
+        ("--workers", "-3", "--workers"),
+        ("--device", "tpu", "--device"),
+        ("--kv-cache-gb", "0", "--kv-cache-gb"),
+        ("--kv-cache-gb", "nan", "--kv-cache-gb"),
+        ("--worker-memory-gb", "inf", "--worker-memory-gb"),
+        ("--max-running", "0", "--max-running"),
+        ("--max-waiting", "-1", "--max-waiting"),
+        ("--max-model-len", "0", "--max-model-len"),
+        ("--threads", "0", "--threads"),
+        ("--call-timeout", "nan", "--call-timeout"),
+        ("--function-idle", "-1", "--function-idle"),
+        ("--function-max-replicas", "0", "--function-max-replicas"),
+        ("--predict-distance", "0", "--predict-distance"),
+        ("--predict-overhead", "1.5", "--predict-overhead"),
+        ("--port", "65536", "--port"),
+        ("--route-prefix", "v1", "--route-prefix"),
+        ("--app-name", "", "--app-name"),
+        ("--served-model-name", " ", "--served-model-name"),
+        ("--host", "", "--host"),
+        ("--cors-allow-origin", "", "--cors-allow-origin"),
+        ("--predictors", "/nowhere", "--predictors"),
     ],
 )
-def test_a_bad_option_is_one_line_that_names_it(checkpoint: Path, option: str, value: str, word: str) -> None:
-    assert_one_line(moeless("serve", str(checkpoint), option, value), 2, word, value)
+def test_a_bad_option_is_refused_by_its_name(packed: Path, option: str, value: str, word: str) -> None:
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        error = CliRunner().invoke(app, ["serve", str(packed), option, value]).exception
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert isinstance(error, ConfigError)
+    assert str(error).startswith(f"{word} ")
+    assert value in str(error)
 
 
 def test_a_port_that_is_taken_is_one_line_before_anything_starts(checkpoint: Path) -> None:
@@ -93,8 +118,73 @@ def test_a_key_with_a_space_is_refused_without_showing_it(checkpoint: Path) -> N
     assert "two words" not in result.stderr
 
 
-def test_experts_of_a_server_that_is_not_there_is_one_line() -> None:
-    assert_one_line(moeless("experts", "--url", "http://127.0.0.1:9"), 1, "http://127.0.0.1:9")
+class Recorder(BaseHTTPRequestHandler):
+    """Keeps what a client sends."""
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.requests.append((self.path, self.headers, json.loads(body)))  # type: ignore[attr-defined]
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_the_printed_curl_works_in_a_shell_as_it_stands() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Recorder) as server:
+        server.requests = []  # type: ignore[attr-defined]
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        settings = ServeSettings(
+            packed_path="p", model_id='it\'s; $HOME `x` \\ "é"', run_secret="r", api_keys=("sesame",)
+        )
+        lines = usage_lines(f"http://127.0.0.1:{server.server_port}", settings)
+        start = next(i for i, line in enumerate(lines) if "curl" in line)
+        command = "\n".join(lines[start : start + 2])
+        subprocess.run(["bash", "-c", command], env=os.environ | {"MOELESS_API_KEY": "sesame"}, check=True, timeout=30)
+        server.shutdown()
+        thread.join()
+        ((path, headers, body),) = server.requests  # type: ignore[attr-defined]
+    assert path == "/v1/chat/completions"
+    assert headers["Authorization"] == "Bearer sesame"
+    assert headers["Content-Type"] == "application/json"
+    assert body["model"] == settings.model_id
+
+
+def test_without_a_key_the_curl_sends_none() -> None:
+    lines = usage_lines("http://h:1", ServeSettings(packed_path="p", model_id="m", run_secret="r"))
+    assert "Authorization" not in "".join(lines)
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_every_stop_signal_is_the_same(number: signal.Signals) -> None:
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        for each in STOP_SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+        start = BreakableStart(lambda phase: None, is_serving=lambda: False)
+        start.begin_phase("starting Ray")
+        signal.raise_signal(number)
+        assert start.asked_to_stop.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            start.begin_phase("starting Ray Serve")
+        start.begin_phase("stopping")
+    finally:
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored() -> None:
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        BreakableStart(lambda phase: None, is_serving=lambda: False)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
 
 
 @pytest.mark.parametrize(("is_serving", "breaks"), [(False, True), (True, False)])

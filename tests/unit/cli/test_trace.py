@@ -111,7 +111,11 @@ def test_a_damaged_trace_is_refused_with_the_place(npz: Path, tmp_path: Path) ->
 
 
 def test_files_that_are_not_there_or_no_trace_are_refused(npz: Path, tmp_path: Path) -> None:
-    assert_refused(moeless_trace("info", tmp_path / "nothing"), "nothing: No such file")
-    assert_refused(moeless_trace("import", tmp_path / "nothing", tmp_path / "o"), "nothing: No such file")
+    assert_refused(moeless_trace("info", tmp_path / "nothing"), "TRACE must be a file that exists", "nothing")
+    assert_refused(
+        moeless_trace("import", tmp_path / "nothing", tmp_path / "o"), "SOURCE must be a file that exists", "nothing"
+    )
     assert_refused(moeless_trace("info", npz), "not a trace")
-    assert_refused(moeless_trace("import", npz, tmp_path / "nowhere" / "out"), "nowhere/out: No such file")
+    assert_refused(
+        moeless_trace("import", npz, tmp_path / "nowhere" / "out"), "OUT must be in a folder that exists", "nowhere/out"
+    )
