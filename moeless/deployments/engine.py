@@ -72,7 +72,9 @@ class EngineDeployment:
         packed = PackedModel.open(settings.packed_path)
         self._manifest = packed.manifest
         by_call = settings.isolation == "function"
-        assembled = assemble_engine(packed, Tokenizer.load(packed.backbone_path), _assembly(packed, settings))
+        assembled = assemble_engine(
+            packed, Tokenizer.load(packed.backbone_path, with_template=False), _assembly(packed, settings)
+        )
         self._engine, self._dispatcher = assembled.engine, assembled.dispatcher
         if by_call:
             self._dispatcher.set_channels(

@@ -1,16 +1,15 @@
 """From a checked body to what the engine is asked: limits, tokens, context, sampling parameters.
 
-Called by the routes; raises RequestError (400) with the field, the rule and the value, or ModelNotFoundError (404).
+Called by text_process.py; raises RequestError (400) with the field, the rule and the value, or ModelNotFoundError
+(404).
 """
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from collections.abc import Callable
-from concurrent.futures import Executor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TypeVar
 
 from msgspec import structs
 
@@ -20,14 +19,10 @@ from moeless.gateway.config import GatewayConfig
 from moeless.gateway.schemas import ChatCompletionRequest, CompletionRequest, SamplingFields, fields_without_effect
 from moeless.gateway.template_options import template_options
 from moeless.text.template_probe import TemplateTraits
-from moeless.text.tokenizer import Tokenizer
+from moeless.text.tokenizer import TextTooLongError, Tokenizer
 
 DEFAULT_COMPLETION_TOKENS = 16
 """What /v1/completions generates when max_tokens is absent, as OpenAI's does."""
-_INLINE_CHARS = 4096
-"""A text up to this long is tokenized at once (about a millisecond); a longer one in a thread."""
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,25 +90,31 @@ class _Draft:
 class Admission:
     """Checks requests against the model and the configured limits."""
 
-    def __init__(self, config: GatewayConfig, executor: Executor) -> None:
+    def __init__(self, config: GatewayConfig) -> None:
         self._config = config
-        self._executor = executor
 
-    async def admit_chat(self, body: ChatCompletionRequest, model: ServedModel, request_id: str) -> AdmittedRequest:
-        """Render the messages and tokenize them; without a limit the answer may fill the context."""
+    def admit_chat(
+        self,
+        body: ChatCompletionRequest,
+        model: ServedModel,
+        request_id: str,
+        render_limit: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> AdmittedRequest:
+        """Render the messages and tokenize them; without a limit the answer may fill the context.
+
+        Args:
+            render_limit: what the chat template runs in.
+        """
         _check_model(body.model, model.info)
         _check_at_most(len(body.messages), self._config.max_messages, "messages", "messages")
         max_tokens, max_tokens_field = _chat_max_tokens(body)
         logprobs = self._chat_logprobs(body)
         messages = [message.for_template() for message in body.messages]
         options = template_options(body, model.tokenizer.chat_template)
-
-        def tokenize() -> list[int]:
+        with render_limit():
             rendered = model.tokenizer.render_chat(messages, model.traits, **options.arguments())
-            return model.tokenizer.encode_chat(rendered)
-
         draft = _Draft(
-            prompts=[await self._tokenize(tokenize, _INLINE_CHARS + 1)],
+            prompts=[_encode(model.tokenizer.encode_chat, rendered, model.info, "messages")],
             prompt_field="messages",
             max_tokens=max_tokens,
             max_tokens_field=max_tokens_field,
@@ -125,7 +126,7 @@ class Admission:
         )
         return self._admit(body, model.info, request_id, draft)
 
-    async def admit_completion(self, body: CompletionRequest, model: ServedModel, request_id: str) -> AdmittedRequest:
+    def admit_completion(self, body: CompletionRequest, model: ServedModel, request_id: str) -> AdmittedRequest:
         """Tokenize the prompts; token ids are taken as they are."""
         _check_model(body.model, model.info)
         num_choices = body.n or 1
@@ -137,7 +138,7 @@ class Admission:
             )
         if body.logprobs is not None:
             _check_at_most(body.logprobs, self._config.max_logprobs, "logprobs", "log-probabilities a token")
-        prompts = await self._prompts(body, model)
+        prompts = self._prompts(body, model)
         draft = _Draft(
             prompts=prompts,
             prompt_field="prompt",
@@ -145,7 +146,7 @@ class Admission:
             max_tokens_field="max_tokens",
             default_max_tokens=DEFAULT_COMPLETION_TOKENS,
             logprobs=body.logprobs,
-            echoes=await self._echoes(body, prompts, model) if body.echo else None,
+            echoes=self._echoes(body, prompts, model) if body.echo else None,
         )
         if body.max_tokens == 0 and not body.echo and body.prompt_logprobs is None:
             raise RequestError(
@@ -212,7 +213,7 @@ class Admission:
             logit_bias=self._logit_bias(body, info),
         )
 
-    async def _prompts(self, body: CompletionRequest, model: ServedModel) -> list[list[int]]:
+    def _prompts(self, body: CompletionRequest, model: ServedModel) -> list[list[int]]:
         prompt = body.prompt
         if isinstance(prompt, str):
             prompt = [prompt]
@@ -223,33 +224,20 @@ class Admission:
         _check_at_most(len(prompt), self._config.max_prompts, "prompt", "prompts")
         if lists:
             return lists
-        return await self._tokenize(
-            lambda: [model.tokenizer.encode_prompt(text) for text in texts], sum(map(len, texts))
-        )
+        return [_encode(model.tokenizer.encode_prompt, text, model.info, "prompt") for text in texts]
 
-    async def _echoes(
-        self, body: CompletionRequest, prompts: list[list[int]], model: ServedModel
-    ) -> list[EchoedPrompt]:
+    def _echoes(self, body: CompletionRequest, prompts: list[list[int]], model: ServedModel) -> list[EchoedPrompt]:
         """Prompts that came as text are repeated as they are, token ids as their text without special tokens."""
         decode = model.tokenizer.decode
         parts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
         given = [part for part in parts if isinstance(part, str)]
         for prompt in prompts:
             _check_prompt(prompt, model.info, "prompt")
-
-        def echo() -> list[EchoedPrompt]:
-            texts = given or [decode(prompt) for prompt in prompts]
-            return [
-                EchoedPrompt(text, decode(prompt[:1], with_special_tokens=True))
-                for text, prompt in zip(texts, prompts, strict=True)
-            ]
-
-        return await self._tokenize(echo, sum(map(len, prompts)))
-
-    async def _tokenize(self, work: Callable[[], Result], num_chars: int) -> Result:
-        if num_chars <= _INLINE_CHARS:
-            return work()
-        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+        texts = given or [decode(prompt) for prompt in prompts]
+        return [
+            EchoedPrompt(text, decode(prompt[:1], with_special_tokens=True))
+            for text, prompt in zip(texts, prompts, strict=True)
+        ]
 
     def _chat_logprobs(self, body: ChatCompletionRequest) -> int | None:
         if body.top_logprobs is None:
@@ -360,6 +348,24 @@ def _min_tokens(body: SamplingFields, max_tokens: int) -> int:
     return min_tokens
 
 
+def _encode(encode: Callable[..., list[int]], text: str, info: ModelInfo, field: str) -> list[int]:
+    """Raises: ContextLengthError for a text that does not fit the context."""
+    try:
+        return encode(text, max_tokens=info.max_context_tokens)
+    except TextTooLongError as error:
+        raise _too_long(info, field, error.num_tokens, is_exact=error.is_exact) from None
+
+
+def _too_long(info: ModelInfo, field: str, num_tokens: int, *, is_exact: bool = True) -> ContextLengthError:
+    number = str(num_tokens) if is_exact else f"at least {num_tokens}"
+    return ContextLengthError(
+        f"This model's maximum context length is {info.max_context_tokens} tokens. "
+        f"However, your '{field}' has {number} tokens, which leaves none for an answer.",
+        param=field,
+        code="context_length_exceeded",
+    )
+
+
 def _check_prompt(prompt: list[int], info: ModelInfo, field: str) -> None:
     if not prompt:
         raise RequestError(f"'{field}' must give at least one token.", param=field, code="invalid_value")
@@ -387,11 +393,7 @@ def _max_tokens_within_context(prompt: list[int], info: ModelInfo, draft: _Draft
     left = info.max_context_tokens - len(prompt)
     limit = f"This model's maximum context length is {info.max_context_tokens} tokens."
     if left < 1:
-        raise ContextLengthError(
-            f"{limit} However, your '{draft.prompt_field}' has {len(prompt)} tokens, which leaves none for an answer.",
-            param=draft.prompt_field,
-            code="context_length_exceeded",
-        )
+        raise _too_long(info, draft.prompt_field, len(prompt))
     if draft.max_tokens is None:
         return left if draft.default_max_tokens is None else min(left, draft.default_max_tokens)
     if draft.max_tokens > left:

@@ -15,7 +15,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from moeless.gateway.admission import AdmittedRequest
 from moeless.gateway.api_document import describes
-from moeless.gateway.body import read_body
+from moeless.gateway.body import read_json
 from moeless.gateway.errors import describe, encode_error
 from moeless.gateway.metrics import SequenceObserver
 from moeless.gateway.request_id import current_request_id
@@ -31,9 +31,12 @@ from moeless.gateway.responses import (
 from moeless.gateway.schemas import ChatCompletionRequest, CompletionRequest
 from moeless.gateway.service import GatewayService
 from moeless.gateway.streams import ClientGoneError, SequenceStreams, until_disconnect
+from moeless.gateway.text_protocol import Endpoint
 
 logger = logging.getLogger(__name__)
 
+_CLIENT_GONE_STATUS = 499
+"""nginx's; nobody reads it."""
 _START_WAIT_S = 5.0
 """How long a stream waits for the engine's first word before it sends its status line. A refusal (queue full) comes
 at once and becomes a status; a request that waits in the queue must not look dead to clients and proxies."""
@@ -41,14 +44,16 @@ at once and becomes a status; a request that waits in the queue must not look de
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Endpoint:
-    """The encoders of one endpoint."""
+    """What differs between the two endpoints."""
 
+    name: Endpoint
+    id_prefix: str
     chunks: Callable[[AdmittedRequest, int], ChunkEncoder]
     whole: Callable[[WholeResponse, int], bytes]
 
 
-_CHAT = _Endpoint(chunks=ChatChunks, whole=chat_response)
-_COMPLETION = _Endpoint(chunks=CompletionChunks, whole=completion_response)
+_CHAT = _Endpoint(name="chat", id_prefix="chatcmpl", chunks=ChatChunks, whole=chat_response)
+_COMPLETION = _Endpoint(name="completion", id_prefix="cmpl", chunks=CompletionChunks, whole=completion_response)
 
 
 def completions_router(service: GatewayService) -> APIRouter:
@@ -57,21 +62,11 @@ def completions_router(service: GatewayService) -> APIRouter:
 
     @router.post("/v1/chat/completions", openapi_extra=_description("ChatCompletion", ChatCompletionRequest))
     async def create_chat_completion(request: Request) -> Response:
-        arrived_s = time.monotonic()
-        model = service.model()
-        body = await read_body(request, ChatCompletionRequest)
-        request_id = f"chatcmpl-{uuid.uuid4().hex}"
-        admitted = await service.admission.admit_chat(body, model, request_id)
-        return _GenerationResponse(service, _CHAT, admitted, arrived_s)
+        return await _respond(service, request, _CHAT)
 
     @router.post("/v1/completions", openapi_extra=_description("Completion", CompletionRequest))
     async def create_completion(request: Request) -> Response:
-        arrived_s = time.monotonic()
-        model = service.model()
-        body = await read_body(request, CompletionRequest)
-        request_id = f"cmpl-{uuid.uuid4().hex}"
-        admitted = await service.admission.admit_completion(body, model, request_id)
-        return _GenerationResponse(service, _COMPLETION, admitted, arrived_s)
+        return await _respond(service, request, _COMPLETION)
 
     return router
 
@@ -79,6 +74,20 @@ def completions_router(service: GatewayService) -> APIRouter:
 def _description(answer: str, body: type[BaseModel]) -> dict[str, Any]:
     content = {"application/json": answer, "text/event-stream": "Event"}
     return describes(content, 400, 404, 413, 415, 429, 500, 503, body=body)
+
+
+async def _respond(service: GatewayService, request: Request, endpoint: _Endpoint) -> Response:
+    arrived_s = time.monotonic()
+    service.model()
+    body = await read_json(request)
+    admitting = service.texts.admit(endpoint.name, body, f"{endpoint.id_prefix}-{uuid.uuid4().hex}")
+    del body  # else it would be kept for as long as the answer takes
+    try:
+        admitted = await until_disconnect(request.receive, admitting)
+    except ClientGoneError:
+        logger.info("client gone before its request was read request=%s", current_request_id())
+        return Response(status_code=_CLIENT_GONE_STATUS)
+    return _GenerationResponse(service, endpoint, admitted, arrived_s)
 
 
 class _GenerationResponse(Response):

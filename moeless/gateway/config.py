@@ -35,6 +35,11 @@ class GatewayConfig:
     """Entries of logit_bias; each costs a write in every decoding step."""
     max_writes_per_s: int = 300
     """Over all streams; with more than a few of them, tokens are sent a few at a time (streams.WritePacer)."""
+    max_text_processes: int = 2
+    """Processes that read bodies and tokenize (text_process.py); all but one may work on large bodies. More would take
+    the engine's cores from it."""
+    max_waiting_texts: int = 256
+    """Requests that are read, or wait to be; each holds its body."""
     retry_after_s: float = 1.0
     """Retry-After of a 503 while the engine is starting or away."""
     engine_retry_s: float = 0.5

@@ -42,11 +42,11 @@ def info_router(service: GatewayService) -> APIRouter:
 
     @router.get("/v1/models", openapi_extra=describes(_json_of("Models"), 503))
     async def list_models() -> Response:
-        return _json({"object": "list", "data": [_model(service.model().info)]})
+        return _json({"object": "list", "data": [_model(service.model())]})
 
     @router.get("/v1/models/{model_id:path}", openapi_extra=describes(_json_of("Model"), 404, 503))
     async def retrieve_model(model_id: str) -> Response:
-        info = service.model().info
+        info = service.model()
         if model_id != info.model_id:
             raise ModelNotFoundError(
                 f"The model {model_id[:200]!r} does not exist here; this server has {info.model_id!r}.",
@@ -64,7 +64,7 @@ def info_router(service: GatewayService) -> APIRouter:
         return _json(
             {
                 "object": "list",
-                "model": service.model().info.model_id,
+                "model": service.model().model_id,
                 "data": functions,
                 "totals": _totals(functions, stats.workers),
                 "workers": stats.workers,
@@ -75,7 +75,7 @@ def info_router(service: GatewayService) -> APIRouter:
     async def list_predictors() -> Response:
         """How each layer's load is forecast, and how well."""
         stats = await service.client().stats()
-        return _json({"object": "list", "model": service.model().info.model_id, "data": stats.predictions})
+        return _json({"object": "list", "model": service.model().model_id, "data": stats.predictions})
 
     return router
 

@@ -8,26 +8,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from pathlib import Path
 
 from moeless.core.generation import EngineClient, ModelInfo
-from moeless.gateway.admission import Admission, ServedModel
 from moeless.gateway.config import GatewayConfig
 from moeless.gateway.errors import EngineStartingError
 from moeless.gateway.metrics import GatewayMetrics, ModelMetrics
 from moeless.gateway.streams import WritePacer
-from moeless.text.template_probe import TemplateTraits
-from moeless.text.tokenizer import Tokenizer
+from moeless.gateway.text_pool import TextPool
 
 logger = logging.getLogger(__name__)
 
 EngineSource = EngineClient | Callable[[], Awaitable[EngineClient]]
 """An engine, or how to reach one; the latter is called until it has succeeded once."""
-
-_TOKENIZER_THREADS = 2
-"""Long prompts are tokenized here; more threads would take the engine's cores from it."""
 
 
 class GatewayService:
@@ -38,10 +31,9 @@ class GatewayService:
         self.metrics = GatewayMetrics()
         self.pacer = WritePacer(config.max_writes_per_s)
         self._source = source
-        self._executor = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="tokenize")
-        self.admission = Admission(config, self._executor)
+        self.texts = TextPool(config)
         self._client: EngineClient | None = None
-        self._model: ServedModel | None = None
+        self._model: ModelInfo | None = None
         self._model_metrics: ModelMetrics | None = None
 
     @asynccontextmanager
@@ -56,20 +48,19 @@ class GatewayService:
                 await connecting
             if self._client is not None:
                 await self._client.close()
-            self._executor.shutdown(cancel_futures=True)
+            await self.texts.close()
 
     async def _connect(self) -> None:
         last_error = ""
         client: EngineClient | None = None if callable(self._source) else self._source
         while self._model is None:
             try:
+                await self.texts.start()
                 if client is None:
                     assert callable(self._source)
                     client = await self._source()
                 info = await client.model_info()
-                tokenizer = await asyncio.to_thread(Tokenizer.load, Path(info.tokenizer_path))
-                has_template = tokenizer.chat_template is not None
-                traits = await asyncio.to_thread(tokenizer.probe_template) if has_template else TemplateTraits()
+                await self.texts.load(info)
             except Exception as error:
                 # The engine may be starting for minutes: one line for each new reason, not for each try.
                 if repr(error) != last_error:
@@ -79,14 +70,14 @@ class GatewayService:
                 continue
             self._client = client
             self._model_metrics = ModelMetrics(self.metrics, info.model_id)
-            self._model = ServedModel(info=info, tokenizer=tokenizer, traits=traits)
+            self._model = info
             logger.info("engine reached model=%s context=%d", info.model_id, info.max_context_tokens)
 
     def known_model(self) -> ModelInfo | None:
         """The model, or None while the engine has not been reached."""
-        return None if self._model is None else self._model.info
+        return self._model
 
-    def model(self) -> ServedModel:
+    def model(self) -> ModelInfo:
         """Raises: EngineStartingError (503) while the engine has not been reached."""
         if self._model is None:
             raise self._starting()
@@ -122,7 +113,7 @@ class GatewayService:
                 stats = await self._client.stats()
             except Exception:
                 logger.warning("engine gave no stats", exc_info=True)
-            self.metrics.show_engine(self._model.info.model_id, stats)
+            self.metrics.show_engine(self._model.model_id, stats)
         return self.metrics.expose()
 
     def _starting(self) -> EngineStartingError:

@@ -78,8 +78,10 @@ class ChatTemplate:
             self.names: frozenset[str] = frozenset(jinja2.meta.find_undeclared_variables(tree))
             self.attributes: frozenset[str] = _attributes_of(tree)
             self._template = environment.from_string(source)
-        except (jinja2.TemplateError, RecursionError) as error:
-            raise ConfigError(f"the chat template is not valid: {error}") from error
+        except (MemoryError, RenderLimitError):
+            raise
+        except Exception as error:  # constants are computed here, by whatever the template applies to them
+            raise ConfigError(f"the chat template is not valid: {_first_words(error)}") from error
         self._special_tokens = dict(special_tokens)
 
     def render(

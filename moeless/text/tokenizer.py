@@ -52,12 +52,22 @@ class Tokenizer:
         self._bound: LengthBound | None = None
 
     @classmethod
-    def load(cls, folder: Path) -> Tokenizer:
-        """Raises: ConfigError if there is no tokenizer.json or a file cannot be read."""
-        backend = read_backend(folder)
-        special_tokens = read_special_tokens(folder)
+    def load(cls, folder: Path, *, with_template: bool = True) -> Tokenizer:
+        """Read the files of a model.
+
+        Args:
+            with_template: whether to compile the chat template, which computes what is constant in it.
+        Raises: ConfigError if there is no tokenizer.json or a file cannot be read.
+        """
+        tokenizer = cls(read_backend(folder), None, read_special_tokens(folder))
+        if with_template:
+            tokenizer.load_template(folder)
+        return tokenizer
+
+    def load_template(self, folder: Path) -> None:
+        """Raises: ConfigError if the template is not valid or its file cannot be read."""
         source = read_template(folder)
-        return cls(backend, ChatTemplate(source, special_tokens) if source is not None else None, special_tokens)
+        self.chat_template = None if source is None else ChatTemplate(source, self._special_tokens)
 
     @property
     def eos_token_id(self) -> int | None:
@@ -89,11 +99,9 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int], *, with_special_tokens: bool = False) -> str:
         """The text of token ids."""
-        # As with encoding, a batch lets other threads run.
-        texts: list[str] = self.backend_tokenizer.decode_batch(
-            [list(token_ids)], skip_special_tokens=not with_special_tokens
-        )
-        return texts[0]
+        with panics_as_errors("The model's tokenizer cannot decode these tokens"):
+            text: str = self.backend_tokenizer.decode(list(token_ids), skip_special_tokens=not with_special_tokens)
+        return text
 
     def render_chat(
         self,

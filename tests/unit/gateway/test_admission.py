@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
-from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -24,26 +20,25 @@ pytestmark = pytest.mark.anyio
 
 
 class Admitter:
-    def __init__(self, folder: Path, executor: ThreadPoolExecutor) -> None:
+    def __init__(self, folder: Path) -> None:
         self.tokenizer = Tokenizer.load(folder)
         self.model = ServedModel(
             info=model_info(folder), tokenizer=self.tokenizer, traits=self.tokenizer.probe_template()
         )
-        self.admission = Admission(GatewayConfig(), executor)
+        self.admission = Admission(GatewayConfig())
 
     async def chat(self, content: object = "hi", **fields: object) -> AdmittedRequest:
         body = ChatCompletionRequest.model_validate(chat(content, **fields))
-        return await self.admission.admit_chat(body, self.model, "chatcmpl-1")
+        return self.admission.admit_chat(body, self.model, "chatcmpl-1")
 
     async def completion(self, prompt: object = "hi", **fields: object) -> AdmittedRequest:
         body = CompletionRequest.model_validate(completion(prompt, **fields))
-        return await self.admission.admit_completion(body, self.model, "cmpl-1")
+        return self.admission.admit_completion(body, self.model, "cmpl-1")
 
 
 @pytest.fixture
-async def admit(tokenizer_folder: Path) -> AsyncIterator[Admitter]:
-    with ThreadPoolExecutor(1, thread_name_prefix="tokenize") as executor:
-        yield Admitter(tokenizer_folder, executor)
+def admit(tokenizer_folder: Path) -> Admitter:
+    return Admitter(tokenizer_folder)
 
 
 def text_of(admit: Admitter, token_ids: list[int]) -> str:
@@ -222,23 +217,3 @@ def test_the_first_choice_keeps_the_seed_and_no_two_share_one(seed: int) -> None
     seeds = [seed_of_choice(seed, choice) for choice in range(32)]
     assert seeds[0] == seed
     assert len(set(seeds)) == 32
-
-
-async def test_a_long_prompt_is_tokenized_beside_the_event_loop(
-    admit: Admitter, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    threads: list[str] = []
-    loop_ran = threading.Event()
-
-    def encode(text: str) -> list[int]:
-        threads.append(threading.current_thread().name)
-        if len(text) > 100:
-            assert loop_ran.wait(10), "the event loop stood still while the prompt was tokenized"
-        return [1]
-
-    monkeypatch.setattr(admit.tokenizer, "encode_prompt", encode)
-    long = asyncio.create_task(admit.completion("long " * 10_000))
-    await admit.completion("short")
-    loop_ran.set()
-    await long
-    assert sorted(name.startswith("tokenize") for name in threads) == [False, True]
