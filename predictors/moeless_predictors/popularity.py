@@ -50,15 +50,14 @@ class PopularityPredictor(LoadPredictor):
     def fit_recording(self, X: ArrayLike, y: ArrayLike) -> Self:
         """Learn from tokens whose order means nothing, as that of a recording's sequences.
 
-        All tokens count alike; together they weigh what an endless stream of them would leave after decay, so that
-        `partial_fit` and `OnlinePopularity` go on from there at the pace of the half-life.
+        All tokens count alike. `OnlinePopularity` discounts their weight to that of an endless stream and goes on from
+        there at the pace of the half-life.
         """
         half_life_tokens, self.half_life_tokens = self.half_life_tokens, None
         try:
             self._learn(X, y, reset=True)
         finally:
             self.half_life_tokens = half_life_tokens
-        self.counts_ = self.counts_ * weight_left(float(self.counts_.sum()) / self.top_k_, half_life_tokens)
         return self
 
     def _learn(self, X: ArrayLike, y: ArrayLike, *, reset: bool) -> Self:
