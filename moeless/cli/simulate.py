@@ -54,7 +54,7 @@ def simulate_command(
     if report is not None:
         require_extra("plot", "--report")
     from moeless.simulate.report.results import SimulationReport
-    from moeless.simulate.report.tables import comparison_tables
+    from moeless.simulate.report.tables import comparison_tables, result_sentence
     from moeless.simulate.routing import SequenceRouting
     from moeless.simulate.settings import described, make_scenario
     from moeless.simulate.systems import SYSTEMS, described_systems, make_systems
@@ -73,6 +73,7 @@ def simulate_command(
         for word, text in assumed.items():
             say(f"{word}: {text}")
         results = _simulated(scenario, made, slo)
+        say(result_sentence(results))
         for table in comparison_tables(results):
             show_table(table)
         found = SimulationReport(

@@ -13,6 +13,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from moeless.core.arrays import read_only
 from moeless.core.errors import ConfigError
 
 _MAX_BYTES = 2**63 - 1
@@ -67,7 +68,7 @@ class WorkerSpec:
 class Cluster:
     """Workers in a fixed order, by whose indices plans name them, and what moves bytes between them.
 
-    Its arrays must not be written to.
+    Its arrays are read-only.
     """
 
     workers: tuple[WorkerSpec, ...]
@@ -95,13 +96,17 @@ class Cluster:
 
     @cached_property
     def speed_W(self) -> NDArray[np.float64]:
-        return np.array([worker.speed for worker in self.workers], dtype=np.float64)
+        speed_W = np.array([worker.speed for worker in self.workers], dtype=np.float64)
+        read_only(speed_W)
+        return speed_W
 
     @cached_property
     def node_W(self) -> NDArray[np.int64]:
         """Index of each worker's node, in the order in which nodes are first named."""
         order: dict[str, int] = {}
-        return np.array([order.setdefault(worker.node, len(order)) for worker in self.workers])
+        node_W = np.array([order.setdefault(worker.node, len(order)) for worker in self.workers])
+        read_only(node_W)
+        return node_W
 
     def capacity_W(self, model: ModelShape) -> NDArray[np.int64]:
         """Instances that fit each worker's memory, over all layers."""
@@ -109,7 +114,9 @@ class Cluster:
 
     @cached_property
     def _memory_W(self) -> NDArray[np.int64]:
-        return np.array([worker.memory_bytes for worker in self.workers], dtype=np.int64)
+        memory_W = np.array([worker.memory_bytes for worker in self.workers], dtype=np.int64)
+        read_only(memory_W)
+        return memory_W
 
 
 def even_cluster(

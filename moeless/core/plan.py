@@ -16,7 +16,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from moeless.core.arrays import BoolArray, FloatArray, IntArray
+from moeless.core.arrays import BoolArray, FloatArray, IntArray, read_only
 from moeless.core.call_cost import CallCost
 from moeless.core.errors import ConfigError
 from moeless.core.expert import FunctionId
@@ -27,8 +27,8 @@ from moeless.core.routing_table import InstanceShare, RoutingTable
 class Plan:
     """Instances in the order of (layer, expert, worker), at most one of a function on a worker.
 
-    Arrays must not be written to, nor those that are computed from them, once. Made by `from_dense` or
-    `from_instances`, which check them.
+    A plan takes its arrays over: they, and those computed from them, are read-only. `from_dense` and `from_instances`
+    check them.
     """
 
     version: int
@@ -41,6 +41,10 @@ class Plan:
     share_N: FloatArray
     """Of the function's tokens, >= 0; the shares of a function's instances sum to 1. An instance with none is kept
     warm for later."""
+
+    def __post_init__(self) -> None:
+        for array in (self.layer_N, self.expert_N, self.worker_N, self.share_N):
+            read_only(array)
 
     @classmethod
     def from_instances(
@@ -96,38 +100,46 @@ class Plan:
     def function_N(self) -> IntArray:
         """layer × E + expert."""
         function_N: IntArray = self.layer_N.astype(np.int64) * self.num_experts + self.expert_N
+        read_only(function_N)
         return function_N
 
     @cached_property
     def keys_N(self) -> IntArray:
         """(layer × E + expert) × W + worker: the same in every plan of the same shape, ascending."""
         keys_N: IntArray = self.function_N * self.num_workers + self.worker_N
+        read_only(keys_N)
         return keys_N
 
     @cached_property
     def layer_worker_N(self) -> IntArray:
         """layer × W + worker."""
         layer_worker_N: IntArray = self.layer_N.astype(np.int64) * self.num_workers + self.worker_N
+        read_only(layer_worker_N)
         return layer_worker_N
 
     @cached_property
     def counts_LE(self) -> IntArray:
         """Replica count of each function, shape (L, E)."""
         counts = np.bincount(self.function_N, minlength=self.num_layers * self.num_experts)
-        return counts.reshape(self.num_layers, self.num_experts)
+        counts_LE = counts.reshape(self.num_layers, self.num_experts)
+        read_only(counts_LE)
+        return counts_LE
 
     @cached_property
     def hosted_LW(self) -> IntArray:
         """Instances of each layer on each worker, shape (L, W)."""
         hosted = np.bincount(self.layer_worker_N, minlength=self.num_layers * self.num_workers)
-        return hosted.reshape(self.num_layers, self.num_workers)
+        hosted_LW = hosted.reshape(self.num_layers, self.num_workers)
+        read_only(hosted_LW)
+        return hosted_LW
 
     def with_version(self, version: int) -> Self:
         """The same under another version."""
         return self._with(version=version)
 
     def with_shares(self, share_N: FloatArray) -> Self:
-        """The same instances with other shares, which are not checked."""
+        """The same instances with other shares, which are not checked but taken over: they become read-only."""
+        read_only(share_N)
         return self._with(share_N=share_N)
 
     def _with(self, **fields: object) -> Self:

@@ -1,4 +1,4 @@
-"""What things cost in seconds: an expert's tokens, the backbone's step, the exchange with workers, a load.
+"""Costs in seconds: an expert's tokens, the backbone's step, the exchange with workers, a start.
 
 Used by simulate, and by planners that weigh a move's gain against its cost. Pure.
 
@@ -6,7 +6,7 @@ Two topologies. Hub: the engine keeps the hidden states, sends each worker one m
 back. All-to-all: every worker computes attention for its part of the batch and sends tokens to the workers of their
 experts (expert parallelism).
 
-Shapes: L MoE layers, W workers, K knots, M of them of means.
+Shapes: L MoE layers, W workers, K knots.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import gammaln, xlogy
 
-from moeless.core.arrays import FloatArray
+from moeless.core.arrays import FloatArray, read_only
 from moeless.core.call_cost import CallCost
 from moeless.core.cluster import Cluster, ModelShape
 from moeless.core.errors import ConfigError
@@ -33,9 +33,15 @@ _MAX_POISSON = 512.0
 """Mean tokens up to which a Poisson distribution is averaged over."""
 
 
+def _fixed(values: Sequence[float]) -> FloatArray:
+    array = np.array(values)
+    read_only(array)
+    return array
+
+
 @dataclass(frozen=True)
 class ExpertTime:
-    """Seconds that one instance takes for a call of so many tokens: piecewise linear between knots.
+    """Seconds of a call of one instance by its tokens: piecewise linear between knots.
 
     Below the first knot as at it (reading the weights is what costs), above the last with its slope; a call of no
     tokens costs nothing.
@@ -59,7 +65,7 @@ class ExpertTime:
 
     @classmethod
     def from_knots(cls, knots: Sequence[tuple[float, float]]) -> Self:
-        """Of (tokens, seconds) pairs in any order."""
+        """From (tokens, seconds) pairs in any order."""
         ordered = sorted(knots)
         return cls(tuple(float(tokens) for tokens, _ in ordered), tuple(float(seconds) for _, seconds in ordered))
 
@@ -79,7 +85,7 @@ class ExpertTime:
 
     @classmethod
     def from_gemm_table(cls, path: str | os.PathLike[str]) -> Self:
-        """Of a CSV with a row for each matrix product of an expert: `tokens_per_expert`, `us_per_expert_gemm`.
+        """From a CSV with a row for each matrix product of an expert: `tokens_per_expert`, `us_per_expert_gemm`.
 
         Raises: ConfigError that names file, line and column.
         """
@@ -97,12 +103,15 @@ class ExpertTime:
     def __call__(self, tokens: ArrayLike) -> FloatArray:
         """Seconds, of the shape of `tokens` (>= 0)."""
         given = np.asarray(tokens, dtype=np.float64)
-        return _seconds(given.ravel(), *self.knots).reshape(given.shape)
+        tokens_K, seconds_K = self.knots
+        seconds: FloatArray = np.interp(given, tokens_K, seconds_K)
+        after = seconds_K[-1] + (given - tokens_K[-1]) * self.last_slope
+        return np.where(given <= 0, 0.0, np.where(given > tokens_K[-1], after, seconds))
 
     @cached_property
     def knots(self) -> tuple[FloatArray, FloatArray]:
-        """Tokens and seconds as arrays."""
-        return np.array(self.tokens_K), np.array(self.seconds_K)
+        """Tokens and seconds as arrays, read-only."""
+        return _fixed(self.tokens_K), _fixed(self.seconds_K)
 
     @property
     def last_slope(self) -> float:
@@ -126,7 +135,7 @@ class ExpertTime:
         )
 
     def averaged(self) -> MeanExpertTime:
-        """Seconds of a call of so many tokens on average: of one that gets a tenth of a token mostly none."""
+        """Mean seconds of a call by its mean tokens: a call of a tenth of a token mostly does not happen."""
         means = np.concatenate(([0.0], 2.0 ** np.arange(-8, np.log2(_MAX_POISSON) + 0.125, 0.125)))
         tokens, means_K1 = np.arange(int(2 * _MAX_POISSON)), means[:, np.newaxis]
         chances = np.exp(xlogy(tokens, means_K1) - means_K1 - gammaln(tokens + 1))
@@ -148,53 +157,24 @@ class MeanExpertTime:
     def __call__(self, mean_tokens: ArrayLike) -> FloatArray:
         """Seconds, of the shape of `mean_tokens` (>= 0)."""
         given = np.asarray(mean_tokens, dtype=np.float64)
-        seconds = _mean_seconds(given.ravel(), *self._knots, *self.expert_time.knots)
-        return seconds.reshape(given.shape)
+        means_K, seconds_K = self._knots
+        seconds: FloatArray = np.interp(given, means_K, seconds_K)
+        is_beyond = given > means_K[-1]
+        if is_beyond.any():
+            seconds = np.where(is_beyond, self.expert_time(given), seconds)
+        return seconds
 
     @cached_property
     def _knots(self) -> tuple[FloatArray, FloatArray]:
-        return np.array(self.means_K), np.array(self.seconds_K)
-
-
-@compiled
-def _between(tokens: float, knots_K: FloatArray, seconds_K: FloatArray) -> float:
-    """Piecewise linear between knots, flat before the first, with the last slope after it; nothing for no tokens."""
-    if tokens <= 0:
-        return 0.0
-    after = int(np.searchsorted(knots_K, tokens, side="right"))
-    k = min(max(after - 1, 0), len(knots_K) - 2)
-    slope = (seconds_K[k + 1] - seconds_K[k]) / (knots_K[k + 1] - knots_K[k])
-    seconds: float = seconds_K[k] + max(tokens - knots_K[k], 0.0) * slope
-    return seconds
-
-
-@compiled
-def _seconds(tokens: FloatArray, knots_K: FloatArray, seconds_K: FloatArray) -> FloatArray:
-    seconds = np.empty_like(tokens)
-    for i, given in enumerate(tokens):
-        seconds[i] = _between(given, knots_K, seconds_K)
-    return seconds
-
-
-@compiled
-def _mean_seconds(
-    tokens: FloatArray, means_M: FloatArray, seconds_M: FloatArray, knots_K: FloatArray, seconds_K: FloatArray
-) -> FloatArray:
-    seconds = np.empty_like(tokens)
-    for i, given in enumerate(tokens):
-        if given > means_M[-1]:
-            seconds[i] = _between(given, knots_K, seconds_K)
-        else:
-            seconds[i] = _between(given, means_M, seconds_M)
-    return seconds
+        return _fixed(self.means_K), _fixed(self.seconds_K)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BackboneTime:
-    """Seconds of everything but the routed experts, in one engine step."""
+    """Seconds of an engine step without the routed experts."""
 
     step_s: float
-    """Whatever the batch: launching, reading the weights."""
+    """Of every step, whatever the batch: launching, reading the weights."""
     token_s: float
     """For each token."""
     decode_context_s: float
@@ -224,7 +204,7 @@ class BackboneTime:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExchangeTime:
-    """What sending to workers costs beside bytes over bandwidth, each way."""
+    """Seconds of an exchange with workers beside bytes over bandwidth, each way."""
 
     hub_s: float
     """Of a hub's exchange, however many workers it touches."""
@@ -256,19 +236,20 @@ class CostProfile:
     backbone: BackboneTime
     exchange: ExchangeTime
     start_s: float = 0.0
-    """Of a load beside its bytes: finding, allocating, copying's start."""
+    """Of starting an instance beside fetching its bytes: finding, allocating, copying's start."""
     worker_start_s: tuple[float, float] = (10.0, 40.0)
-    """Least and most that a new worker takes until it can load: process, device context, framework."""
+    """Range of the time from starting a worker until it can fetch: process, device context, framework."""
     device_bytes: int | None = None
-    """Memory of the device that is a worker, experts being a part of what it holds; None: the profile does not tell."""
+    """Memory of the device that is a worker, experts being a part of what it holds; None: unknown."""
 
     def __post_init__(self) -> None:
         if not self.start_s >= 0:
             raise ConfigError(f"profile {self.name}: start_s must be at least 0, got {self.start_s}")
-        least, most = self.worker_start_s
-        if not 0 <= least <= most:
+        shortest_s, longest_s = self.worker_start_s
+        if not 0 <= shortest_s <= longest_s:
             raise ConfigError(
-                f"profile {self.name}: worker_start_s must be from a least >= 0 to a most, got {self.worker_start_s}"
+                f"profile {self.name}: worker_start_s must be a range from a minimum >= 0 to a maximum, got "
+                f"{self.worker_start_s}"
             )
 
     def link_s(self, cluster: Cluster) -> float:
@@ -278,7 +259,7 @@ class CostProfile:
         return self.model.hidden_bytes * (1 + self.exchange.combine_ratio) / bytes_per_s
 
     def start_time(self, num_bytes: float, bytes_per_s: float) -> float:
-        """Seconds of loading one instance over a link that gives it `bytes_per_s`."""
+        """Seconds of starting one instance over a link that gives it `bytes_per_s`."""
         return self.start_s + num_bytes / bytes_per_s
 
 
@@ -300,7 +281,7 @@ def hub_seconds(
         tokens_LW: distinct tokens that each worker gets; one with none gets no message.
         token_bytes: of one token, that way.
         engine_node: index of the node the engine is on; workers of others are reached by `remote_bytes_per_s`.
-        engine_links: so many links of a worker's bandwidth leave the engine.
+        engine_links: bandwidth of the engine, in links of a worker.
         free_link_W: share of each worker's bandwidth that transfers leave, in (0, 1]; default: all.
     """
     is_near_W = cluster.node_W == engine_node

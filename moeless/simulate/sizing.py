@@ -17,12 +17,12 @@ from moeless.core.errors import ConfigError
 from moeless.core.policy.values import MEMORY_PATTERN, memory_bytes
 from moeless.planning.cost import CostProfile
 from moeless.planning.place import InfeasiblePlacementError
-from moeless.simulate.report.results import SystemResult
+from moeless.simulate.report.results import BOUNDS, SystemResult
 from moeless.simulate.routing import SequenceRouting
 from moeless.simulate.scenario import Scenario, TransferConfig
 from moeless.simulate.settings import ScenarioSettings, make_scenario
 from moeless.simulate.simulation import OnProgress, simulate
-from moeless.simulate.systems import BOUNDS, SYSTEMS, SystemConfig
+from moeless.simulate.systems import SYSTEMS, SystemConfig
 from moeless_predictors.traces import ArrivalTrace
 
 BUYABLE = tuple(name for name in SYSTEMS if name not in BOUNDS)

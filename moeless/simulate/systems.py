@@ -178,9 +178,6 @@ SYSTEMS: dict[str, Callable[[Scenario, SystemConfig], System]] = {
 }
 """By name, in the order of the tables."""
 
-BOUNDS = ("foresight", "whole-experts", "limit")
-"""Those that nobody can run."""
-
 
 def make_systems(
     scenario: Scenario, *, names: Sequence[str] | None = None, config: SystemConfig | None = None

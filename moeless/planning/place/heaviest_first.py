@@ -73,7 +73,7 @@ def heaviest_first(
     hosted_LE, hosted_LW = _hosted(has_LEW)
     counts_LE = hosted_LE + add_LE
     weight_LE = np.ascontiguousarray(work_LE / np.maximum(counts_LE, 1))
-    speed_W, capacity_W = cluster.speed_W, cluster.capacity_W(model)
+    speed_W, capacity_W = cluster.speed_W.copy(), cluster.capacity_W(model)
     free_W = capacity_W - hosted_LW.sum(axis=0)
     part_L = counts_LE.sum(axis=1) / counts_LE.sum()
     for layer in np.flatnonzero(add_LE.any(axis=1)).tolist():

@@ -42,7 +42,10 @@ class TransferTimes:
             for bytes_per_s in (cluster.fetch_bytes_per_s, cluster.local_bytes_per_s, cluster.remote_bytes_per_s)
         )
         return cls(
-            node_W=cluster.node_W, fetch_s=fetch_s, local_s=min(fetch_s, local_s), remote_s=min(fetch_s, remote_s)
+            node_W=cluster.node_W.copy(),
+            fetch_s=fetch_s,
+            local_s=min(fetch_s, local_s),
+            remote_s=min(fetch_s, remote_s),
         )
 
     @property

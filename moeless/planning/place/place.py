@@ -119,7 +119,8 @@ def _with_counts(
     before_keys: IntArray = np.empty(0, dtype=np.int64)
     before_shares: FloatArray = np.empty(0)
     if previous is not None:
-        before_keys, before_shares = previous.keys_N, previous.share_N
+        # Copies can be written to: compiled code is made for one kind of array.
+        before_keys, before_shares = previous.keys_N.copy(), previous.share_N.copy()
     layer_N, expert_N, worker_N, share_N = _instances(
         has_LEW, int(np.count_nonzero(has_LEW)), before_keys, before_shares
     )

@@ -79,11 +79,11 @@ def settled_shares(
     """
     new_N, work_LW = share_N.astype(np.float64), np.zeros((len(work_LE), len(speed_W)))
     _settle_layers(
-        np.ascontiguousarray(layer_N, dtype=np.int64),
-        np.ascontiguousarray(expert_N, dtype=np.int64),
-        np.ascontiguousarray(worker_N, dtype=np.int64),
-        np.ascontiguousarray(work_LE, dtype=np.float64),
-        np.ascontiguousarray(speed_W, dtype=np.float64),
+        np.array(layer_N, dtype=np.int64, order="C"),
+        np.array(expert_N, dtype=np.int64, order="C"),
+        np.array(worker_N, dtype=np.int64, order="C"),
+        np.array(work_LE, dtype=np.float64, order="C"),
+        np.array(speed_W, dtype=np.float64, order="C"),
         tolerance,
         new_N,
         work_LW,

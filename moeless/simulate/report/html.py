@@ -6,7 +6,7 @@ from html import escape
 
 from moeless.simulate.report.plots import Plot, report_plots
 from moeless.simulate.report.results import SimulationReport
-from moeless.simulate.report.tables import TextTable, comparison_tables
+from moeless.simulate.report.tables import TextTable, comparison_tables, result_sentence
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #1c2126; --page: #ffffff; --grid: #c9ced4; --line: #d8dde2; --soft: #5a646e; }
@@ -56,6 +56,7 @@ def report_html(report: SimulationReport) -> str:
             "</head>",
             "<body>",
             "<h1>Simulated systems</h1>",
+            f'<p id="result">{escape(result_sentence(report.results))}</p>',
             f"<p>{escape(report.scenario['model'])}<br>{escape(names)}</p>",
             *parts,
             "</body>",

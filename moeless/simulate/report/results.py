@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 PERCENTILES = (50, 90, 99)
+BOUNDS = ("foresight", "whole-experts", "limit")
+"""Systems that nobody can run."""
 
 
 class Latency(msgspec.Struct, frozen=True, kw_only=True):

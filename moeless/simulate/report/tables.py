@@ -10,7 +10,7 @@ import numpy as np
 
 from moeless.core.expert import FunctionId
 from moeless.simulate.recommend import Alternative, CapacityReport, Recommendation
-from moeless.simulate.report.results import Latency, SystemResult
+from moeless.simulate.report.results import BOUNDS, Latency, SystemResult
 
 REFERENCE = "static"
 _CLOSE = 0.005
@@ -30,6 +30,26 @@ def comparison_tables(results: Sequence[SystemResult]) -> list[TextTable]:
     """Requests, layers and cost; changes are against static expert parallelism, or the first system without it."""
     reference = next((result for result in results if result.system == REFERENCE), results[0])
     return [_requests(results), _layers(results, reference), _costs(results, reference)]
+
+
+def result_sentence(results: Sequence[SystemResult]) -> str:
+    """The result in one sentence: the fastest system that can be run, and how it compares with the reference."""
+    able = [result for result in results if result.system not in BOUNDS] or list(results)
+    reference = next((result for result in able if result.system == REFERENCE), able[0])
+    fastest = min(able, key=lambda result: result.layer_s.mean)
+    if fastest is reference:
+        others = f", the shortest of {len(able)} systems" if len(able) > 1 else ""
+        said = f"{reference.system} takes {fastest.layer_s.mean * 1e6:,.0f} µs for an MoE layer on average{others}"
+    else:
+        said = (
+            f"{fastest.system} has the fastest MoE layers: {fastest.layer_s.mean * 1e6:,.0f} µs on average, "
+            f"{_change(fastest.layer_s.mean, reference.layer_s.mean)} against {reference.system}, with "
+            f"{_change(fastest.resident_byte_s, reference.resident_byte_s)} memory held"
+        )
+    limit = next((result for result in results if result.system == "limit"), None)
+    if limit is not None:
+        said += f"; the limit of every plan is {limit.layer_s.mean * 1e6:,.0f} µs"
+    return f"{said}."
 
 
 def _requests(results: Sequence[SystemResult]) -> TextTable:

@@ -76,3 +76,12 @@ def test_a_policy_without_overflow_has_no_note(policy: Path) -> None:
 
 def test_the_schema_is_printed_as_json() -> None:
     assert json.loads(moeless_policy("schema").output) == policy_schema()
+
+
+def test_a_setting_by_its_old_name_is_refused_with_the_new_one(tmp_path: Path) -> None:
+    file = tmp_path / "policy.yaml"
+    file.write_text("defaults: {placer: {name: minimalMoves, goodEnough: 1.1}}\n")
+    result = moeless_policy("check", file)
+    assert str(result.exception) == (
+        f"{file}: defaults.placer.goodEnough must not be given: the field is now maxImbalance"
+    )

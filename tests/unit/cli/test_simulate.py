@@ -275,3 +275,15 @@ def test_the_page_on_the_simulator_names_every_option() -> None:
     options = set(re.findall(r"--[a-z][a-z-]+", shown)) - {"--help", "--no-in-order"}
     assert len(options) > 30
     assert {option for option in options if f"`{option}" not in page} == set()
+
+
+@pytest.mark.parametrize("command", ["simulate", "plan"])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("--policies", "--systems"), ("--load-gb-s", "--fetch-gb-s"), ("--eplb-redundant", "--eplb-spare-replicas")],
+)
+@pytest.mark.parametrize("form", ["{}=1", "{}"])
+def test_an_option_by_its_old_name_is_refused_with_the_new_one(command: str, old: str, new: str, form: str) -> None:
+    result = CliRunner().invoke(app, [command, form.format(old), "1"])
+    assert isinstance(result.exception, ConfigError)
+    assert str(result.exception) == f"{old} must not be given: the option is now {new}"

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moeless.core.cluster import even_cluster
 from moeless.core.errors import ConfigError
 from moeless.core.expert import FunctionId
 from moeless.core.plan import Plan
@@ -98,3 +99,20 @@ def test_loads_of_another_shape_are_refused() -> None:
     plan = _plan([(0, 0, 0, 1.0)])
     with pytest.raises(ConfigError, match="load_LE must be of the plan's .* layers and experts"):
         plan.worker_load_LW(np.ones((3, 4)))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["layer_N", "expert_N", "worker_N", "share_N", "function_N", "keys_N", "layer_worker_N", "counts_LE", "hosted_LW"],
+)
+def test_a_plans_arrays_are_read_only(name: str) -> None:
+    plan = Plan.from_dense(np.ones((1, 2, 2), dtype=bool), np.full((1, 2, 2), 0.5), version=1)
+    for same in (plan, plan.with_version(2), plan.with_shares(np.full(4, 0.5))):
+        with pytest.raises(ValueError, match="read-only"):
+            getattr(same, name)[...] = 0
+
+
+@pytest.mark.parametrize("name", ["speed_W", "node_W"])
+def test_a_clusters_arrays_are_read_only(name: str) -> None:
+    with pytest.raises(ValueError, match="read-only"):
+        getattr(even_cluster(2, memory_bytes=1), name)[...] = 0

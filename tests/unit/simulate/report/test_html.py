@@ -15,7 +15,7 @@ import pytest
 
 from moeless.simulate.report.html import report_html
 from moeless.simulate.report.results import SimulationReport
-from moeless.simulate.report.tables import comparison_tables
+from moeless.simulate.report.tables import comparison_tables, result_sentence
 from moeless.simulate.scenario import Scenario
 from moeless.simulate.settings import described
 from moeless.simulate.simulation import simulate
@@ -69,6 +69,26 @@ def test_the_page_holds_every_cell_of_the_tables_and_every_assumption(report: Si
     for table in comparison_tables(report.results):
         assert words >= {cell for row in table.rows for cell in row}
     assert words >= set(report.scenario.values())
+
+
+def test_the_page_begins_with_its_result_in_one_sentence(report: SimulationReport, page: str) -> None:
+    sentence = result_sentence(report.results)
+    assert page.index(sentence) < page.index("<table")
+    static, moeless, limit = report.results
+    fast, slow = sorted((static, moeless), key=lambda result: result.layer_s.mean)
+    assert f"{fast.layer_s.mean * 1e6:,.0f} µs" in sentence
+    assert sentence.startswith(fast.system)
+    assert f"the limit of every plan is {limit.layer_s.mean * 1e6:,.0f} µs." in sentence
+    if fast is moeless:
+        assert f"{moeless.layer_s.mean / slow.layer_s.mean - 1:+.0%} against static" in sentence
+
+
+@pytest.mark.parametrize("names", [["static"], ["limit"], ["moeless", "static"], ["moeless"]])
+def test_a_result_is_said_of_any_systems(report: SimulationReport, names: list[str]) -> None:
+    chosen = [result for name in names for result in report.results if result.system == name]
+    sentence = result_sentence(chosen)
+    assert sentence.endswith(".")
+    assert any(sentence.startswith(name) for name in names)
 
 
 def test_text_of_a_user_is_never_markup(page: str) -> None:
