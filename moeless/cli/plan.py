@@ -11,7 +11,7 @@ import typer
 
 from moeless.cli._console import one_line_errors, progress_of, say
 from moeless.cli._extras import require_extra
-from moeless.cli._options import output_file
+from moeless.cli._options import above_zero, output_file
 from moeless.cli._scenario import (
     ScenarioOptions,
     checked_slo,
@@ -45,6 +45,12 @@ def plan_command(
     worker_hour_cost: Annotated[
         float | None, typer.Option(help="Dollars for a worker and hour: costs are told in dollars too.")
     ] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Place the plan by integer programmes: slower, proved near the optimum.")
+    ] = False,
+    exact_seconds: Annotated[
+        float, typer.Option(callback=above_zero, help="With --exact: time limit of the solver for a layer.")
+    ] = 10.0,
     json_: Annotated[
         Path | None, typer.Option("--json", callback=output_file, help="Write everything to this file.")
     ] = None,
@@ -94,7 +100,9 @@ def plan_command(
             memory_per_worker=memory,
             expert_bytes=profile.model.expert_bytes,
             alternatives=[alternative_of(one, worker_hour_cost=worker_hour_cost) for one in all_sized],
-            recommendation=None if best is None else recommended(case, *best, statistics),
+            recommendation=None
+            if best is None
+            else recommended(case, *best, statistics, exact_time_limit_s=exact_seconds if exact else None),
         )
         _show(found, top_k=routing.top_k)
         if json_ is not None:

@@ -20,6 +20,7 @@ from moeless.planning.affinity.metrics import balance_L, touched
 from moeless.planning.affinity.statistics import AffinityStatistics
 from moeless.planning.first_plan import steady_observation
 from moeless.planning.place import InfeasiblePlacementError
+from moeless.simulate.exact import ExactPlacement, placed_exactly
 from moeless.simulate.report.results import SystemResult
 from moeless.simulate.settings import described
 from moeless.simulate.sizing import EXPERTS_SHARE, Candidate, Probe, Sized, SizingCase, mean_workers
@@ -93,6 +94,8 @@ class Recommendation(msgspec.Struct, frozen=True, kw_only=True):
     workers_touched: float
     num_without_instance: int
     """Functions that the trace uses and the plan starts only when they are needed."""
+    exact: ExactPlacement | None = None
+    """With --exact: what the integer programmes reached."""
     plan: list[PlannedWorker]
     layers: list[PlannedLayer]
 
@@ -223,14 +226,22 @@ def _rank(found: Sized) -> tuple[float, float]:
     return mean_workers(found.result), found.result.resident_byte_s / found.result.duration_s
 
 
-def recommended(case: SizingCase, found: Sized, why: str, statistics: AffinityStatistics) -> Recommendation:
+def recommended(
+    case: SizingCase,
+    found: Sized,
+    why: str,
+    statistics: AffinityStatistics,
+    *,
+    exact_time_limit_s: float | None = None,
+) -> Recommendation:
     """The plan that the system's own planner makes for the load that it met, with nothing placed before.
 
     The load is that of the step that the average token was in, spread over functions as in the routing; the forecast
     quantile is that of tokens that come independently.
 
     Args:
-        statistics: of the routing, by which is told how many workers a token touches.
+        statistics: of the routing: they count the workers that a token touches.
+        exact_time_limit_s: improve the plan by integer programmes, with this time for a layer. None: do not.
     """
     assert found.workers is not None
     assert found.result is not None
@@ -239,6 +250,11 @@ def recommended(case: SizingCase, found: Sized, why: str, statistics: AffinitySt
     load_LE = case.routing.per_token_LE() * found.result.step_tokens
     plan = system.planner.plan(steady_observation(load_LE, quantile=system.forecast.quantile), None)
     cluster, model = scenario.cluster, scenario.profile.model
+    exact = None
+    if exact_time_limit_s is not None:
+        plan, exact = placed_exactly(
+            plan, statistics, load_LE, scenario, topology=system.topology, time_limit_s=exact_time_limit_s
+        )
     imbalance_L = balance_L(plan, load_LE, cluster.speed_W)
     _, shares_LEW = plan.dense()
     touched_L = [touched(shares_EW, sets) for shares_EW, sets in zip(shares_LEW, statistics.sets, strict=True)]
@@ -253,6 +269,7 @@ def recommended(case: SizingCase, found: Sized, why: str, statistics: AffinitySt
         instances=plan.num_instances,
         imbalance=float(np.mean(imbalance_L)),
         workers_touched=float(np.mean(touched_L)),
+        exact=exact,
         num_without_instance=int(((counts_LE == 0) & (load_LE > 0)).sum()),
         plan=[
             PlannedWorker(

@@ -56,8 +56,8 @@ class OptimalPlan:
 
     plan: Plan
     bound_L: FloatArray | None
-    """Workers touched by a token in each layer: no placement within the bounds has fewer. None for hops: each layer is
-    optimal given its neighbours, but all together need not be."""
+    """Workers touched by a token in each layer: no placement within the bounds has fewer; of layers that are
+    kept, what they have. None for hops: each layer is optimal given its neighbours, but all together need not be."""
     gap: float
     """Workers: the largest gap of a layer between the plan and what is proved. Hops: of the last programme of a layer,
     between what it found and the optimum beside the layer's neighbours, in pairs kept."""
@@ -73,29 +73,36 @@ def min_workers_plan(
     affinity: AffinityConfig,
     config: ProgrammeConfig | None = None,
     bounds: Sequence[LayerBounds] | None = None,
+    keeps_replicated: bool = False,
 ) -> OptimalPlan:
     """Fewest workers touched, layer by layer. Of `affinity`, max_imbalance and max_instances count.
 
     Workers that are alike are named so that as many instances as can be stay where `start` has them.
 
-    Args: bounds: of each layer, in place of those that follow from `start` and `affinity`; `start` must keep to them.
+    Args:
+        bounds: of each layer, in place of those that follow from `start` and `affinity`; `start` must keep to them.
+        keeps_replicated: layers in which a function has several instances, or none, stay as they are.
     Raises: ConfigError if a function has several instances: their product makes the programme quadratic.
     """
     config = config or ProgrammeConfig()
     checked_shares(start, statistics)
     counts_LE = start.counts_LE
-    if (counts_LE != 1).any():
+    is_single_L = (counts_LE == 1).all(axis=1)
+    if not keeps_replicated and not is_single_L.all():
         layer, expert = np.argwhere(counts_LE != 1)[0]
         raise ConfigError(
             f"start must have one instance of every function, got {counts_LE[layer, expert]} of "
             f"{FunctionId(int(layer), int(expert))}"
         )
     cost_L = workers_touched_L(start, statistics)
-    worker_LE = start.worker_N.reshape(counts_LE.shape).copy()
-    bound_L = np.zeros(start.num_layers)
+    worker_N, spans = start.worker_N.copy(), layer_spans(start)
+    bound_L = cost_L.copy()
     for layer, given in enumerate(bounds or layer_bounds(start, load_LE, cluster.speed_W, affinity)):
-        spare_W = cluster.capacity_W(model) - np.bincount(worker_LE.reshape(-1), minlength=start.num_workers)
-        within = _within_memory(given, worker_LE[layer], spare_W)
+        if not is_single_L[layer]:
+            continue
+        worker_E = worker_N[spans[layer]]
+        spare_W = cluster.capacity_W(model) - np.bincount(worker_N, minlength=start.num_workers)
+        within = _within_memory(given, worker_E, spare_W)
         sets = statistics.sets[layer]
         if are_alike(within) and num_groups(start.num_experts, within) <= config.max_groups:
             solved = min_workers_by_groups(
@@ -106,11 +113,11 @@ def min_workers_plan(
             solved = min_workers(sets, within, limits=config.limits, max_sets=config.max_sets)
         bound_L[layer] = min(solved.bound, cost_L[layer])
         if solved.worker_n is not None and solved.cost < cost_L[layer] - 1e-9:
-            named_E = _named_alike(solved.worker_n, worker_LE[layer], start.num_workers)
-            worker_LE[layer] = named_E if are_alike(within) else solved.worker_n
+            named_E = _named_alike(solved.worker_n, worker_E, start.num_workers)
+            worker_N[spans[layer]] = named_E if are_alike(within) else solved.worker_n
             cost_L[layer] = solved.cost
     gap = float((cost_L / np.maximum(bound_L, 1e-12) - 1).max())
-    return OptimalPlan(plan=moved_plan(start, worker_LE.reshape(-1)), bound_L=bound_L, gap=max(gap, 0.0))
+    return OptimalPlan(plan=moved_plan(start, worker_N), bound_L=bound_L, gap=max(gap, 0.0))
 
 
 def min_hops_plan(

@@ -268,6 +268,13 @@ def plan_notes(found: Recommendation, *, top_k: int, max_functions: int = 6) -> 
         f"workers that a token touches in a layer: {found.workers_touched:.2f}, for {top_k} experts",
         f"replicated functions: {len(replicated)}" + (f"; the most on workers: {told}" if replicated else ""),
     ]
+    if found.exact is not None:
+        exact = found.exact
+        what = "workers that a token touches" if exact.objective == "workers" else "hops between layers"
+        notes.append(
+            f"exact: {what} {exact.before:.3f} -> {exact.after:.3f}, at most {exact.gap:.1%} above the optimum in the "
+            f"worst layer; {exact.layers} of {len(found.layers)} layers solved"
+        )
     if found.num_without_instance:
         notes.append(f"functions that start only when they are needed: {found.num_without_instance}")
     return notes

@@ -250,3 +250,39 @@ def test_the_page_on_capacity_and_that_on_the_simulator_name_every_option() -> N
     options = set(re.findall(r"--[a-z][a-z-]+", shown)) - {"--help", "--no-in-order"}
     assert len(options) > 30
     assert {option for option in options if f"`{option}" not in pages} == set()
+
+
+def plan_with(trace: Path, tmp_path: Path, system: str, *options: object) -> CapacityReport:
+    out, policy = tmp_path / "out.json", tmp_path / "policy.yaml"
+    policy.write_text("defaults: {maxReplicas: 1}\n")
+    result = moeless_plan(trace, *SMALL, *SLO, "--systems", system, "--policy", policy, "--json", out, *options)
+    assert result.exit_code == 0, result.output
+    assert ("exact: " in result.output) == ("--exact" in options)
+    return read(out)
+
+
+@pytest.mark.parametrize(("system", "objective"), [("moeless", "workers"), ("static", "hops")])
+def test_an_exact_plan_is_no_worse_and_proves_it(trace: Path, tmp_path: Path, system: str, objective: str) -> None:
+    usual = plan_with(trace, tmp_path, system).recommendation
+    exact = plan_with(trace, tmp_path, system, "--exact").recommendation
+    assert usual is not None
+    assert exact is not None
+    assert usual.exact is None
+    assert exact.exact is not None
+    assert (exact.exact.objective, exact.exact.layers) == (objective, 3)
+    assert exact.exact.after < exact.exact.before
+    assert exact.exact.gap <= 1e-6
+    # The same instances, elsewhere; balance within the bound, or as it was.
+    assert [layer.replicas for layer in exact.layers] == [layer.replicas for layer in usual.layers]
+    assert [worker.functions for worker in exact.plan] != [worker.functions for worker in usual.plan]
+    for after, before in zip(exact.layers, usual.layers, strict=True):
+        assert after.imbalance <= max(1.05, before.imbalance) + 1e-6
+    if objective == "workers":
+        assert exact.exact.before == pytest.approx(usual.workers_touched)
+        assert exact.exact.after == pytest.approx(exact.workers_touched)
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "inf", "nan"])
+def test_a_solver_without_time_is_refused(trace: Path, seconds: str) -> None:
+    result = moeless_plan(trace, *SMALL, *SLO, "--exact", "--exact-seconds", seconds)
+    assert_refused(result, "--exact-seconds must be above 0 and finite", f"got {float(seconds)}")
