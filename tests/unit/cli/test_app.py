@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -172,3 +173,17 @@ def test_the_extras_are_those_of_the_project_file() -> None:
             if not requirement.startswith("moeless[")
         }
         assert named == declared
+
+
+def test_the_docs_of_serving_have_every_option() -> None:
+    text = (ROOT / "docs" / "serving.md").read_text()
+    table = text.partition("| option |")[2].partition("\n\n")[0]
+    written = set(re.findall(r"`(--[a-z-]+)", table))
+    options = {
+        option
+        for param in COMMANDS[("serve",)].params
+        if not param.hidden
+        for option in (*param.opts, *param.secondary_opts)
+        if option.startswith("--")
+    }
+    assert written == options - {"--help"}
