@@ -30,9 +30,11 @@ def context_length(config: Any) -> int | None:
 def limit_context(config: Any, max_model_len: int | None) -> int:
     """Maximum tokens of one sequence: `max_model_len` if that is set, else the model's own.
 
-    Raises: ConfigError if `max_model_len` is more than the model takes, or must be set.
+    Raises: ConfigError if `max_model_len` is below 1 or more than the model takes, or must be set.
     """
     length = context_length(config)
+    if max_model_len is not None and max_model_len < 1:
+        raise ConfigError(f"--max-model-len must be at least 1, got {max_model_len}")
     if max_model_len is None and length is None:
         raise ConfigError("--max-model-len must be set: the model's config has no max_position_embeddings")
     if max_model_len is not None and length is not None and max_model_len > length:

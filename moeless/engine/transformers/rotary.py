@@ -103,12 +103,12 @@ class SequenceRotary:
 
     def _group(self, lengths_BW: NDArray[np.int64], device: torch.device) -> list[tuple[int, Tensor | None]]:
         """For each distinct set of factors, a length that has them and the positions that need them."""
-        representatives: dict[int, int] = {}
-        for length in np.unique(lengths_BW).tolist():
-            representatives[self.factors_of(length)] = length
+        distinct, where = np.unique(lengths_BW, return_inverse=True)
+        factors = [self.factors_of(length) for length in distinct.tolist()]
+        representatives = dict(zip(factors, distinct.tolist(), strict=True))  # the longest of each set
         if len(representatives) == 1:
             return [(length, None) for length in representatives.values()]
-        factors_BW = np.vectorize(self.factors_of, otypes=[np.int64])(lengths_BW)
+        factors_BW = np.array(factors)[where.reshape(lengths_BW.shape)]
         return [
             (length, torch.from_numpy(factors_BW == factors).to(device)) for factors, length in representatives.items()
         ]

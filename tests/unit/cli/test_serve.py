@@ -79,6 +79,7 @@ def test_a_checkpoint_that_is_not_moe_is_one_line_and_code_2(tmp_path: Path) -> 
         ("--max-running", "0", "--max-running"),
         ("--max-waiting", "-1", "--max-waiting"),
         ("--max-model-len", "0", "--max-model-len"),
+        ("--max-model-len", "513", "--max-model-len must be at most 512, the context length of the model,"),
         ("--threads", "0", "--threads"),
         ("--call-timeout", "nan", "--call-timeout"),
         ("--function-idle", "-1", "--function-idle"),

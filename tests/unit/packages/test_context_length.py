@@ -166,6 +166,11 @@ def test_a_limit_above_the_models_length_is_refused_with_both() -> None:
     assert str(refusal.value) == "--max-model-len must be at most 32768, the context length of the model, got 32769"
 
 
+def test_a_limit_below_one_token_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--max-model-len must be at least 1, got 0"):
+        limit_context(config_of(32768), 0)
+
+
 def test_a_model_without_a_length_needs_a_limit() -> None:
     with pytest.raises(ConfigError, match="--max-model-len must be set: the model's config has no max_position"):
         limit_context(config_of(None), None)

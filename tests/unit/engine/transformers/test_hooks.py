@@ -61,6 +61,8 @@ def sequence(request_id: str, length: int, max_tokens: int = 5) -> Sequence:
         (requests.RequestState.to_generation_output, []),
         (requests.RequestState.create_equivalent_initial_request, []),
         (PagedAttentionCache.search_prefix_match, ["request_id", "prompt_ids"]),
+        (PagedAttentionCache.count_new_complete_blocks, ["state", "request_len"]),
+        (PagedAttentionCache.free_blocks, ["request_id", "no_cache"]),
         (
             PagedAttentionCache.extend_read_and_write_indices,
             ["request_id", "past_length", "query_length", "read_index", "write_index"],

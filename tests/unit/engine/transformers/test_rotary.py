@@ -16,7 +16,7 @@ from moeless.engine.config import EngineConfig
 from moeless.engine.transformers import rotary as module
 from moeless.engine.transformers.build import build_engine, paging_obstacle
 from moeless.engine.transformers.continuous import ContinuousEngine
-from moeless.engine.transformers.hooks import PagedBatcher
+from moeless.engine.transformers.hooks import PagedBatcher, kv_bytes_per_token
 from moeless.engine.transformers.rotary import SequenceRotary, changing_at, reset_factors
 from moeless.engine.transformers.static_batch import StaticBatchEngine
 from moeless.packages.pack import pack_checkpoint
@@ -214,6 +214,22 @@ def test_a_sequence_that_is_computed_anew_at_each_token_lets_others_begin_and_de
         recorder.wait_for("short", "long")
     ends = {answer: max(n for n, step in enumerate(recorder.steps) if answer in step) for answer in ("short", "long")}
     assert ends["short"] < ends["long"]
+
+
+@pytest.mark.parametrize("name", ["longrope, paged", "dynamic, paged", "longrope, static", "dynamic, static"])
+def test_more_sequences_than_memory_holds_take_turns_while_they_outgrow_their_factors(name: str) -> None:
+    family, settings, _ = BY_LENGTH[name]
+    model = model_of(family, settings)
+    token_bytes = kv_bytes_per_token(model) if "paged" in name else 3 * (16 + 8) * 4
+    recorder = Recorder()
+    with running(model, recorder, kv_cache_bytes=token_bytes * 72, page_size=4, max_batch_tokens=16) as engine:
+        for number in range(5):
+            engine.submit(request(str(number), prompt_of(CHANGE - 6 + number, seed=number), max_tokens=12))
+        answers = recorder.wait_for(*map(str, range(5)))
+        assert engine.counters().kv_cache_usage == 0
+    for number, answer in enumerate(answers):
+        assert answer.num_tokens == 12
+        assert_tokens_of_each_prefix_alone(model, prompt_of(CHANGE - 6 + number, seed=number), answer)
 
 
 @pytest.mark.parametrize("name", ["dynamic, paged", "dynamic, static"])
