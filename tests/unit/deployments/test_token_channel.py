@@ -136,6 +136,11 @@ def send_until_cut_off(address: str, opening: bytes, endless: bytes) -> int:
     with socket.create_connection((host, int(port)), timeout=20) as stranger:
         try:
             stranger.sendall(opening)
+            if READY in opening:  # a receiver without authentication says that it is ready, too
+                stranger.settimeout(20)
+                heard = b""
+                while b"READY" not in heard and (chunk := stranger.recv(4096)):
+                    heard += chunk
             while num_bytes < 256 << 20:
                 stranger.sendall(block)
                 num_bytes += len(block)
