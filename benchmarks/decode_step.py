@@ -172,7 +172,7 @@ def start_worker(packed: PackedModel, table: RoutingTable, name: str) -> tuple[A
 
 
 def _work(pipe: Connection, packed_path: str, name: str, functions: list[str]) -> None:
-    settings = ServeSettings(packed_path=packed_path, model_id="benchmark", run_secret=RUN_SECRET, dtype="float32")
+    settings = ServeSettings(packed_path=packed_path, model_id="benchmark", dtype="float32")
     host = ExpertHost(settings, name, functions, threads=1)
     assert host.pool.state(FunctionId.parse(functions[0])).value == "warm"
     server = DataPlaneServer(

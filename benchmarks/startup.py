@@ -23,6 +23,7 @@ _CHILD = """
 import json, sys, time
 marks = [("importing packages, opening the packed model", time.time())]
 from moeless.deployments.runtime import prepare_environment
+from moeless.deployments.run_secrets import RunSecrets
 from moeless.deployments.settings import ServeSettings
 from moeless.packages.source import resolve_model
 packed = resolve_model(sys.argv[1])
@@ -34,11 +35,11 @@ from moeless.deployments.application import running
 settings = ServeSettings(
     packed_path=str(packed.path),
     model_id="bench",
-    run_secret="bench",
     num_workers=int(sys.argv[2]),
     port=int(sys.argv[3]),
 )
-with running(packed.manifest, settings, on_phase=lambda phase: marks.append((phase, time.time()))):
+run_secrets = RunSecrets(run_secret="bench")
+with running(packed.manifest, settings, run_secrets, on_phase=lambda phase: marks.append((phase, time.time()))):
     marks.append(("engine reaches its workers", time.time()))
     wait_until_ready(f"http://127.0.0.1:{settings.port}", threading.Event())
     marks.append(("ready", time.time()))

@@ -20,10 +20,16 @@ from moeless.cli._console import PackingProgress, ReservedTerminal, say, say_asi
 from moeless.cli._extras import require_extra
 from moeless.cli._options import above_zero, from_to, input_file, not_empty, options_for
 from moeless.core.errors import ConfigError
+from moeless.deployments.run_secrets import RUN_SECRET_VARIABLE, RunSecrets, read_secrets
+from moeless.deployments.settings import FunctionScaling, PredictionSettings, ServeSettings
+from moeless.dispatch.config import DispatchConfig
+from moeless.engine.config import EngineConfig
+from moeless.gateway.config import GatewayConfig
 
 if TYPE_CHECKING:
-    from moeless.deployments.settings import ServeSettings
     from moeless.packages.manifest import Manifest
+
+_DEFAULTS = ServeSettings(packed_path="", model_id="")
 
 _OPTIONS = {
     name.replace("-", separator): f"--{name}"
@@ -34,8 +40,11 @@ _OPTIONS = {
     for separator in "-_"
 } | {
     "num_threads": "--threads",
-    "call_timeout_s": "--call-timeout",
-    "function_idle_s": "--function-idle",
+    "dispatch.call_timeout_s": "--call-timeout",
+    "functions.max_replicas": "--function-max-replicas",
+    "functions.idle_s": "--function-idle",
+    "prediction.distance": "--predict-distance",
+    "prediction.max_share": "--predict-overhead",
     "host": "--host",
 }
 """Fields that errors begin with, to the options that set them."""
@@ -44,19 +53,26 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 def serve_command(
     model: Annotated[str, typer.Argument(help="moeless-mini, a packed folder, a checkpoint folder or a hub name.")],
-    host: Annotated[str, typer.Option(callback=not_empty, help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(callback=from_to(1, 65535), help="Port to listen on.")] = 8000,
+    host: Annotated[str, typer.Option(callback=not_empty, help="Address to listen on.")] = _DEFAULTS.host,
+    port: Annotated[int, typer.Option(callback=from_to(1, 65535), help="Port to listen on.")] = _DEFAULTS.port,
     workers: Annotated[
         int, typer.Option(callback=from_to(0), help="Worker processes; 0 keeps the experts in the engine's process.")
-    ] = 0,
+    ] = _DEFAULTS.num_workers,
     isolation: Annotated[
         str, typer.Option(help="shared: workers host many functions; function: one deployment each.")
-    ] = "shared",
+    ] = _DEFAULTS.isolation,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
     api_key: Annotated[
         list[str] | None,
         typer.Option(envvar="MOELESS_API_KEY", help="Key that clients must send; may be given more than once."),
+    ] = None,
+    secrets_file: Annotated[
+        Path | None,
+        typer.Option(
+            callback=input_file,
+            help="JSON with run_secret and api_keys, mode 0600; every node must see it under this path.",
+        ),
     ] = None,
     served_model_name: Annotated[
         str | None, typer.Option(callback=not_empty, help="Name in the API; default: the model's.")
@@ -65,10 +81,12 @@ def serve_command(
         int | None,
         typer.Option(callback=from_to(1), help="Maximum tokens of prompt and completion; default: the model's."),
     ] = None,
-    max_running: Annotated[int, typer.Option(callback=from_to(1), help="Sequences decoded together.")] = 64,
+    max_running: Annotated[
+        int, typer.Option(callback=from_to(1), help="Sequences decoded together.")
+    ] = _DEFAULTS.engine.max_running,
     max_waiting: Annotated[
         int, typer.Option(callback=from_to(0), help="Requests held beyond that; more are answered 429.")
-    ] = 256,
+    ] = _DEFAULTS.engine.max_waiting,
     kv_cache_gb: Annotated[
         float | None, typer.Option(callback=above_zero, help="Memory for the KV cache, in GB.")
     ] = None,
@@ -80,13 +98,13 @@ def serve_command(
     ] = None,
     call_timeout: Annotated[
         float, typer.Option(callback=above_zero, help="Seconds after which a worker's answer counts as failed.")
-    ] = 5.0,
+    ] = _DEFAULTS.dispatch.call_timeout_s,
     function_max_replicas: Annotated[
         int, typer.Option(callback=from_to(1), help="isolation function: most replicas of a function.")
-    ] = 4,
+    ] = _DEFAULTS.functions.max_replicas,
     function_idle: Annotated[
         float, typer.Option(callback=above_zero, help="isolation function: idle seconds until a function goes to zero.")
-    ] = 60.0,
+    ] = _DEFAULTS.functions.idle_s,
     cors_allow_origin: Annotated[
         list[str] | None,
         typer.Option(callback=not_empty, help="Origin that browsers may call from; may be given more than once."),
@@ -98,11 +116,12 @@ def serve_command(
         ),
     ] = None,
     predict_distance: Annotated[
-        int, typer.Option(callback=from_to(1), help="How many MoE layers ahead to forecast.")
-    ] = 1,
+        int | None, typer.Option(callback=from_to(1), help="How many MoE layers ahead to forecast; default: 1.")
+    ] = None,
     predict_overhead: Annotated[
-        float, typer.Option(help="Most of the steps' time that forecasting may take; 1 forecasts every step.")
-    ] = 0.015,
+        float | None,
+        typer.Option(help="Maximum share of the steps' time for forecasting (default: 0.015); 1 forecasts every step."),
+    ] = None,
     allow_recording: Annotated[
         bool | None, typer.Option(help="Let clients record what the engine routes; default: on a loopback host.")
     ] = None,
@@ -110,8 +129,8 @@ def serve_command(
     ray_address: Annotated[str | None, typer.Option(help="Ray cluster to join; default: start Ray here.")] = None,
     app_name: Annotated[
         str, typer.Option(callback=not_empty, help="Name of the Serve application on the cluster.")
-    ] = "moeless",
-    route_prefix: Annotated[str, typer.Option(help="Where the API begins on the cluster.")] = "/",
+    ] = _DEFAULTS.app_name,
+    route_prefix: Annotated[str, typer.Option(help="Where the API begins on the cluster.")] = _DEFAULTS.route_prefix,
 ) -> None:
     """Serve a model with expert functions until interrupted."""
     require_extra("serve", "moeless serve")
@@ -121,59 +140,61 @@ def serve_command(
     if allow_tracing is not None:
         raise ConfigError("--allow-tracing is now --allow-recording (and --no-allow-recording)")
     from moeless.deployments.runtime import prepare_environment
-    from moeless.deployments.settings import ServeSettings
     from moeless.packages.context_length import check_context
     from moeless.packages.source import resolve_model
 
     with PackingProgress() as on_progress:
         packed = resolve_model(model, on_progress=on_progress)
     check_context(packed, max_model_len)
-    if "MOELESS_TOKEN" in os.environ:
-        raise ConfigError("MOELESS_TOKEN is no longer read; set MOELESS_RUN_SECRET instead")
+    run_secrets = _run_secrets(secrets_file, api_key)
     on_device = _device(device)
     with options_for(_OPTIONS):
         settings = ServeSettings(
             packed_path=str(packed.path),
             model_id=served_model_name or packed.manifest.model_id,
-            run_secret=os.environ.get("MOELESS_RUN_SECRET") or secrets.token_hex(32),
+            secrets_file=None if secrets_file is None else str(secrets_file.resolve()),
             num_workers=workers,
             isolation=isolation,  # type: ignore[arg-type]  # checked by ServeSettings
             dtype=dtype,
             device=on_device,
             host=host,
             port=port,
-            api_keys=tuple(api_key or ()),
-            max_model_len=max_model_len,
-            max_running=max_running,
-            max_waiting=max_waiting,
-            kv_cache_bytes=_bytes(kv_cache_gb),
             worker_memory_bytes=_bytes(worker_memory_gb),
             num_threads=threads,
             cores=tuple(sorted(os.sched_getaffinity(0))) if ray_address is None and on_device == "cpu" else (),
-            cors_allow_origins=tuple(cors_allow_origin or ()),
-            predictors_path=None if predictors is None else str(predictors.resolve()),
-            predict_distance=predict_distance,
-            predict_overhead=predict_overhead,
             allow_recording=allow_recording,
             app_name=app_name,
             route_prefix=route_prefix,
-            call_timeout_s=call_timeout,
-            function_max_replicas=function_max_replicas,
-            function_idle_s=function_idle,
+            engine=EngineConfig(
+                max_model_len=max_model_len,
+                max_running=max_running,
+                max_waiting=max_waiting,
+                max_batch_tokens=max(_DEFAULTS.engine.max_batch_tokens, max_running),
+                kv_cache_bytes=_bytes(kv_cache_gb),
+            ),
+            gateway=GatewayConfig(cors_allow_origins=tuple(cors_allow_origin or ())),
+            dispatch=DispatchConfig(call_timeout_s=call_timeout),
+            functions=FunctionScaling(max_replicas=function_max_replicas, idle_s=function_idle),
+            prediction=PredictionSettings(
+                path=None if predictors is None else str(predictors.resolve()),
+                distance=predict_distance,
+                max_share=predict_overhead,
+            ),
         )
-    if settings.predictors_path is not None:
+    if settings.prediction.path is not None:
         # Refused here, before Ray starts.
         from moeless.engine.prediction import load_live_predictor
         from moeless_predictors.live import LiveConfig
 
         with options_for(_OPTIONS):
-            load_live_predictor(settings.predictors_path, LiveConfig(distance=predict_distance), packed.manifest)
+            live_config = LiveConfig(**settings.prediction.overrides())
+            load_live_predictor(settings.prediction.path, live_config, packed.manifest)
     prepare_environment()
     with options_for(_OPTIONS):
-        _run(packed.manifest, settings, ray_address)
+        _run(packed.manifest, settings, run_secrets, ray_address)
 
 
-def _run(manifest: Manifest, settings: ServeSettings, ray_address: str | None) -> None:
+def _run(manifest: Manifest, settings: ServeSettings, run_secrets: RunSecrets, ray_address: str | None) -> None:
     """Start the application, print how to call it, and serve until a signal comes."""
     from moeless.deployments.application import running
     from moeless.deployments.run_log import lines_of_run
@@ -190,33 +211,46 @@ def _run(manifest: Manifest, settings: ServeSettings, ray_address: str | None) -
         with waiting() as show:
             start = BreakableStart(show, is_serving=lambda: _is_ready(url))
             application = running(
-                manifest, settings, ray_address=ray_address, on_phase=start.begin_phase, on_logs=take_logs
+                manifest, settings, run_secrets, ray_address=ray_address, on_phase=start.begin_phase, on_logs=take_logs
             )
             stack.enter_context(application)
             start.is_over = True
             show("connecting engine and workers")
             wait_until_ready(url, start.asked_to_stop)
         if not start.asked_to_stop.is_set():
-            for line in usage_lines(url, settings):
+            for line in usage_lines(url, settings.model_id, with_key=bool(run_secrets.api_keys)):
                 say(line)
             for folder in logs:
                 say(f"  logs of Ray and of every process: {folder}")
         start.asked_to_stop.wait()
 
 
-def usage_lines(url: str, settings: ServeSettings) -> list[str]:
+def usage_lines(url: str, model_id: str, *, with_key: bool) -> list[str]:
     """Lines that say where the model is served, and commands that call it, usable as printed."""
-    key = ' -H "Authorization: Bearer $MOELESS_API_KEY"' if settings.api_keys else ""
+    key = ' -H "Authorization: Bearer $MOELESS_API_KEY"' if with_key else ""
     body = json.dumps(
-        {"model": settings.model_id, "messages": [{"role": "user", "content": "What is 12 + 7?"}]}, ensure_ascii=False
+        {"model": model_id, "messages": [{"role": "user", "content": "What is 12 + 7?"}]}, ensure_ascii=False
     )
-    api_key = "os.environ['MOELESS_API_KEY']" if settings.api_keys else "'none'"
+    api_key = "os.environ['MOELESS_API_KEY']" if with_key else "'none'"
     return [
-        f"serving {settings.model_id} on {url} (Ctrl-C stops)",
+        f"serving {model_id} on {url} (Ctrl-C stops)",
         f"  curl {shlex.quote(f'{url}/v1/chat/completions')} -H 'Content-Type: application/json'{key} \\",
         f"    -d {shlex.quote(body)}",
         f"  openai: OpenAI(base_url='{url}/v1', api_key={api_key})   experts: moeless experts --url {url}",
     ]
+
+
+def _run_secrets(file: Path | None, api_keys: list[str] | None) -> RunSecrets:
+    """From the file; without one, the environment's run secret (else a new one) and the keys given as options."""
+    if "MOELESS_TOKEN" in os.environ:
+        raise ConfigError(f"MOELESS_TOKEN is no longer read; set {RUN_SECRET_VARIABLE} instead")
+    if file is None:
+        run_secret = os.environ.get(RUN_SECRET_VARIABLE) or secrets.token_hex(32)
+        with options_for(_OPTIONS):
+            return RunSecrets(run_secret=run_secret, api_keys=tuple(api_keys or ()))
+    if api_keys:
+        raise ConfigError("--api-key (or MOELESS_API_KEY) must not be given with --secrets-file, which holds the keys")
+    return read_secrets(str(file.resolve()))
 
 
 def _bytes(gigabytes: float | None) -> int | None:

@@ -7,32 +7,39 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import secrets
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import ray
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, HTTPOptions, ProxyLocation
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
-from ray.serve.schema import LoggingConfig
+from ray.serve.schema import HTTPOptionsSchema, LoggingConfig, ServeApplicationSchema, ServeDeploySchema
 
 from moeless.core.errors import ConfigError, MoelessError
 from moeless.core.expert import FunctionId
 from moeless.core.routing_table import LOCAL_WORKER, InstanceShare, RoutingTable, spread_evenly
 from moeless.deployments.gateway import ENGINE, GATEWAY, gateway_deployment
 from moeless.deployments.ray_session import check_before_start, first_line, last_error, start_ray
+from moeless.deployments.run_secrets import RunSecrets
 from moeless.deployments.runtime import STARTING_RAY, STOPPING, DeferredReplica
 from moeless.deployments.settings import MAX_ISOLATED_FUNCTIONS, ServeSettings
-from moeless.packages.manifest import Manifest
+from moeless.packages.cache import cache_dir
+from moeless.packages.manifest import Manifest, read_manifest
 
 logger = logging.getLogger(__name__)
 
+IMPORT_PATH = "moeless.deployments.application:build_application"
 _ENGINE_CLASS = "moeless.deployments.engine:EngineDeployment"
 _WORKER_CLASS = "moeless.deployments.worker:WorkerDeployment"
 _FUNCTION_CLASS = "moeless.deployments.worker:FunctionDeployment"
@@ -48,8 +55,35 @@ _CPU_SHARE = 0.001
 small machine from running the parts side by side."""
 
 
-def build_application(manifest: Manifest, settings: ServeSettings) -> Any:
-    """The application of one model. Raises ConfigError if `isolation: function` would deploy too many functions."""
+def build_application(settings: dict[str, Any]) -> Application:
+    """The application of one model, from its settings as a plain dict (settings.ServeSettings).
+
+    This is the import path of a declarative Serve config, `moeless.deployments.application:build_application`, with
+    the settings for its `args`. Another path, or other settings, restart a deployed application.
+
+    Raises: ConfigError for settings that cannot be, or if `isolation: function` would deploy too many functions.
+    """
+    checked = ServeSettings.from_dict(settings)
+    return _application(read_manifest(Path(checked.packed_path)), checked)
+
+
+def serve_config(settings: ServeSettings) -> ServeDeploySchema:
+    """The declarative config that deploys this application, and no other, on a cluster."""
+    return ServeDeploySchema(
+        proxy_location=ProxyLocation.HeadOnly,
+        http_options=HTTPOptionsSchema(host=settings.host, port=settings.port),
+        applications=[
+            ServeApplicationSchema(
+                name=settings.app_name,
+                route_prefix=settings.route_prefix,
+                import_path=IMPORT_PATH,
+                args=settings.to_dict(),
+            )
+        ],
+    )
+
+
+def _application(manifest: Manifest, settings: ServeSettings) -> Application:
     if settings.isolation == "function":
         workers = _function_deployments(manifest, settings)
     else:
@@ -69,7 +103,7 @@ def build_application(manifest: Manifest, settings: ServeSettings) -> Any:
         .bind(_ENGINE_CLASS, settings, workers)
     )
     gateway = gateway_deployment(settings)
-    return gateway.options(
+    application: Application = gateway.options(
         name=GATEWAY,
         num_replicas=1,
         max_ongoing_requests=_MANY_CALLS,
@@ -78,6 +112,7 @@ def build_application(manifest: Manifest, settings: ServeSettings) -> Any:
         logging_config=_LOGGING,
         ray_actor_options={"num_cpus": _CPU_SHARE},
     ).bind(engine)
+    return application
 
 
 def initial_table(manifest: Manifest, settings: ServeSettings) -> RoutingTable:
@@ -138,10 +173,10 @@ def _function_deployments(manifest: Manifest, settings: ServeSettings) -> dict[s
             autoscaling_config=AutoscalingConfig(
                 min_replicas=0,
                 initial_replicas=0,
-                max_replicas=settings.function_max_replicas,
+                max_replicas=settings.functions.max_replicas,
                 target_ongoing_requests=1,
                 upscale_delay_s=0.5,
-                downscale_delay_s=settings.function_idle_s,
+                downscale_delay_s=settings.functions.idle_s,
                 metrics_interval_s=0.5,
                 look_back_period_s=2.0,
             ),
@@ -169,7 +204,7 @@ def _share_gpus(manifest: Manifest, settings: ServeSettings) -> ServeSettings:
     if settings.device != "cuda":
         return settings
     by_function = settings.isolation == "function"
-    most = len(manifest.functions) * settings.function_max_replicas if by_function else settings.num_workers
+    most = len(manifest.functions) * settings.functions.max_replicas if by_function else settings.num_workers
     num_gpus = float(ray.cluster_resources().get("GPU", 0.0))
     if num_gpus < 1:
         raise ConfigError(f"device cuda: {most + 1} processes need at least one GPU, Ray sees {num_gpus:g}")
@@ -180,6 +215,7 @@ def _share_gpus(manifest: Manifest, settings: ServeSettings) -> ServeSettings:
 def running(
     manifest: Manifest,
     settings: ServeSettings,
+    run_secrets: RunSecrets,
     *,
     ray_address: str | None = None,
     on_phase: Callable[[str], None] = lambda _: None,
@@ -188,6 +224,7 @@ def running(
     """Run the application until the block is left; nothing of it is left running then.
 
     Args:
+        run_secrets: for every process of the run; not used where `settings` names a file of them.
         ray_address: a cluster to join; None starts Ray on this machine, and stops it at the end.
         on_phase: called with what begins now, in a few words; STOPPING is the last.
         on_logs: called with the folder of Ray's logs, once Ray runs.
@@ -199,7 +236,13 @@ def running(
         _check_port(settings)
     check_before_start(ray_address)
     is_deployed = is_running = False
+    secrets_file: Path | None = None
     try:
+        if settings.secrets_file is None and ray_address is None:
+            os.environ.update(run_secrets.to_environment())  # Ray's processes inherit it
+        elif settings.secrets_file is None:
+            secrets_file = _write_secrets(run_secrets, settings.app_name)
+            settings = replace(settings, secrets_file=str(secrets_file))
         on_phase(STARTING_RAY)
         logs = start_ray(ray_address)
         if logs is not None:
@@ -216,7 +259,7 @@ def running(
                 raise ConfigError(f"app-name must be new on this cluster, {settings.app_name!r} is deployed already")
             on_phase("starting engine, workers and gateway")
             is_deployed = True
-            serve.run(build_application(manifest, settings), name=settings.app_name, route_prefix=settings.route_prefix)
+            serve.run(build_application(settings.to_dict()), name=settings.app_name, route_prefix=settings.route_prefix)
             is_running = True
         except (RuntimeError, TimeoutError, RayError) as error:
             raise MoelessError(f"the application did not start: {last_error(str(error))}") from error
@@ -231,6 +274,23 @@ def running(
             if ray_address is None:
                 serve.shutdown()  # on a cluster, others may have applications
         ray.shutdown()
+        if secrets_file is not None:
+            secrets_file.unlink(missing_ok=True)
+
+
+def _write_secrets(run_secrets: RunSecrets, app_name: str) -> Path:
+    """A file for the processes on all nodes, in the cache that they share."""
+    folder = cache_dir() / "runs"
+    path = folder / f"{quote(app_name, safe='')}-{secrets.token_hex(8)}.json"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        run_secrets.write(path)
+    except OSError as error:
+        raise ConfigError(
+            f"MOELESS_CACHE must be a folder to write the run's secrets to, for every node to read, got {folder}: "
+            f"{error.strerror}; or set --secrets-file"
+        ) from error
+    return path
 
 
 def _end_requests(app_name: str) -> None:

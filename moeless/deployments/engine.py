@@ -8,6 +8,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,7 @@ from moeless.core.generation import ModelInfo
 from moeless.deployments.application import initial_table
 from moeless.deployments.gateways import Gateways
 from moeless.deployments.rpc import CancelCall, Pulse, PulseCall, SubmitCall, SubmitReply, answer_recording
+from moeless.deployments.run_secrets import read_secrets
 from moeless.deployments.runtime import bind_to
 from moeless.deployments.settings import ServeSettings
 from moeless.deployments.status import EngineStatus
@@ -32,9 +34,7 @@ from moeless.deployments.worker_connections import WorkerConnections
 from moeless.dispatch.call import CallChannel
 from moeless.dispatch.channel import Channel, WorkerEndpoint
 from moeless.dispatch.connect import connect
-from moeless.dispatch.dispatcher import DispatchConfig
 from moeless.engine.assemble import AssembledEngine, Assembly, assemble_engine
-from moeless.engine.config import EngineConfig
 from moeless.engine.prediction import PredictionObserver, load_live_predictor
 from moeless.engine.recording_service import LocalRecordings, Recordings, trace_metadata
 from moeless.packages.packed_model import PackedModel
@@ -46,8 +46,6 @@ from moeless_predictors.threads import keep_to_one_blas_thread
 logger = logging.getLogger(__name__)
 
 _ENDPOINT_TIMEOUT_S = 10.0
-_KV_MEMORY_SHARE = 0.8
-"""Of the GPU memory that is free once the backbone is loaded, times the engine's share of the GPU."""
 _COPIES_SHARE = 8
 """On a GPU the engine's own copies, for functions that no worker can compute, take at most this part (an eighth) of
 what all experts would."""
@@ -67,6 +65,7 @@ class EngineDeployment:
         self._settings = settings
         self._workers = workers
         self._is_stopping = False
+        self._run_secret = read_secrets(settings.secrets_file).run_secret
         self._incarnation = secrets.token_hex(8)
         started_s = time.perf_counter()
         packed = PackedModel.open(settings.packed_path)
@@ -87,13 +86,13 @@ class EngineDeployment:
         self._connections = WorkerConnections(
             self._dispatcher, connectors, keep_alive_s=settings.keep_alive_s if workers else None
         )
-        self._sender = TokenSender(settings.run_secret)
+        self._sender = TokenSender(self._run_secret)
         self._gateways = Gateways(self._sender, self._engine.cancel)
         self._engine.set_on_step(self._gateways.send_step)
         self._prediction: PredictionObserver | None = None
-        if settings.predictors_path is not None:
-            live_config = LiveConfig(distance=settings.predict_distance, max_share=settings.predict_overhead)
-            live = load_live_predictor(settings.predictors_path, live_config, packed.manifest)
+        if settings.prediction.path is not None:
+            live_config = LiveConfig(**settings.prediction.overrides())
+            live = load_live_predictor(settings.prediction.path, live_config, packed.manifest)
             keep_to_one_blas_thread()
             self._prediction = PredictionObserver(live)
             self._engine.observers.add(self._prediction)
@@ -116,7 +115,7 @@ class EngineDeployment:
                 raise
             return connect(
                 endpoint,
-                run_secret=self._settings.run_secret,
+                run_secret=self._run_secret,
                 engine=f"engine-{os.getpid()}",
                 hidden_size=self._manifest.layers[0].layout.hidden_size,
                 top_k=self._manifest.top_k,
@@ -230,17 +229,13 @@ class _ServeCall:
 
 def _assembly(packed: PackedModel, settings: ServeSettings) -> Assembly:
     return Assembly(
-        engine=EngineConfig(
-            kv_cache_bytes=settings.kv_cache_bytes,
-            kv_memory_share=_KV_MEMORY_SHARE * settings.gpu_share,
-            max_batch_tokens=max(settings.max_batch_tokens, settings.max_running),
-            max_running=settings.max_running,
-            max_waiting=settings.max_waiting,
-            max_model_len=settings.max_model_len,
-            num_threads=settings.engine_threads,
+        engine=replace(
+            settings.engine,
+            kv_memory_share=settings.engine.kv_memory_share * settings.gpu_share,
+            num_threads=settings.engine.num_threads or settings.engine_threads,
         ),
         table=initial_table(packed.manifest, settings),
-        dispatch=DispatchConfig(call_timeout_s=settings.call_timeout_s),
+        dispatch=settings.dispatch,
         dtype=settings.dtype,
         device=settings.device,
         pool_capacity_bytes=_pool_capacity_bytes(packed, settings),

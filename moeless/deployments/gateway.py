@@ -22,11 +22,11 @@ from moeless.core.errors import EngineStoppedError
 from moeless.core.generation import EngineStats, FunctionStatus, GenerationDelta, GenerationRequest, ModelInfo
 from moeless.deployments.rpc import CancelCall, GatewayName, Pulse, PulseCall, RemoteRecordings, SubmitCall, SubmitReply
 from moeless.deployments.run_log import set_up_logging
+from moeless.deployments.run_secrets import read_secrets
 from moeless.deployments.runtime import node_address
 from moeless.deployments.settings import ServeSettings
 from moeless.deployments.token_channel import TokenReceiver
 from moeless.gateway.app import create_app
-from moeless.gateway.config import GatewayConfig
 from moeless.gateway.service import EngineSource
 
 logger = logging.getLogger(__name__)
@@ -49,15 +49,10 @@ def gateway_deployment(settings: ServeSettings) -> Any:
 
         async def reach_engine() -> RemoteEngineClient:
             handle = serve.get_deployment_handle(ENGINE, app_name=settings.app_name)
-            return RemoteEngineClient(handle, TokenReceiver(settings.run_secret, node_address()))
+            return RemoteEngineClient(handle, TokenReceiver(run_secrets.run_secret, node_address()))
 
-        config = GatewayConfig(
-            api_keys=settings.api_keys,
-            cors_allow_origins=settings.cors_allow_origins,
-            allow_recording=settings.recording_is_allowed,
-            request_id_sent_by_proxy=True,
-        )
-        return create_app(cast(EngineSource, reach_engine), config)
+        run_secrets = read_secrets(settings.secrets_file)
+        return create_app(cast(EngineSource, reach_engine), settings.gateway_config(run_secrets.api_keys))
 
     return serve.deployment(serve.ingress(build_app)())
 

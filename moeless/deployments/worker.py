@@ -16,6 +16,7 @@ import torch
 
 from moeless.core.errors import MoelessError
 from moeless.core.expert import FunctionId
+from moeless.deployments.run_secrets import read_secrets
 from moeless.deployments.runtime import bind_to, node_address
 from moeless.deployments.settings import ServeSettings
 from moeless.dispatch.call import answer_call
@@ -103,7 +104,7 @@ class WorkerDeployment:
         self._server = DataPlaneServer(
             self._host.compute,
             worker=name,
-            run_secret=settings.run_secret,
+            run_secret=read_secrets(settings.secrets_file).run_secret,
             max_rows=MAX_ROWS,
             num_experts=self._host.pool.num_experts,
             tcp_host=node_address(),

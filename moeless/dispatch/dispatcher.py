@@ -23,6 +23,7 @@ from moeless.core.errors import FunctionUnavailableError, TransportError, Worker
 from moeless.core.expert import FunctionId
 from moeless.core.routing_table import LOCAL_WORKER, RoutingTable
 from moeless.dispatch.channel import Channel
+from moeless.dispatch.config import DispatchConfig
 from moeless.dispatch.grouping import CompiledLayer, WorkerGroup, compile_layer, group_by_worker, regroup_elsewhere
 from moeless.dispatch.metrics import DispatchMetrics
 from moeless.dispatch.wire import LayerCall
@@ -30,27 +31,6 @@ from moeless.functions.feed_forward import FeedForward
 from moeless.planning.step_balance import warm_up
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DispatchConfig:
-    """How patient the dispatcher is."""
-
-    call_timeout_s: float = 5.0
-    """A worker that has not answered a decoding step's layer after this long counts as failed; hundreds of times a
-    slow layer's compute, so that only a stuck process is hit."""
-    call_timeout_per_row_s: float = 0.005
-    """What a row of a long call (a prefill) adds to that."""
-
-    def __post_init__(self) -> None:
-        if self.call_timeout_s <= 0:
-            raise ValueError(f"dispatch.call_timeout_s must be > 0, got {self.call_timeout_s}")
-        if self.call_timeout_per_row_s < 0:
-            raise ValueError(f"dispatch.call_timeout_per_row_s must be >= 0, got {self.call_timeout_per_row_s}")
-
-    def timeout_s(self, num_rows: int) -> float:
-        """Seconds that a call of `num_rows` rows may take."""
-        return self.call_timeout_s + self.call_timeout_per_row_s * num_rows
 
 
 class LayerObserver(Protocol):

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from moeless.core.routing_table import LOCAL_WORKER, RoutingTable, spread_evenly
-from moeless.dispatch.dispatcher import DispatchConfig, Dispatcher
+from moeless.dispatch.config import DispatchConfig
+from moeless.dispatch.dispatcher import Dispatcher
 from moeless.engine.config import EngineConfig
 from moeless.engine.protocol import Engine
 from moeless.engine.transformers.build import build_engine

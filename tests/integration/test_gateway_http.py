@@ -17,7 +17,8 @@ from moeless.engine.config import EngineConfig
 from moeless.engine.local_client import LocalEngineClient
 from moeless.engine.protocol import Engine
 from moeless.engine.transformers.build import build_engine
-from moeless.gateway import GatewayConfig, create_app
+from moeless.gateway.app import create_app
+from moeless.gateway.config import GatewayConfig
 from tests.families import VOCAB_SIZE, make_model, make_tokenizer
 from tests.unit.gateway.support import Gateway, gateway_for, until
 

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moeless.core.generation import GenerationDelta, GenerationRequest, SamplingParams
 from moeless.core.routing_table import LOCAL_WORKER, spread_evenly
-from moeless.dispatch.dispatcher import DispatchConfig, Dispatcher
+from moeless.dispatch.config import DispatchConfig
+from moeless.dispatch.dispatcher import Dispatcher
 from moeless.engine.config import EngineConfig
 from moeless.engine.transformers.build import build_engine
 from moeless.engine.transformers.experts import attach_dispatcher, register_experts

@@ -19,7 +19,6 @@ from typer.testing import CliRunner
 from moeless.cli.app import app
 from moeless.cli.serve import STOP_SIGNALS, BreakableStart, usage_lines
 from moeless.core.errors import ConfigError
-from moeless.deployments.settings import ServeSettings
 from moeless.packages.pack import pack_checkpoint
 from tests.families import make_checkpoint
 
@@ -138,10 +137,8 @@ def test_the_printed_curl_works_in_a_shell_as_it_stands() -> None:
         server.requests = []  # type: ignore[attr-defined]
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        settings = ServeSettings(
-            packed_path="p", model_id='it\'s; $HOME `x` \\ "é"', run_secret="r", api_keys=("sesame",)
-        )
-        lines = usage_lines(f"http://127.0.0.1:{server.server_port}", settings)
+        model_id = 'it\'s; $HOME `x` \\ "é"'
+        lines = usage_lines(f"http://127.0.0.1:{server.server_port}", model_id, with_key=True)
         start = next(i for i, line in enumerate(lines) if "curl" in line)
         command = "\n".join(lines[start : start + 2])
         subprocess.run(["bash", "-c", command], env=os.environ | {"MOELESS_API_KEY": "sesame"}, check=True, timeout=30)
@@ -151,11 +148,11 @@ def test_the_printed_curl_works_in_a_shell_as_it_stands() -> None:
     assert path == "/v1/chat/completions"
     assert headers["Authorization"] == "Bearer sesame"
     assert headers["Content-Type"] == "application/json"
-    assert body["model"] == settings.model_id
+    assert body["model"] == model_id
 
 
 def test_without_a_key_the_curl_sends_none() -> None:
-    lines = usage_lines("http://h:1", ServeSettings(packed_path="p", model_id="m", run_secret="r"))
+    lines = usage_lines("http://h:1", "m", with_key=False)
     assert "Authorization" not in "".join(lines)
 
 

@@ -23,7 +23,8 @@ from moeless.core.generation import ModelInfo
 from moeless.engine.assemble import engine_in_process
 from moeless.engine.config import EngineConfig
 from moeless.engine.local_client import LocalEngineClient
-from moeless.gateway import GatewayConfig, create_app
+from moeless.gateway.app import create_app
+from moeless.gateway.config import GatewayConfig
 from moeless.packages.pack import pack_checkpoint
 from moeless.packages.packed_model import PackedModel
 from moeless_predictors.traces import DECODE, PREFILL, RoutingTrace

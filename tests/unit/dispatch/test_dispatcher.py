@@ -15,7 +15,8 @@ from moeless.core.errors import FunctionUnavailableError
 from moeless.core.expert import FunctionId
 from moeless.core.routing_table import LOCAL_WORKER, InstanceShare, RoutingTable, spread_evenly
 from moeless.dispatch.channel import Channel
-from moeless.dispatch.dispatcher import DispatchConfig, Dispatcher
+from moeless.dispatch.config import DispatchConfig
+from moeless.dispatch.dispatcher import Dispatcher
 from moeless.functions.feed_forward import FeedForward
 from moeless.functions.pool import InstancePool
 from moeless.packages.packed_model import PackedModel

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from moeless.core.errors import ContextLengthError
 from moeless.core.generation import SamplingParams
-from moeless.gateway import GatewayConfig
 from moeless.gateway.admission import Admission, AdmittedRequest, ServedModel, seed_of_choice
+from moeless.gateway.config import GatewayConfig
 from moeless.gateway.schemas import ChatCompletionRequest, CompletionRequest
 from moeless.text.tokenizer import Tokenizer
 from tests.unit.gateway.support import chat, completion, model_info

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from moeless.gateway import GatewayConfig, create_app
+from moeless.gateway.app import create_app
+from moeless.gateway.config import GatewayConfig
 from moeless.gateway.schemas import ChatCompletionRequest, CompletionRequest
 from tests.unit.gateway.support import MODEL_ID, ScriptedEngine, chat, completion, model_info
 

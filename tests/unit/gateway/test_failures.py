@@ -20,7 +20,8 @@ from moeless.core.errors import (
     QueueFullError,
 )
 from moeless.core.generation import EngineClient, GenerationDelta, GenerationRequest
-from moeless.gateway import GatewayConfig, create_app
+from moeless.gateway.app import create_app
+from moeless.gateway.config import GatewayConfig
 from tests.unit.gateway.support import (
     MODEL_ID,
     Gateway,

@@ -9,7 +9,8 @@ import openai
 import pytest
 
 from moeless import __version__
-from moeless.gateway import GatewayConfig, create_app
+from moeless.gateway.app import create_app
+from moeless.gateway.config import GatewayConfig
 from tests.unit.gateway.support import MODEL_ID, ScriptedEngine, gateway_for
 
 

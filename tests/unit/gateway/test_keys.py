@@ -6,7 +6,8 @@ import httpx
 import openai
 import pytest
 
-from moeless.gateway import GatewayConfig, create_app
+from moeless.gateway.app import create_app
+from moeless.gateway.config import GatewayConfig
 from tests.unit.gateway.support import MODEL_ID, ScriptedEngine, completion, gateway_for, serving
 
 pytestmark = pytest.mark.anyio

@@ -7,7 +7,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from moeless.core.errors import EngineStoppedError, QueueFullError
 from moeless.core.generation import GenerationDelta
-from moeless.gateway import GatewayConfig, create_app
+from moeless.gateway.app import create_app
+from moeless.gateway.config import GatewayConfig
 from moeless.gateway.metrics import GatewayMetrics, ModelMetrics, SequenceObserver
 from tests.unit.gateway.support import (
     MODEL_ID,

@@ -9,7 +9,8 @@ import pytest
 from fastapi import FastAPI
 from starlette.types import Message, Receive, Scope, Send
 
-from moeless.gateway import GatewayConfig, create_app
+from moeless.gateway.app import create_app
+from moeless.gateway.config import GatewayConfig
 from moeless.gateway.middleware import BodyLimitMiddleware, ErrorMiddleware
 from tests.unit.gateway.support import ScriptedEngine
 

@@ -10,7 +10,8 @@ import pytest
 
 from moeless.core.errors import EngineStoppedError, RecordingError, RequestError
 from moeless.core.recording import RecordedFile, RecordingOptions, RecordingStatus
-from moeless.gateway import GatewayConfig, create_app
+from moeless.gateway.app import create_app
+from moeless.gateway.config import GatewayConfig
 from tests.unit.gateway.support import ScriptedEngine, gateway_for
 
 pytestmark = pytest.mark.anyio

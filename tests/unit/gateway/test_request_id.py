@@ -7,7 +7,8 @@ import logging
 import httpx
 import pytest
 
-from moeless.gateway import GatewayConfig, create_app
+from moeless.gateway.app import create_app
+from moeless.gateway.config import GatewayConfig
 from tests.unit.gateway.support import ScriptedEngine, chat, failing, gateway_for
 
 pytestmark = pytest.mark.anyio

@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator
 import pytest
 
 from moeless.core.generation import GenerationDelta, GenerationRequest
-from moeless.gateway import GatewayConfig, create_app
+from moeless.gateway.app import create_app
+from moeless.gateway.config import GatewayConfig
 from tests.unit.gateway.support import (
     MODEL_ID,
     ScriptedEngine,

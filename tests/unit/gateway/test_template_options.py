@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from moeless.gateway import GatewayConfig, create_app
+from moeless.gateway.app import create_app
+from moeless.gateway.config import GatewayConfig
 from tests.unit.gateway.support import MODEL_ID, ScriptedEngine, gateway_for, model_info, write_tokenizer
 
 pytestmark = pytest.mark.anyio

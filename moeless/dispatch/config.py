@@ -1,0 +1,28 @@
+"""What an operator may set of the dispatcher. Loads no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moeless.core.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DispatchConfig:
+    """How patient the dispatcher is. Raises ConfigError for values out of range."""
+
+    call_timeout_s: float = 5.0
+    """A worker that has not answered a decoding step's layer after this long counts as failed; hundreds of times a
+    slow layer's compute, so that only a stuck process is hit."""
+    call_timeout_per_row_s: float = 0.005
+    """What a row of a long call (a prefill) adds to that."""
+
+    def __post_init__(self) -> None:
+        if self.call_timeout_s <= 0:
+            raise ConfigError(f"dispatch.call_timeout_s must be > 0, got {self.call_timeout_s}")
+        if self.call_timeout_per_row_s < 0:
+            raise ConfigError(f"dispatch.call_timeout_per_row_s must be >= 0, got {self.call_timeout_per_row_s}")
+
+    def timeout_s(self, num_rows: int) -> float:
+        """Seconds that a call of `num_rows` rows may take."""
+        return self.call_timeout_s + self.call_timeout_per_row_s * num_rows
