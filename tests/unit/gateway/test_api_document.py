@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from moeless.core.generation import GenerationDelta, GenerationRequest
 from moeless.engine.observing import StepObservers
 from moeless.engine.recording_service import LocalRecordings, Recordings, trace_metadata
-from moeless.gateway import GatewayConfig, create_app
+from moeless.gateway.app import create_app
 from moeless.gateway.body_limits import numbers_up_to
+from moeless.gateway.config import GatewayConfig
 from moeless.gateway.middleware import OPEN_PATHS
 from tests.unit.gateway.support import ScriptedEngine, delta, gateway_for, model_info, token_logprob
 
