@@ -35,6 +35,7 @@ ENGINE = "engine"
 GATEWAY = "gateway"
 _PULSE_EVERY_S = 1.0
 _CALL_TIMEOUT_S = 10.0
+_LONG_PROMPT_TOKENS = 4096
 _ENGINE_SILENCE_S = 60.0
 """Without a pulse for this long (an engine that dies is back in some 10 s), streams end with an error."""
 
@@ -65,6 +66,7 @@ class RemoteEngineClient:
         self._receiver = receiver
         self._name = GatewayName(address=receiver.address, life=secrets.token_hex(8))
         self.recordings = RemoteRecordings(self._call)
+        self._encoding = asyncio.Lock()
         self._last_number = 0
         self._open: dict[int, _OpenRequest] = {}
         self._left: list[int] = []
@@ -88,7 +90,7 @@ class RemoteEngineClient:
         ended = False  # a submit that is given up half-way may have reached the engine
         try:
             call = SubmitCall(gateway=self._name, number=number, request=request)
-            reply = msgspec.msgpack.decode(await self._call("submit", msgspec.msgpack.encode(call)), type=SubmitReply)
+            reply = msgspec.msgpack.decode(await self._call("submit", await self._encode(call)), type=SubmitReply)
             ended = bool(reply.kind)
             reply.raise_error()
             opened.incarnation = reply.incarnation
@@ -101,6 +103,14 @@ class RemoteEngineClient:
             if not ended:
                 self._left.append(number)
                 self._has_left.set()
+
+    async def _encode(self, call: SubmitCall) -> bytes:
+        """Long prompts one a turn of the event loop: each takes a millisecond, and a request may have 128 of them."""
+        if len(call.request.prompt_token_ids) < _LONG_PROMPT_TOKENS:
+            return msgspec.msgpack.encode(call)
+        async with self._encoding:
+            await asyncio.sleep(0)
+            return msgspec.msgpack.encode(call)
 
     async def stats(self) -> EngineStats:
         return msgspec.msgpack.decode(await self._call("stats"), type=EngineStats)

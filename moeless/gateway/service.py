@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager, suppress
 from moeless.core.generation import EngineClient, ModelInfo
 from moeless.gateway.config import GatewayConfig
 from moeless.gateway.errors import EngineStartingError
+from moeless.gateway.memory import return_large_blocks
 from moeless.gateway.metrics import GatewayMetrics, ModelMetrics
 from moeless.gateway.streams import WritePacer
 from moeless.gateway.text_pool import TextPool
@@ -39,6 +40,7 @@ class GatewayService:
     @asynccontextmanager
     async def run(self) -> AsyncIterator[None]:
         """Look for the engine in the background while the app answers."""
+        return_large_blocks()
         connecting = asyncio.create_task(self._connect())
         try:
             yield
