@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import httpx
 import openai
@@ -23,6 +24,7 @@ from moeless.core.generation import EngineClient, GenerationDelta, GenerationReq
 from moeless.gateway.app import create_app
 from moeless.gateway.config import GatewayConfig
 from tests.unit.gateway.support import (
+    CHATML,
     MODEL_ID,
     Gateway,
     ScriptedEngine,
@@ -31,11 +33,13 @@ from tests.unit.gateway.support import (
     delta,
     failing,
     gateway_for,
+    model_info,
     never_ending,
     saying,
     serving,
     until,
     until_ready,
+    write_tokenizer,
 )
 
 pytestmark = pytest.mark.anyio
@@ -269,3 +273,19 @@ async def test_a_missing_tokenizer_keeps_the_gateway_from_being_ready(
         await until(lambda: "tokenizer.json" in caplog.text)
         assert (await http.get("/ready")).status_code == 503
     assert caplog.text.count("engine not reached") == 1
+
+
+async def test_a_client_that_leaves_while_its_text_is_read_takes_the_work_along(tmp_path: Path) -> None:
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    template = "{% if messages[0].content == 'bad' %}" + endless + "{% endif %}" + CHATML
+    engine = ScriptedEngine(model_info(write_tokenizer(tmp_path, chat_template=template)))
+    app = create_app(engine, GatewayConfig(max_text_processes=1))
+    async with gateway_for(app) as gateway:
+        bad = [asyncio.create_task(gateway.http.post("/v1/chat/completions", json=chat("bad"))) for _ in range(20)]
+        await until(lambda: len(gateway.http._transport._pool.connections) == 20)  # type: ignore[attr-defined]
+        for task in bad:
+            task.cancel()
+        await asyncio.wait(bad)
+        # With all of them it would take 20 times the template's limit.
+        async with asyncio.timeout(10):
+            assert (await gateway.http.post("/v1/chat/completions", json=chat("good"))).status_code == 200

@@ -323,3 +323,34 @@ async def test_no_process_outlives_a_gateway_that_was_killed(tokenizer_folder: P
     os.kill(process.pid, signal.SIGKILL)
     await process.wait()
     await until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
+
+
+# -- conversations with tools ------------------------------------------------------------------------------------------
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"city": "Oslo"}'}}
+WITH_TOOLS = [
+    {"role": "user", "content": "Weather?"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "Rain."}]},
+]
+
+
+async def test_past_tool_calls_reach_the_template(tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c.id }}={{ c.function.arguments }};{% endfor %}"
+        "{{ m.role }}:{{ m.content }}({{ m.tool_call_id }}){% endfor %}"
+    )
+    folder = write_tokenizer(tmp_path, chat_template=template)
+    async with pool_for(model_info(folder)) as pool:
+        admitted = await admit_chat(pool, messages=WITH_TOOLS)
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    text = backend.decode(admitted.sequences[0].prompt_token_ids, skip_special_tokens=False)
+    assert text == 'user:Weather?()c1={"city": "Oslo"};assistant:None()tool:Rain.(c1)'
+
+
+async def test_a_template_that_cannot_take_tools_is_the_clients_error_in_its_words(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ '[' + m.role + ']' + m.content }}{% endfor %}"
+    async with pool_for(model_info(write_tokenizer(tmp_path, chat_template=template))) as pool:
+        with pytest.raises(RequestError, match="refuses these messages: can only concatenate str") as raised:
+            await admit_chat(pool, messages=WITH_TOOLS)
+    assert raised.value.param == "messages"
