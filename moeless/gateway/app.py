@@ -1,7 +1,8 @@
 """The gateway's application: OpenAI's API over an engine client. deployments/gateway.py and the tests call create_app.
 
-A request passes RequestIdMiddleware, ErrorMiddleware, CORS (if configured), the key check (if there are keys) and the
-body limit, then its route: completions.py (admission.py, streams.py, responses.py), info.py or recording.py.
+A request passes RequestIdMiddleware, ErrorMiddleware, UrlLimitMiddleware, CORS (if configured), the key check (if there
+are keys) and the body limit, then its route: completions.py (admission.py, streams.py, responses.py), info.py or
+recording.py.
 """
 
 from __future__ import annotations
@@ -19,7 +20,13 @@ from moeless.gateway.completions import completions_router
 from moeless.gateway.config import GatewayConfig
 from moeless.gateway.errors import install_handlers
 from moeless.gateway.info import info_router
-from moeless.gateway.middleware import OPEN_PATHS, ApiKeyMiddleware, BodyLimitMiddleware, ErrorMiddleware
+from moeless.gateway.middleware import (
+    OPEN_PATHS,
+    ApiKeyMiddleware,
+    BodyLimitMiddleware,
+    ErrorMiddleware,
+    UrlLimitMiddleware,
+)
 from moeless.gateway.recording import RecordingRequest, recording_router
 from moeless.gateway.request_id import RequestIdMiddleware
 from moeless.gateway.schemas import ChatCompletionRequest, CompletionRequest
@@ -61,6 +68,7 @@ def create_app(engine: EngineSource, config: GatewayConfig) -> FastAPI:
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["authorization", "content-type"],
         )
+    app.add_middleware(UrlLimitMiddleware, max_bytes=config.max_url_bytes)
     app.add_middleware(ErrorMiddleware)
     app.add_middleware(RequestIdMiddleware, sent_by_proxy=config.request_id_sent_by_proxy)
     return app

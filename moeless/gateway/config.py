@@ -19,6 +19,7 @@ class GatewayConfig:
     """Whether a proxy in front puts x-request-id into requests and responses, as Ray Serve's does (request_id.py)."""
     max_body_bytes: int = 2 * 1024 * 1024
     """Room for some 300,000 token ids written as JSON; a wrong field in a body of this size costs half a second."""
+    max_url_bytes: int = 8192
     max_messages: int = 2048
     max_prompts: int = 64
     """Prompts in one /v1/completions request."""

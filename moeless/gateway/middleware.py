@@ -10,9 +10,11 @@ import logging
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moeless.gateway.errors import BodyTooLargeError, ErrorBody, error_response, json_error
+from moeless.gateway.request_id import current_request_id
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +43,31 @@ class ErrorMiddleware:
 
         try:
             await self._app(scope, receive, send_noting_start)
+        except ClientDisconnect:
+            logger.info("client gone while it sent its body request=%s", current_request_id())
         except Exception as error:
             if started:
                 # Too late for a status; the server closes the connection and logs.
                 raise
             await error_response(error)(scope, receive, send)
+
+
+class UrlLimitMiddleware:
+    """Refuse a path and query beyond `max_bytes`."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            num_bytes = len(scope.get("raw_path") or scope["path"].encode()) + len(scope["query_string"])
+            if num_bytes > self._max_bytes:
+                message = f"The path and query may have at most {self._max_bytes} bytes, got {num_bytes}."
+                body = ErrorBody(message=message, type="invalid_request_error", code="uri_too_long")
+                await json_error(414, body)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 class ApiKeyMiddleware:

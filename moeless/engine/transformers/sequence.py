@@ -97,8 +97,9 @@ class Sequence:
     def advance(self, token_id: int, logprobs: RawLogprobs | None = None) -> bool:
         """Add a sampled token. Returns True if the sequence has ended.
 
-        A token that ends the sequence counts as generated but adds no log-probabilities, and text only if
-        `include_stop_string` asks for it. With max_tokens 0 the token is not added: the prompt was all.
+        A token that ends the sequence counts as generated but adds no log-probabilities, unless the prompt is scored:
+        who scores prompts (lm-eval) counts on one entry for each token. It adds text only if `include_stop_string` is
+        set. With max_tokens 0 the token is not added: the prompt was all.
         """
         if self.max_tokens == 0:
             self._end("length")
@@ -109,6 +110,8 @@ class Sequence:
         if token_id in self._eos_ids or token_id in self._stop_ids:
             if token_id not in self._eos_ids:
                 self._stop_reason = token_id
+            if logprobs is not None and self.num_prompt_logprobs is not None:
+                self._logprobs.append(self._describe(logprobs, text_offset=self._num_chars))
             last = self._decoder.feed(token_id) if self._includes_stop else ""
             if not (last and self._take_text(last)):
                 self._end("stop")
