@@ -135,7 +135,7 @@ def serve_command(
     """Serve a model with expert functions until interrupted."""
     require_extra("serve", "moeless serve")
     for number in STOP_SIGNALS:
-        if signal.getsignal(number) is signal.SIG_DFL:
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _interrupt)
     if allow_tracing is not None:
         raise ConfigError("--allow-tracing is now --allow-recording (and --no-allow-recording)")
@@ -287,7 +287,8 @@ class BreakableStart:
         self._show, self._is_serving = show, is_serving
         self._can_break = False
         for number in STOP_SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # SIGHUP under nohup
+            # What nohup ignores stays ignored; a script's shell ignores SIGINT for what it starts in the background.
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._on_signal)
 
     def begin_phase(self, phase: str) -> None:

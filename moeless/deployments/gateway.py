@@ -148,13 +148,15 @@ class RemoteEngineClient:
 
     async def _watch(self) -> None:
         """Name to the engine what is still read, and end the streams that it does not generate any more."""
-        heard_s = time.monotonic()
+        heard_s, was_heard = time.monotonic(), False
         while True:
             try:
                 await self._exchange_pulse()
-                heard_s = time.monotonic()
+                heard_s, was_heard = time.monotonic(), True
             except Exception as error:  # whatever it is, the next pulse is sent
-                logger.warning("no pulse from the engine reason=%s", error)
+                # While the run starts, the engine may be busy with its weights.
+                level = logging.WARNING if was_heard else logging.INFO
+                logger.log(level, "no pulse from the engine reason=%s", error)
                 self._pulse = None
                 if time.monotonic() - heard_s > _ENGINE_SILENCE_S:
                     self._receiver.fail_streams(self._receiver.open_streams, "the engine does not answer")
