@@ -10,7 +10,6 @@ from pathlib import Path
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from transformers import AutoTokenizer
 
 from moeless.core.generation import ModelInfo
 from moeless.engine.config import EngineConfig
@@ -19,6 +18,7 @@ from moeless.engine.protocol import Engine
 from moeless.engine.transformers.build import build_engine
 from moeless.gateway.app import create_app
 from moeless.gateway.config import GatewayConfig
+from moeless.text.tokenizer import Tokenizer
 from tests.families import VOCAB_SIZE, make_model, make_tokenizer
 from tests.unit.gateway.support import Gateway, gateway_for, until
 
@@ -38,6 +38,9 @@ def anyio_backend() -> str:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     make_tokenizer().save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    # As many checkpoints of byte-level tokenizers have it; the class alone would decode as SentencePiece does.
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "LlamaTokenizer"}))
     return folder
 
 
@@ -45,11 +48,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engine(folder: Path) -> Iterator[Engine]:
     model = make_model("mixtral")
     model.set_experts_implementation("eager")
+    model.generation_config.eos_token_id = -1  # so that the tokenizer alone names the end
     config = EngineConfig(
         kv_cache_bytes=1 << 22, max_running=MAX_RUNNING, max_waiting=MAX_WAITING, max_batch_tokens=64,
         max_model_len=CONTEXT, num_threads=1,
     )  # fmt: skip
-    engine = build_engine(model, AutoTokenizer.from_pretrained(folder), config)
+    engine = build_engine(model, Tokenizer.load(folder, with_template=False), config)
     yield engine
     engine.stop()
 
@@ -98,6 +102,37 @@ async def test_a_stream_gives_the_text_of_the_whole_answer(gateway: Gateway) -> 
     assert whole.choices[0].finish_reason == "length"
     assert whole.usage is not None
     assert whole.usage.completion_tokens == 12
+
+
+def only(token: str) -> dict[str, int]:
+    """A logit bias that leaves nothing but `token`."""
+    return {str(make_tokenizer().convert_tokens_to_ids(token)): 100}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_text_is_what_the_tokenizers_file_says_whatever_its_class(gateway: Gateway, stream: bool) -> None:
+    body = chat(temperature=0, logit_bias=only("Ġexperts"), max_tokens=3, stream=stream)
+    if stream:
+        text = text_of(await gateway.events("/v1/chat/completions", body))
+    else:
+        response = await gateway.http.post("/v1/chat/completions", json=body)
+        text = response.json()["choices"][0]["message"]["content"]
+    assert text == " experts experts experts"
+
+
+async def test_a_chat_ends_where_the_tokenizer_and_the_template_end_a_turn(gateway: Gateway) -> None:
+    body = chat(temperature=0, logit_bias=only("<|end|>"), ignore_eos=False)
+    answer = (await gateway.http.post("/v1/chat/completions", json=body)).json()
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["usage"]["completion_tokens"] == 1
+
+
+async def test_a_special_token_as_a_stop_string_is_matched(gateway: Gateway) -> None:
+    body = chat(temperature=0, logit_bias=only("<|user|>"), stop="<|user|>")
+    answer = (await gateway.http.post("/v1/chat/completions", json=body)).json()
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["choices"][0]["message"]["content"] == ""
+    assert answer["usage"]["completion_tokens"] == 1
 
 
 async def test_the_logprobs_of_a_completion_belong_to_its_text(gateway: Gateway) -> None:
