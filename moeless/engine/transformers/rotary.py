@@ -86,7 +86,7 @@ class SequenceRotary:
 
     @contextmanager
     def lengths(self, find: Callable[[], NDArray[np.int64]], device: torch.device) -> Iterator[None]:
-        """Wrap one forward pass.
+        """Wrap one forward pass. Outside of it, a pass gets the factors of its highest position, as a new model's does.
 
         Args:
             find: returns for each position of the pass the length of its sequence, (B, W) or what broadcasts to it;
@@ -118,6 +118,7 @@ class SequenceRotary:
 
         def forward_by_sequence(*args: Any, **kwargs: Any) -> Any:
             if self._groups is None:
+                reset(module)
                 return forward(*args, **kwargs)
             arguments = signature.bind(*args, **kwargs).arguments
             position_ids = arguments.pop("position_ids")

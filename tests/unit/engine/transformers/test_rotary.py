@@ -185,6 +185,19 @@ def test_cosines_of_a_mixed_pass_are_those_of_new_models(name: str) -> None:
             assert torch.equal(ours[row], theirs[0, -4:])
 
 
+def test_a_pass_of_no_batch_is_that_of_a_new_model() -> None:
+    model = model_of("mixtral", {"head_dim": 8, **DYNAMIC})
+    rotary = SequenceRotary(model)
+    rotary.install()
+    token_ids = torch.tensor([prompt_of(CHANGE + 10)])
+    with torch.inference_mode():
+        model(torch.tensor([prompt_of(CHANGE + 90)]))  # transformers would go on with the factors of this one
+        found = model(token_ids).logits
+        expected = model_of("mixtral", {"head_dim": 8, **DYNAMIC})(token_ids).logits
+    rotary.remove()
+    assert torch.equal(found, expected)
+
+
 def test_pages_are_shared_among_short_sequences_only() -> None:
     model = model_of("mixtral", {"head_dim": 8, "rope_parameters": longrope(4)})
     recorder = Recorder()
