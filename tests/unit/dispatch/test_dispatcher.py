@@ -546,3 +546,21 @@ def forward_while(
         wait_until(lambda: held.report(name).calls_begun > before)
         then()
         return result.result(60)
+
+
+@pytest.mark.parametrize(
+    "table", [evenly("a", "b"), evenly("a", LOCAL_WORKER), ON_BOTH], ids=["a, b", "a, here", "split"]
+)
+def test_a_row_that_is_nan_leaves_the_others_as_they_are(
+    table: RoutingTable, make_dispatcher: Callable[..., Dispatcher], shared_workers: dict[str, WorkerProcess]
+) -> None:
+    dispatcher = make_dispatcher(table, shared_workers)
+    hidden_TH, experts_Tk, weights_Tk = routing(17)
+    expected_TH = dispatcher.forward(0, hidden_TH, experts_Tk, weights_Tk)
+    hidden_TH[5], weights_Tk[9] = torch.nan, torch.nan
+    out_TH = dispatcher.forward(0, hidden_TH, experts_Tk, weights_Tk)
+    others = [row for row in range(17) if row not in (5, 9)]
+    torch.testing.assert_close(out_TH[others], expected_TH[others])
+    assert out_TH[[5, 9]].isnan().all()
+    again_TH = dispatcher.forward(0, *routing(17))  # nothing stays in the buffers
+    torch.testing.assert_close(again_TH, expected_TH)

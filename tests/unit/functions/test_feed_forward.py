@@ -170,3 +170,19 @@ def test_a_gate_that_is_no_class_of_transformers_is_refused(gate: str, message: 
 
     with pytest.raises(UnsupportedFamilyError, match=message):
         FeedForward(InstancePool(packed, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("num_tokens", [2, 5, 40], ids=lambda n: f"{n}-tokens")
+def test_a_row_that_is_nan_leaves_the_others_as_they_are(name: str, num_tokens: int, feed_forward: FeedForward) -> None:
+    layer = LAYER_OF[name]
+    hidden, dtype = LAYOUTS[name].hidden_size, feed_forward.pool.dtype
+    hidden_TH, experts_Tk, weights_Tk = routing(num_tokens, hidden=hidden, dtype=dtype)
+    pairs = pairs_sorted(experts_Tk, weights_Tk)
+    expected_TH = feed_forward.partial_sums(layer, hidden_TH, *pairs)
+    for broken in (0, num_tokens - 1):
+        spoiled_TH = hidden_TH.clone()
+        spoiled_TH[broken] = torch.nan
+        out_TH = feed_forward.partial_sums(layer, spoiled_TH, *pairs)
+        others = torch.arange(num_tokens) != broken
+        assert torch.equal(out_TH[others], expected_TH[others])
