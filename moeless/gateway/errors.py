@@ -65,6 +65,9 @@ class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
     code: str | None = None
 
 
+_MAX_PATH_CHARS = 200
+"""How much of a path an error quotes."""
+
 _FOR_CLIENTS = (
     RequestError,
     QueueFullError,
@@ -158,7 +161,7 @@ def install_handlers(app: FastAPI, routers: Sequence[APIRouter]) -> None:
 
     async def on_http_exception(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        path, method = request.url.path, request.method
+        path, method = request.url.path[:_MAX_PATH_CHARS], request.method
         message = {
             404: f"There is no {method} {path} here.",
             405: f"{path} does not answer {method}.",
