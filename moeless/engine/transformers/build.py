@@ -110,7 +110,7 @@ def _obstacle(
                 if not difference <= allowed:
                     return f"log-probabilities differ from the model's own by {difference:.1e}"
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        return " ".join(f"{type(error).__name__}: {error}".split())  # in one line, as it is part of a message
     return None
 
 
