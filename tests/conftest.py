@@ -22,7 +22,7 @@ from hypothesis import settings
 settings.register_profile("moeless", deadline=None)
 settings.load_profile("moeless")
 
-REQUIRED_IN_CI = frozenset({"redis", "k8s", "browser"})
+REQUIRED_IN_CI = frozenset({"redis", "k8s", "browser", "nodes"})
 """Markers whose tests must not skip under MOELESS_REQUIRE_ALL."""
 
 _PYTHON_HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
@@ -40,6 +40,18 @@ def _lacks_kubernetes() -> str | None:
     return None if shutil.which("kube-apiserver", path=folder) else f"no kube-apiserver in {folder}"
 
 
+def _lacks_nodes() -> str | None:
+    program = os.environ.get("MOELESS_NODES")
+    if program is None:
+        return "MOELESS_NODES does not name the program that makes several machines of this one"
+    if not os.access(program, os.X_OK):
+        return f"MOELESS_NODES must name a program, got {program}"
+    if os.geteuid() != 0:
+        return "machines out of namespaces need root"
+    missing = [tool for tool in ("ip", "unshare", "nsenter") if shutil.which(tool) is None]
+    return f"{' and '.join(missing)} must be installed (iproute2, util-linux)" if missing else None
+
+
 def _lacks_browser() -> str | None:
     return None if shutil.which("chromium") else "chromium is not installed"
 
@@ -53,6 +65,7 @@ def _lacks_gpu() -> str | None:
 _LACKS: dict[str, Callable[[], str | None]] = {
     "redis": _lacks_redis,
     "k8s": _lacks_kubernetes,
+    "nodes": _lacks_nodes,
     "browser": _lacks_browser,
     "gpu": _lacks_gpu,
 }

@@ -189,7 +189,7 @@ def serve_command(
         with options_for(_OPTIONS):
             live_config = LiveConfig(**settings.prediction.overrides())
             load_live_predictor(settings.prediction.path, live_config, packed.manifest)
-    prepare_environment()
+    prepare_environment(ray_address)
     with options_for(_OPTIONS):
         _run(packed.manifest, settings, run_secrets, ray_address)
 

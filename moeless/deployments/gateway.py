@@ -23,7 +23,7 @@ from moeless.core.generation import EngineStats, FunctionStatus, GenerationDelta
 from moeless.deployments.rpc import CancelCall, GatewayName, Pulse, PulseCall, RemoteRecordings, SubmitCall, SubmitReply
 from moeless.deployments.run_log import set_up_logging
 from moeless.deployments.run_secrets import read_secrets
-from moeless.deployments.runtime import node_address
+from moeless.deployments.runtime import keep_serve_to_loopback, node_address
 from moeless.deployments.settings import ServeSettings
 from moeless.deployments.token_channel import TokenReceiver
 from moeless.gateway.app import create_app
@@ -47,6 +47,7 @@ def gateway_deployment(settings: ServeSettings) -> Any:
 
     def build_app() -> FastAPI:
         set_up_logging()
+        keep_serve_to_loopback()
 
         async def reach_engine() -> RemoteEngineClient:
             handle = serve.get_deployment_handle(ENGINE, app_name=settings.app_name)

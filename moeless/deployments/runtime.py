@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import secrets
 import socket
@@ -10,16 +11,29 @@ from typing import Any
 
 from moeless.deployments.run_log import set_up_logging
 
+logger = logging.getLogger(__name__)
+
 STARTING_RAY = "starting Ray"
 STOPPING = "stopping"
 """The first and the last phase of a run (deployments/application.py)."""
 
 
-def prepare_environment() -> None:
-    """Token authentication for a Ray that is started here, no usage reports. What the user has set stays.
+_LOOPBACK = "127.0.0.1"
 
-    ray.init would turn token authentication on by itself but not tell its own processes the token.
+
+def prepare_environment(ray_address: str | None = None) -> None:
+    """Set Ray up: no usage reports, authentication, and loopback alone for a Ray that is started on this machine.
+
+    What the user has set of the first two stays. ray.init would turn token authentication on by itself but not pass
+    the token to its own processes.
+
+    Args:
+        ray_address: of a cluster to join, whose nodes have addresses of their own.
     """
+    if ray_address is None:
+        # Despite its name the only switch with which Ray takes 127.0.0.1 for its node's address, on Linux too; all its
+        # processes then listen there alone. A loopback address given to ray.init is replaced by the network's.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if os.environ["RAY_AUTH_MODE"] == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
@@ -42,6 +56,21 @@ def node_address() -> str:
     return str(ray.util.get_node_ip_address())
 
 
+def keep_serve_to_loopback() -> None:
+    """In a replica whose node has a loopback address: have Serve's server for other replicas listen there alone.
+
+    Serve binds it to every interface, whatever the node's address, and has no setting for it.
+    """
+    if node_address() != _LOOPBACK:
+        return
+    replica: Any = importlib.import_module("ray.serve._private.replica")
+    if not hasattr(replica, "add_port_to_grpc_server"):
+        logger.warning("this version of Ray Serve may listen beyond loopback")
+        return
+    add_port = replica.add_port_to_grpc_server
+    replica.add_port_to_grpc_server = lambda server, address: add_port(server, address.replace("[::]", _LOOPBACK))
+
+
 def bind_to(cores: frozenset[int] | None) -> None:
     """Bind this process, threads it has already started included, to `cores`; None leaves it as it is."""
     if cores is not None:
@@ -58,6 +87,7 @@ class DeferredReplica:
 
     def __init__(self, import_path: str, *arguments: Any) -> None:
         set_up_logging()
+        keep_serve_to_loopback()
         module_name, _, class_name = import_path.partition(":")
         self._replica: Any = getattr(importlib.import_module(module_name), class_name)(*arguments)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -210,6 +211,25 @@ async def _hang_up_together(served: Served, num_clients: int, *, stream: bool) -
     for _, writer in connections:
         writer.transport.abort()
     return time.monotonic()
+
+
+def test_nothing_listens_beyond_loopback(two_workers: Served) -> None:
+    two_workers.complete("tiny", PROMPT, max_tokens=4)  # every channel is open
+    run = psutil.Process(two_workers.process.pid)
+    listening: dict[str, set[str]] = {}
+    for process in [run, *run.children(recursive=True)]:
+        try:
+            name = process.cmdline()[0].rpartition("/")[2]
+            sockets = process.net_connections(kind="inet")
+        except (psutil.NoSuchProcess, IndexError):
+            continue
+        for each in sockets:
+            if each.status == psutil.CONN_LISTEN or (each.type == socket.SOCK_DGRAM and not each.raddr):
+                listening.setdefault(name, set()).add(each.laddr.ip)
+    beyond = {name: found - {"127.0.0.1", "::1", "::ffff:127.0.0.1"} for name, found in listening.items()}
+    assert {name: found for name, found in beyond.items() if found} == {}
+    for part in ("gcs_server", "raylet", "ray::ProxyActor", "ray::ServeReplica:moeless:gateway"):
+        assert part in listening, f"{part} was not looked at: {sorted(listening)}"
 
 
 def _num_held(served: Served) -> float:

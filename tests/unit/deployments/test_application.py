@@ -1,0 +1,75 @@
+"""The application as Serve gets it, before anything runs."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+
+from moeless.core.errors import ConfigError
+from moeless.deployments.run_secrets import RunSecrets
+from moeless.deployments.settings import ServeSettings
+from moeless.packages.source import resolve_model
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # importing Ray Serve uses what pydantic has deprecated
+    from ray import cloudpickle
+
+    from moeless.deployments.application import IMPORT_PATH, _write_secrets, build_application, serve_config
+
+SECRETS = RunSecrets(run_secret="run-very-private", api_keys=("sk-very-private",))
+
+
+@pytest.fixture
+def settings(monkeypatch: pytest.MonkeyPatch) -> ServeSettings:
+    for name, value in SECRETS.to_environment().items():
+        monkeypatch.setenv(name, value)
+    return ServeSettings(packed_path=str(resolve_model("moeless-mini").path), model_id="mini", num_workers=2)
+
+
+def test_no_secret_stands_in_the_rendered_config(settings: ServeSettings) -> None:
+    rendered = serve_config(settings).model_dump_json()
+    assert "very-private" not in rendered
+    (application,) = json.loads(rendered)["applications"]
+    assert ServeSettings.from_dict(application["args"]) == settings
+
+
+def test_no_secret_stands_in_the_arguments_of_a_deployment(settings: ServeSettings) -> None:
+    pickled = cloudpickle.dumps(build_application(settings.to_dict()))
+    assert b"worker-1" in pickled
+    assert b"very-private" not in pickled
+
+
+def test_the_import_path_is_the_one_that_was_fixed() -> None:
+    """Another one restarts every deployed application."""
+    assert IMPORT_PATH == "moeless.deployments.application:build_application"
+    assert f"{build_application.__module__}:{build_application.__name__}" == IMPORT_PATH
+
+
+def test_settings_that_cannot_be_are_refused(settings: ServeSettings) -> None:
+    with pytest.raises(ConfigError, match="settings.replicas is unknown"):
+        build_application({**settings.to_dict(), "replicas": 3})
+    with pytest.raises(ConfigError, match="isolation function takes at most 64 functions"):
+        build_application({**settings.to_dict(), "num_workers": 0, "isolation": "function"})
+
+
+def test_the_secrets_of_a_run_on_a_cluster_are_for_their_owner_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOELESS_CACHE", str(tmp_path))
+    path = _write_secrets(SECRETS, "a/b")
+    assert path.parent == tmp_path / "runs"
+    assert path.name.startswith("a%2Fb-")
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.parent.stat().st_mode & 0o077 == 0
+
+
+def test_a_cache_that_cannot_be_written_is_refused_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MOELESS_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match="MOELESS_CACHE must be a folder to write .* or set --secrets-file"):
+        _write_secrets(SECRETS, "a")
