@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from moeless.core.generation import GenerationDelta, TokenLogprob
 from moeless.engine.observing import RowSpan
 from moeless.engine.text import TokenTexts
+from moeless.engine.transformers.hooks import kv_bytes_per_token
 from moeless.engine.transformers.prompt_scoring import PromptScorer
 from moeless.engine.transformers.sequence import Sequence
 from tests.families import FAMILIES, make_tokenizer
@@ -152,3 +153,19 @@ def test_a_prompt_whose_scores_are_not_finite_fails_alone(family: str) -> None:
     assert bad.finish_reason == "error"
     assert "the log-probability of prompt token" in (bad.last.error or "")
     assert_scores(prompt_tokens(fine), model, good, num_top=1)
+
+
+def test_sequences_that_give_their_pages_back_score_each_prompt_token_once() -> None:
+    model = eager_model()
+    recorder = Recorder()
+    names = [str(n) for n in range(5)]
+    # Each fits alone (100 of 128 tokens), all together do not.
+    with running(
+        model, recorder, kv_cache_bytes=128 * kv_bytes_per_token(model), page_size=4, max_batch_tokens=8
+    ) as engine:
+        for n, name in enumerate(names):
+            engine.submit(request(name, prompt_of(40, seed=n), max_tokens=60, prompt_logprobs=1))
+        answers = recorder.wait_for(*names)
+    for n, answer in enumerate(answers):
+        assert answer.num_tokens == 60
+        assert_scores(prompt_tokens(answer), eager_model(), prompt_of(40, seed=n), num_top=1)
