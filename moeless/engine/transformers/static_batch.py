@@ -321,6 +321,9 @@ def _select_rows(cache: Cache, index: Tensor) -> None:
         cache.reorder_cache(index)
     else:
         cache.batch_select_indices(index)
+    positions = getattr(cache, "position_ids", None)
+    if positions is not None:  # Qwen4's model keeps its tokens' positions, (3, B, W), beside the layers
+        cache.position_ids = positions[:, index]
 
 
 def _set_width(batch: _Batch, width: int) -> None:

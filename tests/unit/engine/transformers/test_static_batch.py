@@ -95,6 +95,23 @@ def test_a_cache_that_cannot_be_padded_takes_new_requests_when_it_is_empty(famil
         assert_equal_tokens(model, prompt_of(length), answer.token_ids)
 
 
+def test_positions_that_a_model_keeps_in_its_cache_leave_with_their_sequence() -> None:
+    model = eager_model("qwen4_exp_text")
+    recorder = Recorder()
+    with running(model, recorder) as engine:
+        recorder.hold()
+        engine.submit(request("first", prompt_of(2), max_tokens=1))
+        recorder.wait_for_tokens("first")
+        for length in (3, 12):
+            engine.submit(request(str(length), prompt_of(length), max_tokens=length))
+        recorder.release()
+        answers = recorder.wait_for("3", "12")
+    assert ["3", "12"] in recorder.steps
+    for length, answer in zip((3, 12), answers, strict=True):
+        assert answer.last.error is None
+        assert_equal_tokens(model, prompt_of(length), answer.token_ids)
+
+
 def test_a_cache_class_of_the_models_own_gets_no_padding() -> None:
     model = eager_model("minimax")
     recorder = Recorder()
