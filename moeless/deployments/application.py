@@ -1,4 +1,4 @@
-"""The Ray Serve application: which deployments there are and how they know each other. Called by the command line.
+"""The Ray Serve application: its deployments and how they reach each other. Called by the command line.
 
 gateway (ingress) → engine → worker-0, worker-1, ... (or one deployment for each function).
 """
@@ -204,11 +204,11 @@ def _share_gpus(manifest: Manifest, settings: ServeSettings) -> ServeSettings:
     if settings.device != "cuda":
         return settings
     by_function = settings.isolation == "function"
-    most = len(manifest.functions) * settings.functions.max_replicas if by_function else settings.num_workers
+    max_processes = len(manifest.functions) * settings.functions.max_replicas if by_function else settings.num_workers
     num_gpus = float(ray.cluster_resources().get("GPU", 0.0))
     if num_gpus < 1:
-        raise ConfigError(f"device cuda: {most + 1} processes need at least one GPU, Ray sees {num_gpus:g}")
-    return replace(settings, gpu_share=min(1.0, math.floor(num_gpus / (most + 1) * 1000) / 1000))
+        raise ConfigError(f"device cuda: {max_processes + 1} processes need at least one GPU, Ray sees {num_gpus:g}")
+    return replace(settings, gpu_share=min(1.0, math.floor(num_gpus / (max_processes + 1) * 1000) / 1000))
 
 
 @contextmanager

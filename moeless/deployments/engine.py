@@ -184,7 +184,7 @@ class EngineDeployment:
         return msgspec.msgpack.encode(await self._status.functions())
 
     def check_health(self) -> None:
-        """Asked by Serve; an engine whose generation thread died is replaced."""
+        """Called by Serve; an engine whose generation thread died is replaced."""
         if self._is_stopping:
             return
         if not self._engine.is_alive:

@@ -26,7 +26,7 @@ _FINISH_TIMEOUT_S = 120.0
 
 ErrorKind = Literal["", "context_length", "request", "recording", "queue_full", "stopped"]
 _REQUEST_ERRORS: dict[ErrorKind, type[RequestError]] = {
-    # the most special first
+    # the most specific first
     "context_length": ContextLengthError,
     "recording": RecordingError,
     "request": RequestError,
@@ -81,7 +81,7 @@ class RecordingCall(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RecordingReply(Reply, frozen=True, kw_only=True):
-    """What the method gave."""
+    """Result of the method."""
 
     status: RecordingStatus | None = None
     file: RecordedFile | None = None
@@ -89,7 +89,7 @@ class RecordingReply(Reply, frozen=True, kw_only=True):
 
 
 class Pulse(msgspec.Struct, frozen=True, kw_only=True):
-    """That an engine lives, which life it is, and whether it can answer now."""
+    """Sign of life of an engine: its incarnation, and whether it can answer now."""
 
     incarnation: str
     is_ready: bool
@@ -122,7 +122,7 @@ class CancelCall(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PulseCall(msgspec.Struct, frozen=True, kw_only=True):
-    """That a gateway lives, and which of its requests it still reads: of those up to `last_number`, only `live`."""
+    """Sign of life of a gateway, with the requests that it still reads: of those up to `last_number`, only `live`."""
 
     gateway: GatewayName
     last_number: int = 0
@@ -130,7 +130,7 @@ class PulseCall(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CallsEngine(Protocol):
-    """How the gateway calls a method of the engine's deployment."""
+    """Calls a method of the engine's deployment from the gateway."""
 
     def __call__(self, method: str, *args: object, timeout_s: float = ...) -> Awaitable[Any]: ...
 

@@ -1,4 +1,4 @@
-"""What a process of a run stands on: Ray's settings, its node's address, its cores, and the class it defers to."""
+"""Environment of a run's processes: Ray's settings, the node's address, cores, and the class a replica defers to."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class DeferredReplica:
         return getattr(self._replica, name)
 
     def check_health(self) -> None:
-        """Asked by Serve."""
+        """Called by Serve."""
         if hasattr(self._replica, "check_health"):
             self._replica.check_health()
 

@@ -46,7 +46,7 @@ _MOVED = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FunctionScaling:
-    """How Serve scales the functions of `isolation: function`. Raises ConfigError for values out of range."""
+    """Serve's scaling of the functions of `isolation: function`. Raises ConfigError for values out of range."""
 
     max_replicas: int = 4
     """Maximum replicas of one function."""
@@ -67,7 +67,7 @@ class PredictionSettings:
     path: str | None = None
     """A file of `moeless predict fit` for this model; the engine's node must see it. None: nothing is predicted."""
     distance: int | None = None
-    """How many MoE layers ahead."""
+    """MoE layers ahead."""
     max_share: float | None = None
     """Maximum share of the steps' time that forecasting may take."""
 
@@ -78,7 +78,7 @@ class PredictionSettings:
             raise ConfigError(f"prediction.max_share must be above 0 and at most 1, got {self.max_share}")
 
     def overrides(self) -> dict[str, Any]:
-        """What differs from LiveConfig's defaults."""
+        """Values that differ from LiveConfig's defaults."""
         values = {"distance": self.distance, "max_share": self.max_share}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -113,7 +113,7 @@ class ServeSettings:
     """Whether clients may record what the engine routes, for all its requests. None: where only this machine can call,
     that is, where `host` is a loopback address."""
     keep_alive_s: float = 30.0
-    """How long the engine keeps a function that it started because no worker could compute it."""
+    """Time that the engine keeps a function that it started because no worker could compute it."""
     app_name: str = "moeless"
     """Name of the Serve application; on a cluster, no other may have it."""
     route_prefix: str = "/"

@@ -84,7 +84,7 @@ class EngineStatus:
         return self._function_statuses(reports, replicas)
 
     async def _worker_reports(self) -> dict[str, WorkerReport]:
-        """What workers say of themselves, at most half a second old. A function at zero replicas is not woken."""
+        """The workers' own reports, at most half a second old. A function at zero replicas is not woken."""
         taken_s, reports = self._reports
         if self._settings.isolation == "function" or time.monotonic() - taken_s < 0.5:
             return reports

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 _HIGH_WATER_MARK = 10_000
 """Steps that a gateway may lag behind before its messages are dropped: a minute at 160 steps a second."""
 _MAX_FRAME_BYTES = 64 << 10
-"""What one peer can make the gateway hold before it is authenticated. Messages are cut into frames of this size."""
+"""Maximum that one peer can make the gateway hold before it is authenticated. Longer messages are cut into frames."""
 _CURVE_OVERHEAD_BYTES = 64
 _MAX_MESSAGE_BYTES = 256 << 20
 """Log-probabilities of twenty alternatives for a prompt of 131,072 tokens take some 100 MB."""

@@ -30,11 +30,11 @@ from moeless.packages.tensor_files import dtype_of_name
 logger = logging.getLogger(__name__)
 
 MAX_ROWS = 4096
-"""Most rows of one call; longer ones are sent in parts."""
+"""Maximum rows of one call; longer ones are sent in parts."""
 
 
 class WorkerReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What a worker says of itself."""
+    """A worker's report on its instances."""
 
     worker: str
     states: dict[str, str]
@@ -121,7 +121,7 @@ class WorkerDeployment:
         return msgspec.json.encode(self._host.report())
 
     def check_health(self) -> None:
-        """Asked by Serve; a worker whose data plane died is replaced."""
+        """Called by Serve; a worker whose data plane died is replaced."""
         if not self._server.is_alive:
             raise MoelessError(f"the data plane of {self._host.name} died")
 
