@@ -169,6 +169,33 @@ async def test_a_stop_string_ends_the_text_before_it(gateway: Gateway) -> None:
     assert '"finish_reason":"stop"' in events[-2]
 
 
+async def content_of(gateway: Gateway, **fields: object) -> str:
+    response = await gateway.http.post("/v1/chat/completions", json=chat(**fields))
+    assert response.status_code == 200, response.text
+    return str(response.json()["choices"][0]["message"]["content"])
+
+
+async def test_the_sampling_fields_of_vllm_reach_the_engine(gateway: Gateway) -> None:
+    greedy = await content_of(gateway, temperature=0, max_tokens=40)
+    assert await content_of(gateway, temperature=1.5, min_p=1, max_tokens=40) == greedy
+    assert await content_of(gateway, temperature=0, repetition_penalty=100, max_tokens=40) != greedy
+    stop = greedy[len(greedy) // 2 :][:3]
+    end = greedy.index(stop) + len(stop)
+    assert (
+        await content_of(gateway, temperature=0, max_tokens=40, stop=stop, include_stop_str_in_output=True)
+        == (greedy[:end])
+    )
+    assert len(await content_of(gateway, temperature=0, max_tokens=40, stop=greedy[:2], min_tokens=20)) >= 20
+
+
+async def test_a_stop_token_ends_the_answer_and_is_named(gateway: Gateway) -> None:
+    body = {"model": MODEL_ID, "prompt": [10, 11, 12], "temperature": 0, "max_tokens": 8, "ignore_eos": True}
+    scored = {"prompt_logprobs": 0, "stop_token_ids": [300], "logit_bias": {"300": 100}}
+    [choice] = (await gateway.http.post("/v1/completions", json=body | scored)).json()["choices"]
+    assert (choice["finish_reason"], choice["stop_reason"], choice["text"]) == ("stop", 300, "")
+    assert [list(row) for row in choice["prompt_logprobs"][1:]] == [["11"], ["12"]]
+
+
 async def test_streams_at_once_get_what_each_gets_alone(gateway: Gateway) -> None:
     bodies = [chat(seed=seed, temperature=1.0, stream=True) for seed in range(MAX_RUNNING + MAX_WAITING)]
     alone = [text_of(await gateway.events("/v1/chat/completions", body)) for body in bodies]
