@@ -22,9 +22,9 @@ _LOOPBACK = "127.0.0.1"
 
 
 def prepare_environment(ray_address: str | None = None) -> None:
-    """Set Ray up: no usage reports, authentication, and loopback alone for a Ray that is started on this machine.
+    """Set Ray up: no usage reports, authentication, Serve's HTTP proxy, and for a Ray started here loopback alone.
 
-    What the user has set of the first two stays. ray.init would turn token authentication on by itself but not pass
+    What the user has set of the first three stays. ray.init would turn token authentication on by itself but not pass
     the token to its own processes.
 
     Args:
@@ -35,6 +35,9 @@ def prepare_environment(ray_address: str | None = None) -> None:
         # processes then listen there alone. A loopback address given to ray.init is replaced by the network's.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault(
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "moeless.deployments.http_proxy:configure_http_proxy"
+    )
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if os.environ["RAY_AUTH_MODE"] == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

@@ -38,7 +38,8 @@ async def read_body(request: Request, model: type[Body]) -> Body:
 async def read_json(request: Request) -> bytes:
     """Read a body that is announced as JSON.
 
-    Raises: UnsupportedMediaTypeError (415), BodyTooLargeError (413, from the middleware).
+    Raises: UnsupportedMediaTypeError (415), BodyTooLargeError (413, from the middleware), RequestError (400) if the
+        body was lost.
     """
     from moeless.gateway.errors import UnsupportedMediaTypeError
 
@@ -49,7 +50,13 @@ async def read_json(request: Request) -> bytes:
             code="unsupported_media_type",
         )
     # Unlike `request.body`, this leaves no copy in the request, which lives as long as its answer is generated.
-    return b"".join([chunk async for chunk in request.stream()])
+    body = b"".join([chunk async for chunk in request.stream()])
+    if not body and "upgrade" in request.headers:
+        # The HTTP server expects another protocol behind the head, and so drops the body.
+        raise RequestError(
+            "A request with an Upgrade header must have no body; leave the header out.", code="unsupported_upgrade"
+        )
+    return body
 
 
 def parse_body(body: bytes, model: type[Body]) -> Body:

@@ -175,6 +175,71 @@ def test_a_recording_of_a_chat_is_the_models_routing(
                 assert np.allclose(trace.hidden[1][row], hidden, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("own_id", [None, "mine-42"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_request_id_reaches_the_client(two_workers: Served, own_id: str | None, stream: bool) -> None:
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 2, "stream": stream}
+    headers = {} if own_id is None else {"x-request-id": own_id}
+    responses = [
+        httpx.post(f"{two_workers.url}/v1/completions", json=body, headers=headers, timeout=30),
+        httpx.get(f"{two_workers.url}/nowhere", headers=headers, timeout=30),
+    ]
+    for response in responses:
+        ids = response.headers.get_list("x-request-id")
+        assert len(ids) == 1
+        assert ids[0]
+        assert own_id is None or ids == [own_id]
+
+
+def exchange(served: Served, request: bytes, *, timeout_s: float = 15) -> bytes:
+    """The answer to raw bytes, at least to the beginning of its body."""
+    host, port = served.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=timeout_s) as connection:
+        connection.sendall(request)
+        answer = b""
+        while not answer.partition(b"\r\n\r\n")[2]:
+            part = connection.recv(65536)
+            assert part, f"the connection was closed after {answer!r}"
+            answer += part
+        return answer
+
+
+@pytest.mark.parametrize("connections", [("Upgrade", "keep-alive"), ("keep-alive", "Upgrade"), ("Upgrade",)])
+def test_a_body_with_an_upgrade_to_websocket_is_answered(two_workers: Served, connections: tuple[str, ...]) -> None:
+    head = "".join(f"Connection: {value}\r\n" for value in connections)
+    answer = exchange(
+        two_workers,
+        (
+            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\n{head}Upgrade: websocket\r\n"
+            "Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
+        ).encode(),
+    )
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b"unsupported_upgrade" in answer
+
+
+@pytest.mark.parametrize(("num_chars", "status"), [(9_000, b"414"), (60_000, b"414"), (70_000, b"400")])
+def test_a_long_url_is_answered(two_workers: Served, num_chars: int, status: bytes) -> None:
+    answer = exchange(two_workers, b"GET /" + b"a" * num_chars + b" HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 " + status)
+
+
+def test_clients_that_leave_while_they_send_their_body_write_little_to_the_terminal(two_workers: Served) -> None:
+    num_lines = len(two_workers.log.read_bytes().splitlines())
+    host, port = two_workers.url.removeprefix("http://").split(":")
+    num_clients = 5
+    for _ in range(num_clients):
+        with socket.create_connection((host, int(port)), timeout=15) as connection:
+            connection.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b'Content-Length: 1000\r\n\r\n{"model":'
+            )
+    # Behind them an exchange that fails in a way that the log shows would come after what they caused.
+    for _ in range(num_clients):
+        assert httpx.get(f"{two_workers.url}/v1/models", timeout=30).status_code == 200
+    assert len(two_workers.log.read_bytes().splitlines()) - num_lines <= num_clients
+
+
 def test_a_client_that_leaves_frees_its_sequence(two_workers: Served) -> None:
     body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 450, "stream": True, "ignore_eos": True}
     with httpx.stream("POST", f"{two_workers.url}/v1/completions", json=body, timeout=30) as response:

@@ -45,3 +45,19 @@ async def test_a_client_that_leaves_while_it_sends_its_body_is_one_log_line(
     records = [record for record in caplog.records if "gone-1" in record.getMessage()]
     assert [record.getMessage() for record in records] == ["client gone while it sent its body request=gone-1"]
     assert not [record for record in caplog.records if record.exc_info or record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize("protocol", ["websocket", "h2c"])
+@pytest.mark.parametrize("connections", [("Upgrade", "keep-alive"), ("keep-alive", "Upgrade"), ("Upgrade",)])
+async def test_a_body_behind_an_upgrade_is_refused_with_the_reason(
+    engine: ScriptedEngine, protocol: str, connections: tuple[str, ...]
+) -> None:
+    head = "".join(f"Connection: {value}\r\n" for value in connections)
+    async with gateway_for(create_app(engine, GatewayConfig())) as gateway, asyncio.timeout(20):
+        host, _, port = gateway.address.removeprefix("http://").partition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(f"POST /v1/completions HTTP/1.1\r\nHost: x\r\n{head}Upgrade: {protocol}\r\n".encode())
+        writer.write(b"Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{}")
+        assert (await reader.readline()).startswith(b"HTTP/1.1 400 ")
+        assert b"unsupported_upgrade" in await reader.readuntil(b"}}")
+        writer.close()
