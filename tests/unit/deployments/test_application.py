@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import yaml
 
 from moeless.core.errors import ConfigError
 from moeless.deployments.run_secrets import RunSecrets
@@ -16,6 +17,7 @@ from moeless.packages.source import resolve_model
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # importing Ray Serve uses what pydantic has deprecated
     from ray import cloudpickle
+    from ray.serve.schema import ServeDeploySchema
 
     from moeless.deployments.application import IMPORT_PATH, _write_secrets, build_application, serve_config
 
@@ -46,6 +48,15 @@ def test_the_import_path_is_the_one_that_was_fixed() -> None:
     """Another one restarts every deployed application."""
     assert IMPORT_PATH == "moeless.deployments.application:build_application"
     assert f"{build_application.__module__}:{build_application.__name__}" == IMPORT_PATH
+
+
+def test_the_config_of_the_docs_is_one() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "cluster.md").read_text(encoding="utf-8")
+    document = page.partition('```yaml title="serve.yaml"\n')[2].partition("```")[0]
+    (application,) = ServeDeploySchema.model_validate(yaml.safe_load(document)).applications
+    assert application.import_path == IMPORT_PATH
+    settings = ServeSettings.from_dict(application.args)
+    assert (settings.num_workers, settings.engine.max_running) == (4, 32)
 
 
 def test_settings_that_cannot_be_are_refused(settings: ServeSettings) -> None:
