@@ -1,4 +1,4 @@
-"""What plans are made for: the model's functions, the workers that can host them, and the links between.
+"""Model, workers and links that plans are made for.
 
 Read by planning, simulate and control.
 
@@ -17,7 +17,7 @@ from moeless.core.arrays import read_only
 from moeless.core.errors import ConfigError
 
 _MAX_BYTES = 2**63 - 1
-"""What an array of int64 holds."""
+"""Largest number of an int64 array."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,12 +27,12 @@ class ModelShape:
     num_layers: int
     """MoE layers."""
     num_experts: int
-    """Experts of each."""
+    """Experts of each layer."""
     top_k: int
     expert_bytes: int
-    """Of one instance, on a worker."""
+    """Size of one instance on a worker."""
     hidden_bytes: int
-    """Of one token's hidden state, as it travels."""
+    """Size of one token's hidden state, as it is sent."""
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_experts", "top_k", "expert_bytes", "hidden_bytes"):
@@ -48,9 +48,9 @@ class WorkerSpec:
 
     name: str
     memory_bytes: int
-    """For instances."""
+    """Memory for instances."""
     speed: float = 1.0
-    """Of computing, relative to the worker that expert times were measured on."""
+    """Computing speed, relative to the worker that expert times were measured on."""
     node: str = "node-0"
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What identifies and describes an expert function, wherever it runs."""
+"""Name and layout of an expert function, wherever it runs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class FunctionId(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertLayout:
-    """How one layer's experts compute, in the words of transformers' experts interface.
+    """Computation of one layer's experts, in the terms of transformers' experts interface.
 
     Weights keep the orientation of the family's own stacked parameters: with I the intermediate and H the
     hidden size, `up` is (2I, H) (gated) or (I, H) (not gated) and `down` is (H, I); transposed families hold

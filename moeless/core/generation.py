@@ -1,4 +1,4 @@
-"""What the gateway asks of an engine and what comes back: plain data that crosses processes, and the protocol.
+"""Requests of a gateway and replies of an engine: plain data that crosses processes, and the protocol.
 
 Only builtin types inside (msgspec encodes them; no pickle is needed). The gateway and the engine know each
 other through this file alone.
@@ -113,7 +113,7 @@ class TokenLogprob(msgspec.Struct, frozen=True):
 
 
 class GenerationDelta(msgspec.Struct, frozen=True, kw_only=True):
-    """What one step added to one sequence. Text may lag the tokens (incomplete UTF-8, a possible stop string)."""
+    """Tokens and text that a step added to a sequence. Text may lag (incomplete UTF-8, a possible stop string)."""
 
     request_id: str
     text: str = ""
@@ -124,7 +124,7 @@ class GenerationDelta(msgspec.Struct, frozen=True, kw_only=True):
     """The next prompt tokens in order, beginning with the prompt's second; all of them come before the first text."""
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
-    """What ended the sequence: the stop string, or the id of `stop_token_ids`; None for an end-of-sequence token."""
+    """Stop string or id of `stop_token_ids` that ended the sequence; None for an end-of-sequence token."""
     error: str | None = None
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
@@ -205,7 +205,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What the gateway must know of the model to validate, tokenize and list it."""
+    """Facts about the model with which the gateway validates, tokenizes and lists it."""
 
     model_id: str
     created_unix_s: int

@@ -39,8 +39,8 @@ class Plan:
     expert_N: IntArray
     worker_N: IntArray
     share_N: FloatArray
-    """Of the function's tokens, >= 0; the shares of a function's instances sum to 1. An instance with none is kept
-    warm for later."""
+    """Share of the function's tokens, >= 0; the shares of a function's instances sum to 1. An instance with share 0 is
+    kept warm for later."""
 
     def __post_init__(self) -> None:
         for array in (self.layer_N, self.expert_N, self.worker_N, self.share_N):
@@ -77,7 +77,7 @@ class Plan:
 
     @classmethod
     def from_dense(cls, has_LEW: BoolArray, shares_LEW: FloatArray, *, version: int) -> Self:
-        """Of where instances are and their shares, both of shape (L, E, W); shares elsewhere are ignored."""
+        """Build from instances and shares, both of shape (L, E, W); shares without an instance are ignored."""
         layer_N, expert_N, worker_N = np.nonzero(has_LEW)
         num_layers, num_experts, num_workers = has_LEW.shape
         return cls.from_instances(
@@ -149,7 +149,7 @@ class Plan:
         return plan
 
     def dense(self) -> tuple[BoolArray, FloatArray]:
-        """Where instances are, and their shares, both of shape (L, E, W)."""
+        """Return instances and their shares, both of shape (L, E, W)."""
         has_LEW = np.zeros((self.num_layers, self.num_experts, self.num_workers), dtype=np.bool_)
         shares_LEW = np.zeros(has_LEW.shape)
         has_LEW[self.layer_N, self.expert_N, self.worker_N] = True
@@ -171,7 +171,7 @@ class Plan:
         return load_LW
 
     def has(self, keys: IntArray) -> BoolArray:
-        """Which of some instances, named as in `keys_N`, are of this plan; of the shape of `keys`."""
+        """Return for each of `keys`, named as in `keys_N`, whether this plan has that instance."""
         if not self.num_instances:
             return np.zeros(keys.shape, dtype=np.bool_)
         is_here: BoolArray = self.keys_N.take(np.searchsorted(self.keys_N, keys), mode="clip") == keys
@@ -182,7 +182,7 @@ class Plan:
         return np.flatnonzero(~before.has(self.keys_N))
 
     def to_routing_table(self, workers: Sequence[str], *, step_cost: CallCost | None = None) -> RoutingTable:
-        """As the dispatcher uses it, with the workers' names.
+        """Make the dispatcher's routing table, with the workers' names.
 
         Args:
             step_cost: see RoutingTable. Without it, instances without a share are left out.

@@ -1,4 +1,4 @@
-"""What a gateway asks of an engine about recording its routing: plain data that crosses processes, and the protocol."""
+"""Calls of a gateway about recording an engine's routing: plain data that crosses processes, and the protocol."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 import msgspec
 
 MAX_RECORDING_BYTES = 1 << 30
-"""What the rows of a recording may take in memory."""
+"""Bound of the memory for a recording's rows."""
 
 RecordingState = Literal["none", "recording", "full", "stopped", "failed"]
 
@@ -22,18 +22,18 @@ def recorded_row_bytes(
 
 
 class RecordingOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What to record. The engine checks it against its model."""
+    """Contents of a recording. The engine checks them against its model."""
 
     max_tokens: int = 200_000
-    """Rows that memory is kept for; when they are taken the recording ends by itself."""
+    """Rows for which memory is reserved; the recording ends by itself when they are full."""
     hidden_layers: tuple[int, ...] = ()
     """MoE layers whose experts' input is recorded too, in float16."""
     token_ids: bool = False
-    """Whether to record what the tokens are: with it the prompts and answers can be read from the trace."""
+    """Record the tokens' ids too: prompts and answers can then be read from the trace."""
 
 
 class RecordingStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """How the engine's recording stands. `full` and `stopped` ones can be downloaded."""
+    """State of the engine's recording. `full` and `stopped` ones can be downloaded."""
 
     state: RecordingState
     num_tokens: int = 0
@@ -42,9 +42,9 @@ class RecordingStatus(msgspec.Struct, frozen=True, kw_only=True):
     hidden_layers: tuple[int, ...] = ()
     token_ids: bool = False
     reserved_bytes: int = 0
-    """The most that the recording's rows take in memory."""
+    """Memory that the recording's rows take at most."""
     error: str | None = None
-    """Why it failed."""
+    """Reason for a failure."""
 
 
 class RecordedFile(msgspec.Struct, frozen=True, kw_only=True):

@@ -174,7 +174,7 @@ class BackboneTime:
     """Seconds of an engine step without the routed experts."""
 
     step_s: float
-    """Of every step, whatever the batch: launching, reading the weights."""
+    """Fixed time of a step, whatever the batch: launching kernels, reading weights."""
     token_s: float
     """For each token."""
     decode_context_s: float
@@ -188,11 +188,11 @@ class BackboneTime:
                 raise ConfigError(f"backbone.{name} must be at least 0, got {getattr(self, name)}")
 
     def seconds(self, *, num_tokens: float, decode_context: float, prefill_context: float, devices: float) -> float:
-        """Of a step.
+        """Return a step's time in the backbone.
 
         Args:
             decode_context, prefill_context: sum over the tokens of the phase of their positions.
-            devices: that share the batch; `step_s` is every one's.
+            devices: number of devices that share the batch; each takes `step_s`.
         """
         shared = (
             num_tokens * self.token_s
@@ -207,11 +207,11 @@ class ExchangeTime:
     """Seconds of an exchange with workers beside bytes over bandwidth, each way."""
 
     hub_s: float
-    """Of a hub's exchange, however many workers it touches."""
+    """Fixed time of a hub's exchange, however many workers it touches."""
     message_s: float
     """For each worker touched, one message after the other at the engine."""
     all_to_all_s: float
-    """Of an all-to-all exchange."""
+    """Fixed time of an all-to-all exchange."""
     combine_ratio: float = 1.0
     """Bytes of a token's partial sum over those of its hidden state: 2 if it goes out in FP8 and back in BF16."""
 
@@ -229,14 +229,14 @@ class CostProfile:
 
     name: str
     source: str
-    """Where the figures come from, in words."""
+    """Source of the figures, in words."""
     model: ModelShape
     expert_time: ExpertTime
     """On a worker of speed 1."""
     backbone: BackboneTime
     exchange: ExchangeTime
     start_s: float = 0.0
-    """Of starting an instance beside fetching its bytes: finding, allocating, copying's start."""
+    """Time to start an instance besides fetching its bytes: finding the file, allocating, the copy's set-up."""
     worker_start_s: tuple[float, float] = (10.0, 40.0)
     """Range of the time from starting a worker until it can fetch: process, device context, framework."""
     device_bytes: int | None = None
@@ -311,8 +311,8 @@ def _hub_seconds_L(
     message_s: float,
     seconds_L: FloatArray,
 ) -> None:
-    """As `hub_seconds`: a token takes `token_s_W` on its worker's link, and `near_token_s` or `far_token_s` on the
-    engine's links to its own node and to others."""
+    """Fill in the times of `hub_seconds`: a token takes `token_s_W` on its worker's link, and `near_token_s` or
+    `far_token_s` on the engine's links to its own node and to others."""
     for layer in range(len(tokens_LW)):
         slowest_s, near, far, touched = 0.0, 0.0, 0.0, 0
         for worker in range(len(token_s_W)):

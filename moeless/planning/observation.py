@@ -1,4 +1,4 @@
-"""What a planner sees, and what it is: the interface of every way to plan, ours and the baselines.
+"""Observation and Planner: the interface of every planner, moeless's own and the baselines.
 
 Made by the live loop and the simulator, read by the planners.
 
@@ -23,7 +23,7 @@ class Observation:
     """The load as it was and as it is forecast, at one moment. Arrays must not be written to."""
 
     time_s: float
-    """Of the moment, on a clock of which only differences count."""
+    """Time of the observation, on a clock of which only differences count."""
     mean_LE: FloatArray
     """Forecast tokens per engine step, over the window that the plan is for: of the step that the average token is in,
     since steps with prompts are few between many without, and most of the work."""
@@ -32,7 +32,7 @@ class Observation:
     window_LE: FloatArray
     """Observed tokens per engine step, mean over the last window: what planners see that look back."""
     last_used_s_LE: FloatArray
-    """When each function last got a token, on the clock of `time_s`; -inf if it never did."""
+    """Time of each function's last token, on the clock of `time_s`; -inf if it never got one."""
     num_steps: int
     """Engine steps so far."""
     pending_keys: IntArray = field(default_factory=lambda: np.empty(0, dtype=np.int64))

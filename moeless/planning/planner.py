@@ -42,7 +42,7 @@ from moeless.planning.scale import (
 )
 
 _STARTING_SHARE = 0.25
-"""Of a tick, that workers spend on loading instances only to balance load, where the policy sets no number."""
+"""Share of a tick for starting instances only to balance load, where the policy sets no number."""
 
 Seconds = Callable[[FloatArray], FloatArray]
 """Time of calls of an expert with so many tokens, on a worker of speed 1."""
@@ -50,7 +50,7 @@ Seconds = Callable[[FloatArray], FloatArray]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PlanningContext:
-    """What is planned for."""
+    """Model, cluster and costs that plans are made for."""
 
     model: ModelShape
     cluster: Cluster
@@ -61,9 +61,9 @@ class PlanningContext:
     horizon_steps: float = 100.0
     """Engine steps that a plan will be in force."""
     start_s: float = 0.0
-    """Of loading an instance, beside its bytes over the link."""
+    """Time to start an instance besides sending its bytes over the link."""
     affinity: AffinityStatistics | None = None
-    """Of recorded routing: what the policy's placer `affinity` goes by. It is refused without."""
+    """Statistics of recorded routing, which the policy's placer `affinity` needs; without them it is refused."""
 
     @property
     def ready_s(self) -> float:
@@ -81,17 +81,17 @@ class PlanningContext:
 
     def layer_times_L(self, plan: Plan, load_LE: FloatArray) -> FloatArray:
         """Time of each layer's slowest worker, shape (L,)."""
-        is_serving_N = plan.share_N > 0  # the others are being loaded, or kept warm
+        is_serving_N = plan.share_N > 0  # the others are being started, or kept warm
         serving = np.bincount(plan.function_N[is_serving_N], minlength=load_LE.size)
         work_LW = plan.worker_load_LW(self.work_LE(load_LE, serving.reshape(load_LE.shape)))
         times_L: FloatArray = (work_LW / self.cluster.speed_W).max(axis=1)
         return times_L
 
     def work_LE(self, load_LE: FloatArray, counts_LE: IntArray) -> FloatArray:
-        """What a function's instances work together, at most: what placement balances.
+        """Return the work of all instances of each function together, at most: placement balances it.
 
-        The dispatcher gives tokens that take no longer than reading the weights to one of them, whole. More may be
-        computed in parts, each of which reads the weights; where calls cost much, it makes fewer than are counted here.
+        The dispatcher sends tokens that take no longer than reading the weights to one instance. It may split more
+        tokens, and every part then reads the weights; where calls are expensive, it splits less than is counted here.
         """
         if self.seconds is None:
             return load_LE
@@ -102,7 +102,7 @@ class PlanningContext:
 
 
 def hosted_instances(previous: Plan | None, pending_keys: IntArray, shape: tuple[int, int, int]) -> Plan | None:
-    """The previous plan with the instances that are being loaded besides; None if there is neither.
+    """Return the previous plan plus the instances that are being started; None if there is neither.
 
     They get no tokens where the function has other instances, and equal shares where it has none.
     """
@@ -245,7 +245,7 @@ class MoelessPlanner:
     def _counts(
         self, observation: Observation, current_LE: IntArray | None, hosted_LE: IntArray
     ) -> tuple[IntArray, IntArray]:
-        """What every function must have, and what it should."""
+        """Return the required and the desired number of instances of every function."""
         policy = self._policy
         min_LE = min_replicas(observation, policy, hosted_LE=hosted_LE, max_LE=self._max_LE, budget=self._budget)
         # What has no room for its first instance has none for a second.
@@ -363,5 +363,5 @@ def merged_layers(before: Plan, after: Plan, is_after_L: BoolArray) -> Plan:
 
 
 def are_same(one: Plan, other: Plan) -> bool:
-    """Whether two plans have the same instances and shares, whatever their versions."""
+    """Return whether two plans have the same instances and shares, whatever their versions."""
     return np.array_equal(one.keys_N, other.keys_N) and np.array_equal(one.share_N, other.share_N)

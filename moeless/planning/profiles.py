@@ -11,7 +11,7 @@ from moeless.planning.cost import BackboneTime, CostProfile, ExchangeTime, Exper
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Device:
-    """What a device reaches of its data sheet's bandwidth and half-precision rate, and its memory."""
+    """Memory of a device, and the bandwidth and half-precision rate that it reaches in practice."""
 
     name: str
     bytes_per_s: float
@@ -28,7 +28,7 @@ DEVICES = {"a6000": _A6000, "h800": _H800}
 # devices as there are workers.
 _LINKED = ExchangeTime(hub_s=10e-6, message_s=0.0, all_to_all_s=10e-6)
 _LAUNCH_S = 30e-6
-"""Of a backbone layer's kernels."""
+"""Launch time of a backbone layer's kernels."""
 
 
 def roofline_profile(
@@ -42,7 +42,7 @@ def roofline_profile(
     kv_bytes: float | None = None,
     attention_flops: float | None = None,
 ) -> CostProfile:
-    """Of a model in BF16.
+    """Make the cost profile of a model in BF16.
 
     Args:
         experts: MoE layers, experts of each, top-k.

@@ -1,9 +1,9 @@
-"""Which replica computes what, decided anew for each layer of each step from the tokens that are there.
+"""Split each layer's tokens over replicas, using this step's real counts.
 
 A plan's shares are right on average; a step's tokens are not the average. The dispatcher knows every expert's tokens
 before it sends any, so it can even out the workers with the replicas that the plan gave it. Below some number of tokens
-a call of an expert takes the same time whatever they are, for its weights are read once: then a function is not split,
-only the less busy of its workers is taken. Above it, its tokens are shared.
+an expert's call takes a constant time, in which its weights are read: such a function is not split but given to the
+less busy of its workers. Above that number its tokens are shared.
 
 Called by dispatch for each layer and by the simulator for all layers of a step, with the same numbers. The loops are
 compiled: they lie between two layers of a step.
@@ -43,13 +43,13 @@ class Replicas:
     instance_F: Int64Array
     """Number of each function's first instance, and at last that of all instances; shape (F + 1)."""
     worker_N: Int64Array
-    """Of each instance; different ones for a function."""
+    """Worker of each instance; a function's instances are on different workers."""
     share_N: Float64Array
-    """Of its function's tokens, by the plan; they sum to 1 for a function."""
+    """Planned share of its function's tokens; a function's shares sum to 1."""
 
     @classmethod
     def of_one_layer(cls, workers_F: Sequence[Sequence[int]], shares_F: Sequence[Sequence[float]]) -> Replicas:
-        """Of a layer's functions: the workers of each, and as many shares."""
+        """Build from one layer's functions: each one's workers and their shares."""
         sizes = [len(workers) for workers in workers_F]
         return cls(
             function_L=np.array([0, len(sizes)]),
@@ -68,7 +68,7 @@ class ShareTurns:
     """
 
     instance_F: Int64Array
-    """As of Replicas."""
+    """Index of each function's first instance, as in Replicas."""
     from_N: Float64Array
     upto_N: Float64Array
 
@@ -340,7 +340,7 @@ def _move_on(
 def _part(
     tokens: int, held: int, gap: float, cost: tuple[float, float, float], from_speed: float, to_speed: float
 ) -> int:
-    """How many of a call's tokens to move so that both workers are then done at the same time; all of them where a part
+    """Return how many of a call's tokens to move so that both workers finish at the same time; all of them where a part
     takes as long to read as the whole."""
     call, floor, link = cost
     if tokens <= floor:

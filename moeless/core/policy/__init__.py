@@ -1,4 +1,4 @@
-"""What a user sets: bounds, targets, keep-alive, budgets and the names of algorithms, as one tree. docs/policy.md.
+"""A user's policy: bounds, targets, keep-alive, budgets and the names of algorithms, as one tree. docs/policy.md.
 
 The same document is a YAML file, an HTTP body and the `spec` of a Kubernetes resource. It is written in camelCase;
 Python has snake_case.

@@ -30,7 +30,7 @@ class ResolvedPolicy:
 
     tick_s: float
     min_LE: IntArray
-    """Least instances of a function that has any, >= 1."""
+    """Minimal number of instances of a function that has any, >= 1."""
     max_LE: IntArray
     scale_to_zero_LE: BoolArray
     keep_alive_s_LE: FloatArray

@@ -40,13 +40,13 @@ class CvScaler(PolicyModel):
 
 
 class MinMaxScaler(PolicyModel):
-    """The least possible load of the busiest replica in each layer, with as few instances as that takes."""
+    """Minimal load of the busiest replica in each layer, with as few instances as that takes."""
 
     name: Literal["minMax"]
     worker_share: Annotated[float, Field(gt=0, le=1)] = 0.15
     """A replica needs no more relief once its load is at most this share of the mean worker's."""
     max_extra_share: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5
-    """Most replicas of a layer beyond one for each function, as a share of the functions in use."""
+    """Maximal number of a layer's replicas beyond one for each function, as a share of the functions in use."""
 
 
 class BenefitScaler(PolicyModel):
@@ -56,37 +56,37 @@ class BenefitScaler(PolicyModel):
     worker_share: Annotated[float, Field(gt=0, le=1)] = 0.5
     """A replica needs no more relief once its load is at most this share of the mean worker's."""
     max_extra_share: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.25
-    """Most replicas beyond one for each function, as a share of the functions in use."""
+    """Maximal number of replicas beyond one for each function, as a share of the functions in use."""
 
 
 Scaler = Annotated[CvScaler | MinMaxScaler | BenefitScaler, Field(discriminator="name")]
 
 
 class LocalityFirstPlacer(PolicyModel):
-    """The MoEless paper's rule: what is warm stays where it is, the rest goes heaviest first to the least busy."""
+    """The MoEless paper's rule: warm instances stay, new ones go heaviest first to the worker with the lowest load."""
 
     name: Literal["localityFirst"]
 
 
 class MinimalMovesPlacer(PolicyModel):
-    """The same, and instances move where that gains more time than the transfer takes."""
+    """As localityFirst; in addition, instances move where that gains more time than the transfer takes."""
 
     name: Literal["minimalMoves"]
     max_imbalance: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.05
-    """A layer stays where its busiest worker is at most so many times as busy as in perfect balance."""
+    """No instance of a layer moves while its busiest worker has at most this multiple of the balanced load."""
 
 
 class AffinityPlacer(PolicyModel):
-    """As minimalMoves, and instances move to where their tokens go anyway, by the statistics of recorded routing."""
+    """As minimalMoves; in addition, statistics of recorded routing bring experts used together to the same workers."""
 
     name: Literal["affinity"]
     objective: Literal["workers", "hops"] = "workers"
-    """What is made small: the workers that a token touches in a layer (moeless's own topology), or the hops between the
-    experts of consecutive layers (all-to-all expert parallelism)."""
+    """Minimize the workers that a token touches in a layer (moeless's own topology), or the hops between the experts of
+    consecutive layers (all-to-all expert parallelism)."""
     max_imbalance: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.05
-    """A layer's busiest worker is at most so many times as busy as in perfect balance, or as it was before."""
+    """A layer's busiest worker gets at most this multiple of the balanced load, or the multiple that it had before."""
     min_gain: Annotated[float, Field(ge=0, le=1)] = 0.002
-    """An instance that is warm moves only if that lowers what is made small, of its layer, by at least this share."""
+    """A warm instance moves only if that lowers its layer's objective by at least this share."""
 
 
 Placer = Annotated[LocalityFirstPlacer | MinimalMovesPlacer | AffinityPlacer, Field(discriminator="name")]
@@ -98,36 +98,36 @@ class LossyOptions(PolicyModel):
     capacity_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     """γ in the capacity ⌈γ × k × T / E⌉ of T tokens, k experts each, among E experts."""
     overflow: Literal["drop", "reroute"] = "drop"
-    """What is over capacity, lowest gate weights first: left out, or offered to experts with room."""
+    """Drop the choices over capacity, lowest gate weights first, or offer them to experts with room."""
 
     def capacity(self, *, num_tokens: int, top_k: int, num_experts: int) -> int:
-        """Most tokens that an expert computes of a batch."""
+        """Maximal number of a batch's tokens that an expert computes."""
         return math.ceil(self.capacity_factor * top_k * num_tokens / num_experts)
 
 
 class Settings(PolicyModel):
-    """What can be set for all, or by rules. What is not set is as at the level above."""
+    """Settings for everything, or for what a rule selects. An absent one is taken from the level above."""
 
     # Of functions: a rule may choose experts.
     min_replicas: Annotated[int, Field(ge=1)] | None = None
-    """Least instances of a function that has any. Built in: 1."""
+    """Minimal number of instances of a function that has any. Built in: 1."""
     max_replicas: Annotated[int, Field(ge=1)] | None = None
-    """Most instances of a function; it never has more than there are workers. Built in: no limit."""
+    """Maximal number of instances of a function; it never has more than there are workers. Built in: no limit."""
     scale_to_zero: bool | None = None
-    """Whether a function may have no instance once its keep-alive is over and none of its tokens are forecast.
+    """Allow a function to have no instance once its keep-alive is over and no tokens are forecast for it.
     Built in: true."""
     keep_alive_seconds: Seconds | None = None
-    """How long a function keeps an instance after its last token. Built in: 30."""
+    """Time that a function keeps an instance after its last token. Built in: 30."""
     forecast_quantile: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Scaling plans for the load that is exceeded this rarely: 0.9 for one window in ten. Built in: 0.9."""
+    """Quantile of the load that scaling covers: 0.9 is exceeded in one window of ten. Built in: 0.9."""
     scale_up_stabilization_seconds: Seconds | None = None
-    """Replicas are added once as many were wanted for this long. Built in: 0."""
+    """Add replicas once that many were needed for this long. Built in: 0."""
     scale_down_stabilization_seconds: Seconds | None = None
-    """Replicas are taken away once as many were not wanted for this long. Built in: 10."""
+    """Remove replicas once they were not needed for this long. Built in: 10."""
 
     # Of layers: a rule may choose layers, but not experts.
     cv_target: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    """Coefficient of variation of the loads of a layer's replicas, at or below which none is added (scaler cv; the
+    """Coefficient of variation of the loads of a layer's replicas at which none is added any more (scaler cv; the
     MoEless paper's V). Built in: 0.2."""
     layer_memory_budget: MemoryAmount | None = None
     """Memory for the instances of each layer: bytes, 12Gi, or a share such as 150% of the layer's experts held once.
@@ -138,16 +138,16 @@ class Settings(PolicyModel):
     """Memory for all instances: bytes, 12Gi, or a share such as 25% of all experts held once. Built in: no limit but
     the workers' memory."""
     scaler: Scaler | None = None
-    """How replicas are counted. Built in: minMax."""
+    """Algorithm that decides the number of replicas. Built in: minMax."""
     placer: Placer | None = None
-    """How instances find their workers. Built in: minimalMoves."""
+    """Algorithm that decides the worker of each instance. Built in: minimalMoves."""
     max_moves_per_tick: Annotated[int, Field(ge=0)] | None = None
-    """Most instances that one plan may start only to balance load; those that functions must have are not counted.
-    Built in: as many as the workers' links load in a quarter of the tick."""
+    """Maximal number of instances that one plan may start only to balance load; required ones are not counted.
+    Built in: as many as the workers' links transfer in a quarter of the tick."""
     benefit_threshold: Annotated[float, Field(ge=0, le=1)] | None = None
     """A layer's placement stays unless a new one shortens its slowest worker's time by this share. Built in: 0.02."""
     lossy: LossyOptions | None = None
-    """Built in: off."""
+    """Options that change the model's output. Built in: off."""
 
     @field_validator("max_replicas")
     @classmethod
@@ -185,14 +185,14 @@ BUILTIN = Settings(
 
 
 class Rule(Settings):
-    """Settings for what it chooses: models, and of them layers, and of them experts. What is not chosen by is all."""
+    """Settings for the models, layers and experts that it selects; an absent selector selects all."""
 
     models: tuple[str, ...] | None = Field(default=None, strict=False, min_length=1)
     """Names of models; * stands for any characters."""
     layers: Ranges | None = None
     """MoE layers, numbered from 0: '0-3,7,20-'."""
     experts: Ranges | None = None
-    """Experts of those layers, in the same way."""
+    """Experts of those layers, written in the same way."""
 
     @model_validator(mode="after")
     def _settings_fit_the_selector(self) -> Self:
@@ -207,11 +207,11 @@ class Rule(Settings):
 
 
 class Policy(PolicyModel):
-    """How expert functions are scaled and placed."""
+    """Rules for scaling and placing expert functions."""
 
     tick_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Time from one plan to the next."""
     defaults: Settings = Settings()
     """Settings for all models, layers and experts."""
     rules: tuple[Rule, ...] = Field(default=(), strict=False)
-    """Exceptions; where two set the same for the same function, the later one counts."""
+    """Exceptions to the defaults; of two that set the same field for a function, the later one counts."""

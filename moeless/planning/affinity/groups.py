@@ -29,28 +29,28 @@ _PREFIXES = 500
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class Solved:
-    """What an integer programme found for a layer, and what it proved."""
+    """Placement of one layer that an integer programme found, and the bound that it proved."""
 
     worker_n: IntArray | None
-    """Of each instance; None if no placement was found in time."""
+    """Worker of each instance; None if no placement was found in time."""
     cost: float
-    """Of that placement; infinite if there is none."""
+    """Cost of that placement; infinite if there is none."""
     bound: float
     """No placement within the bounds costs less."""
 
     @property
     def gap(self) -> float:
-        """How much the placement may lie above the optimum, as a share of it."""
+        """Distance to the optimum at most, as a share of the optimum."""
         return 0.0 if self.cost <= self.bound else (self.cost - self.bound) / max(abs(self.bound), 1e-12)
 
 
 def num_groups(num_experts: int, bounds: LayerBounds) -> int:
-    """How many groups `min_workers_by_groups` would look at."""
+    """Number of groups that `min_workers_by_groups` would look at."""
     return sum(comb(num_experts, size) for size in group_sizes(num_experts, bounds))
 
 
 def are_alike(bounds: LayerBounds) -> bool:
-    """Whether the workers have the same bounds, so that they can be exchanged for one another."""
+    """Return whether all workers have the same bounds and are thus interchangeable."""
     return bool(np.ptp(bounds.max_load_W) <= 1e-9 * bounds.max_load_W.max() and np.ptp(bounds.max_instances_W) == 0)
 
 

@@ -1,7 +1,7 @@
-"""How few hops two consecutive layers can have: a bound that holds for every placement on equal workers.
+"""Lower bound of the hops between two consecutive layers, for every placement on equal workers.
 
 The integer programme over pairs of groups: each worker hosts one group of the layer before and one of the layer after,
-each expert is in exactly one, and the pairs of experts kept together are to be most. Its linear relaxation bounds the
+each expert is in exactly one, and the pairs of experts kept together are maximized. Its linear relaxation bounds the
 optimum from above. It has (groups before × groups after) columns, of which those are added that are worth more than
 the prices of their experts (column generation); at any time, prices y, and w for a worker, prove for W workers that no
 more than sum(y) + W × (w + the most by which a column is worth more) can be kept (Lasdon's bound).
@@ -27,11 +27,11 @@ from moeless.planning.affinity.search import LayerBounds
 _CHUNK = 500
 """Groups of the layer before priced at a time."""
 _MIN_CHUNKS = 8
-"""So many are priced even if the most valuable column is known earlier: more good columns, fewer rounds."""
+"""Chunks priced even if the most valuable column is known earlier: more good columns, fewer rounds."""
 _MAX_NEW = 1500
 """Columns added in a round."""
 _ROUNDING = 1e-7
-"""What single precision may hide of a column's worth, which is at most 1."""
+"""Error of a column's worth (at most 1) in single precision."""
 
 
 def min_hops_bound(

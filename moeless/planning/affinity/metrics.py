@@ -1,4 +1,4 @@
-"""What a plan costs tokens: workers touched in each layer, and hops between consecutive layers.
+"""Cost of a plan in tokens' trips: workers touched in each layer, and hops between consecutive layers.
 
 Exact for a trace where no function has replicas. Replicas get tokens by their shares, whatever else a token chose, as
 dispatch does it: then these are expected values, every choice of a replica taken as independent of the others.
@@ -49,7 +49,7 @@ def balance_L(plan: Plan, load_LE: FloatArray, speed_W: FloatArray) -> FloatArra
 
 
 def touched(shares_EW: FloatArray, sets: ExpertSets) -> float:
-    """Of one layer: expected number of workers that a token touches."""
+    """Return the expected number of workers that a token touches in one layer."""
     missed_UW = np.ones((len(sets.weight_U), shares_EW.shape[1]))
     for experts_U in sets.experts_Uk.T:
         missed_UW *= 1.0 - shares_EW[experts_U]
@@ -57,7 +57,7 @@ def touched(shares_EW: FloatArray, sets: ExpertSets) -> float:
 
 
 def hops(before_EW: FloatArray, after_EW: FloatArray, transitions_EE: FloatArray) -> float:
-    """Of two layers: share of pairs that lie on different workers."""
+    """Return the share of pairs of two layers' experts that lie on different workers."""
     return float(transitions_EE.sum() - np.einsum("ew,ef,fw->", before_EW, transitions_EE, after_EW, optimize=True))
 
 

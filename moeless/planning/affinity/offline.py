@@ -29,14 +29,14 @@ from moeless.planning.affinity.statistics import AffinityStatistics
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProgrammeConfig:
-    """Which programmes, and when they stop. Objective and bounds are those of AffinityConfig."""
+    """Choice and limits of the integer programmes. Objective and bounds are those of AffinityConfig."""
 
     limits: SolverLimits = field(default_factory=SolverLimits)
     """For each layer."""
     max_groups: int = 300_000
     """A layer with at most so many groups of experts is solved by groups, others by sets."""
     max_sets: int | None = 200
-    """Of those solved by sets, take so many of the most frequent. None: all."""
+    """Number of the most frequent sets that the programme by sets takes. None: all."""
     max_sweeps: int = 6
     """Hops: how often to go over the layers, forwards and back."""
 

@@ -33,7 +33,7 @@ from moeless.planning.load_check import check_load
 Objective = Literal["workers", "hops"]
 
 _PRICES = (0.2, 0.6, 2.0, 6.0, 20.0, 200.0)
-"""Of exceeding the bound on load by the mean worker's, in multiples of the mean worker's part of the cost."""
+"""Prices of a load above the bound by the mean worker's load, as multiples of the mean worker's share of the cost."""
 _KICK_SWAPS = 6
 """Enough that the descent does not undo them one by one, few enough to keep what was good."""
 _KICK_PRICES = _PRICES[1:]
@@ -42,7 +42,7 @@ _KICK_PRICES = _PRICES[1:]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AffinityConfig:
-    """What to make small, and within which bounds."""
+    """Objective of the search and its bounds."""
 
     objective: Objective = "workers"
     """Workers that a token touches in a layer (a hub, as moeless serves), or pairs of experts in consecutive layers on
@@ -50,7 +50,8 @@ class AffinityConfig:
     max_imbalance: float = 1.05
     """Busiest worker over mean, by load / speed, of each layer; where the start has more, no more than it has."""
     max_instances: int | None = None
-    """Of one layer on one worker; where the start has more, no more than it has. None: as its fullest worker has."""
+    """Instances of one layer on one worker; a worker that starts with more keeps that number as its bound. None: the
+    number on the start's fullest worker."""
     max_moves: int | None = None
     """Instances that may leave their worker. None: all."""
     min_gain: float = 0.0
@@ -59,7 +60,7 @@ class AffinityConfig:
     num_kicks: int = 0
     """Tries to leave local optima: of each layer, for plans made offline. With `max_moves` there are none."""
     seed: int = 0
-    """Of the kicks."""
+    """Seed of the random kicks."""
 
     def __post_init__(self) -> None:
         if self.objective not in ("workers", "hops"):
@@ -117,13 +118,13 @@ def place_by_affinity(
 
 
 def layer_spans(plan: Plan) -> list[slice]:
-    """Where each layer's instances are among the plan's."""
+    """Return each layer's range among the plan's instances."""
     starts = np.searchsorted(plan.layer_N, np.arange(plan.num_layers + 1)).tolist()
     return [slice(begin, end) for begin, end in pairwise(starts)]
 
 
 def layer_bounds(start: Plan, load_LE: FloatArray, speed_W: FloatArray, config: AffinityConfig) -> list[LayerBounds]:
-    """What each layer's placement must keep to, as `start` does; beside the workers' memory."""
+    """Return each layer's bounds, which `start` keeps too; the workers' memory is bounded elsewhere."""
     found = []
     for layer, span in enumerate(layer_spans(start)):
         worker_n = start.worker_N[span]
@@ -192,11 +193,11 @@ class _PlanSearch:
         self.cost = self._whole_cost()
 
     def worker_N(self) -> IntArray:
-        """Where each of the start's instances is now."""
+        """Current worker of each of the start's instances."""
         return np.concatenate([layer.worker_n for layer in self._layers])
 
     def copy(self) -> _PlanSearch:
-        """As it is now; layers are copied once they change."""
+        """Copy the current state; layers are copied once they change."""
         other = object.__new__(_PlanSearch)
         other.__dict__ = dict(self.__dict__)
         self._own, other._own = set(), set()
@@ -219,7 +220,7 @@ class _PlanSearch:
             self._apply(min(found)[1])
 
     def relaxed(self, fallback: _PlanSearch) -> _PlanSearch:
-        """What is found by way of placements out of balance; layers that stay so are the fallback's."""
+        """Search through unbalanced placements; layers that end unbalanced are taken from `fallback`."""
         other = self.copy()
         if self._is_hops:
             for layer in range(1, len(self._layers)):

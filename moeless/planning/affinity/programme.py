@@ -31,7 +31,7 @@ from moeless.planning.affinity.statistics import ExpertSets
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SolverLimits:
-    """When HiGHS stops."""
+    """Limits at which HiGHS stops."""
 
     time_limit_s: float = 60.0
     """For one programme."""

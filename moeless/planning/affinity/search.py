@@ -26,14 +26,14 @@ _MIN_GAIN = 1e-9
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class LayerBounds:
-    """What a layer's placement must keep to."""
+    """Bounds of one layer's placement."""
 
     load_E: FloatArray
-    """Of each expert, in any unit."""
+    """Load of each expert, in any unit."""
     max_load_W: FloatArray
-    """That each worker may get, in the same unit."""
+    """Bound of each worker's load, in the same unit."""
     max_instances_W: IntArray
-    """That each worker may host of this layer."""
+    """Bound of each worker's instances of this layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class WorkersCost:
             self._pairs_WEE[worker] -= self._pairs_EE(before_EW[:, worker], rows_R)
 
     def copy(self) -> WorkersCost:
-        """As it is now."""
+        """Copy the current state."""
         other = object.__new__(WorkersCost)
         other._sets, other._has_UE, other._pairs_WEE = self._sets, self._has_UE, self._pairs_WEE.copy()
         return other
@@ -138,9 +138,9 @@ class LayerSearch:
         self.expert_n, self.share_n = expert_n, share_n
         self.worker_n = worker_n.copy()
         self.change = 0.0
-        """Of the cost, since the start."""
+        """Change of the cost since the start."""
         self.price = np.inf
-        """Of exceeding a worker's bound on load by the mean worker's load; infinite: no step may exceed it."""
+        """Price of exceeding a worker's bound on load by the mean worker's load; infinite: no step may exceed it."""
         self._bounds = bounds
         self.cost = cost
         self._home_n = worker_n.copy()
@@ -157,7 +157,7 @@ class LayerSearch:
 
     @property
     def is_within_bounds(self) -> bool:
-        """Whether no worker gets or hosts more than it may."""
+        """Return whether every worker is within its bounds of load and instances."""
         is_busy = (self._load_W > self._bounds.max_load_W + 2 * self._slack).any()
         return not is_busy and not (self.hosted_W > self._bounds.max_instances_W).any()
 
@@ -167,7 +167,7 @@ class LayerSearch:
         return int(np.count_nonzero(self.worker_n != self._home_n))
 
     def best_step(self, *, spare_W: IntArray, max_moved: int | None = None) -> Step | None:
-        """That which lowers the cost most for each instance moved; None if none lowers it.
+        """Find the step with the largest saving per instance moved; None if no step saves.
 
         Args:
             spare_W: instances of any layer that still fit each worker's memory.
@@ -213,7 +213,7 @@ class LayerSearch:
             self.apply(self._swap(one, other, float(change_nn[one, other])))
 
     def copy(self) -> LayerSearch:
-        """As it is now, to come back to."""
+        """Copy the current state, to come back to it later."""
         other = object.__new__(LayerSearch)
         other.__dict__ = {
             name: value.copy() if isinstance(value, (np.ndarray, WorkersCost)) else value
@@ -245,7 +245,7 @@ class LayerSearch:
         return change_nn
 
     def _charge(self, workers: IntArray, more: FloatArray) -> FloatArray:
-        """What it costs in excess load if these workers (the last axis) get so many tokens more."""
+        """Return the price of the excess load if these workers (the last axis) get `more` tokens."""
         load, most = self._load_W[workers], self._bounds.max_load_W[workers]
         if np.isinf(self.price):
             return np.where((load + more > most + self._slack) & (more > 0), np.inf, 0.0)
@@ -253,7 +253,7 @@ class LayerSearch:
         return charge * (self.price / self._mean_load)
 
     def _away_nW(self) -> IntArray:
-        """How many more instances are away from their start after each move."""
+        """Return by how many instances each move raises the number that are away from their start."""
         is_away_nW = np.arange(len(self._load_W)) != self._home_n[:, np.newaxis]
         away_nW: IntArray = is_away_nW.astype(np.int64) - (self.worker_n != self._home_n)[:, np.newaxis]
         return away_nW

@@ -1,4 +1,4 @@
-"""What a routing trace tells of experts that belong together: sets chosen at once, and transitions between layers.
+"""Statistics of experts used together in a routing trace: sets chosen at once, and transitions between layers.
 
 Gathered from recorded routing; read by the cost, the local search and the integer programmes. Rates are per token, so
 that traces of any length compare.
@@ -28,13 +28,13 @@ class ExpertSets:
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class AffinityStatistics:
-    """What affinity-aware placement needs to know of a model's routing."""
+    """Statistics of a model's routing that placement by affinity needs."""
 
     num_tokens: int
     num_experts: int
     top_k: int
     sets: tuple[ExpertSets, ...]
-    """Of each layer."""
+    """Sets of experts chosen at once, layer by layer."""
     transitions_LEE: FloatArray
     """Shape (L - 1, E, E): of the k × k pairs of a token's expert in layer l with one in layer l + 1, the share that is
     this pair. Each layer's sum to 1."""

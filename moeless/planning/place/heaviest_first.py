@@ -116,7 +116,7 @@ def _hosted(has_LEW: BoolArray) -> tuple[IntArray, IntArray]:
 
 @compiled
 def _computed(has_EW: BoolArray, weight_E: FloatArray, is_single_E: BoolArray) -> tuple[FloatArray, IntArray]:
-    """Of each worker, the weight of its instances, and how many of them are single."""
+    """Return the weight of each worker's instances, and how many of them are single."""
     num_experts, num_workers = has_EW.shape
     weight_W, singles_W = np.zeros(num_workers), np.zeros(num_workers, dtype=np.int64)
     for expert in range(num_experts):

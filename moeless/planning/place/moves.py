@@ -50,13 +50,13 @@ class TransferTimes:
 
     @property
     def min_s(self) -> float:
-        """Of any way."""
+        """Smallest time of all ways to move."""
         return min(self.local_s, self.remote_s)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MoveLimits:
-    """When moving instances of a layer is worth it."""
+    """Conditions under which moving instances of a layer pays."""
 
     max_moves: int
     max_imbalance: float
@@ -69,7 +69,7 @@ class MoveLimits:
 
 @dataclass(slots=True)
 class LayerMoves:
-    """What was found for a layer: the workers of its instances and their shares after the moves."""
+    """Result for one layer: its instances' workers and shares after the moves."""
 
     worker_n: IntArray
     share_n: FloatArray
@@ -207,7 +207,7 @@ def _transfer_s(has_W: BoolArray, target: int, node_W: IntArray, transfer_s: tup
 
 @compiled
 def _gain(from_load: float, from_speed: float, to_load: float, to_speed: float, tokens: float) -> float:
-    """What load² / speed of two workers falls by when `tokens` go from the one to the other."""
+    """Return the decrease of two workers' load² / speed when `tokens` go from one to the other."""
     return tokens * ((2 * from_load - tokens) / from_speed - (2 * to_load + tokens) / to_speed)
 
 
@@ -288,8 +288,10 @@ def _sibling_gain(
     free_W: IntArray,
     speed_W: FloatArray,
 ) -> tuple[float, int]:
-    """Of an instance elsewhere of a function that the busiest worker hosts going where it can take more of its tokens:
-    the most that load² / speed falls by, and where that is.
+    """Find the best new worker for another instance of a function that the busiest worker hosts.
+
+    There it can take more of the busiest worker's tokens. Returns the largest decrease of load² / speed, and that
+    worker.
 
     Args:
         origin, tokens: the instance's worker and tokens.

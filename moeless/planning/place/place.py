@@ -1,4 +1,4 @@
-"""Where instances go: what is warm stays, what is new goes heaviest first, and few instances move where that pays.
+"""Choose a worker for each instance: warm ones stay, new ones go heaviest first, and few move where that pays.
 
 Called by the planners of planning.planner. Deterministic; ties go to the lower layer, expert and worker.
 
@@ -24,7 +24,7 @@ from moeless_predictors.compiled import compiled
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlacementConfig:
-    """When to move instances, and how many."""
+    """Conditions and limits of moving instances."""
 
     max_moves: int = 16
     """Instances that may change their worker in one plan, beside those that counts add. 0: warm ones stay."""

@@ -1,4 +1,4 @@
-"""Which share of a function's tokens each of its instances gets, so that the busiest worker is least busy.
+"""Split each function's tokens over its instances so that the busiest worker's time is minimal.
 
 Called by placing, the baselines' comparisons and the benchmarks. Pure.
 
@@ -70,12 +70,12 @@ def settled_shares(
     *,
     tolerance: float,
 ) -> tuple[FloatArray, FloatArray]:
-    """As `min_max_shares`, but for layers in which that hardly helps.
+    """Compute `min_max_shares`, but keep the present shares of layers that gain little.
 
     Args:
         share_N: where to begin; layers keep them where new ones relieve their busiest worker by at most `tolerance`, a
-            part of 1.
-    Returns: the shares, and what the workers then compute of each layer, shape (L, W).
+                        part of 1.
+        Returns: the shares, and the tokens that the workers then compute of each layer, shape (L, W).
     """
     new_N, work_LW = share_N.astype(np.float64), np.zeros((len(work_LE), len(speed_W)))
     _settle_layers(

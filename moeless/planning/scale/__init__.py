@@ -1,6 +1,4 @@
-"""How many instances each function gets. Pure functions of arrays; the results do not depend on what came before
-but where the arguments say so.
-"""
+"""Number of instances of each function: pure functions of arrays, which remember nothing between calls."""
 
 from moeless.planning.scale.benefit import replicas_by_benefit
 from moeless.planning.scale.budget import fit_budgets, fit_workers, min_replicas

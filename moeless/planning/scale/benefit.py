@@ -56,7 +56,7 @@ def replicas_by_benefit(
 def _choices(
     load_LE: FloatArray, limits: Limits, extras: Extras, num_workers: int, seconds: Callable[[FloatArray], FloatArray]
 ) -> list[tuple[IntArray, FloatArray]]:
-    """Of each layer, numbers of extras rising from 0, and the times that fall with them."""
+    """Return each layer's numbers of extras, rising from 0, and the times that fall with them."""
     layer_X, replicas_X = extras.layer_X, extras.replicas_X
     full_LE = extras.counts_LE(limits.min_LE, np.ones(len(layer_X), dtype=np.bool_))
     # The heaviest replica after some extras is the one whom the next would relieve, or one that none relieves.
@@ -88,7 +88,7 @@ def _proportional(tokens: FloatArray) -> FloatArray:
 
 
 def _spend(choices: list[tuple[IntArray, FloatArray]], num_extras: int) -> IntArray:
-    """Which size to choose of each layer: the least sum of times with sizes that add up to at most `num_extras`.
+    """Choose a size for each layer: the minimal sum of times with sizes that add up to at most `num_extras`.
 
     Args:
         choices: of each layer, sizes rising from 0 and the times that fall with them.

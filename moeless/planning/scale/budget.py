@@ -1,4 +1,4 @@
-"""Which functions must have instances, and what gives way where a budget has no room for all.
+"""Required instances, and the order in which instances give way where the budget has no room for all.
 
 Shapes: L MoE layers, E experts per layer, U instances that could give way.
 """

@@ -21,7 +21,7 @@ from moeless_predictors.compiled import compiled
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class Limits:
-    """What counts must stay within."""
+    """Bounds of the replica counts."""
 
     min_LE: IntArray
     """At least 1 for functions with load."""
@@ -40,7 +40,7 @@ class Limits:
             )
 
     def rows(self, layers: IntArray) -> Limits:
-        """Of some layers."""
+        """Return the limits of some layers."""
         return Limits(min_LE=self.min_LE[layers], max_LE=self.max_LE[layers], budget_L=self.budget_L[layers])
 
 
@@ -51,16 +51,16 @@ class Extras:
     layer_X: IntArray
     expert_X: IntArray
     replicas_X: IntArray
-    """That the expert has before."""
+    """Replicas that the expert has before this one."""
     load_X: FloatArray
-    """On each of those, which is what makes the order."""
+    """Load of each of those; it decides the order."""
     rank_X: IntArray
     """Place in the order of the layer, from 0."""
     start_L: IntArray
-    """Where each layer begins."""
+    """Index at which each layer begins."""
 
     def counts_LE(self, min_LE: IntArray, given_X: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> IntArray:
-        """Least counts and the extras that are given."""
+        """Add the given extras to the minimal counts."""
         num_layers, num_experts = min_LE.shape
         index_X = self.layer_X[given_X] * num_experts + self.expert_X[given_X]
         extra = np.bincount(index_X, minlength=num_layers * num_experts)
