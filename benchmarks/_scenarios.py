@@ -8,14 +8,16 @@ from pathlib import Path
 
 from moeless.core.arrays import FloatArray
 from moeless.planning.profiles import builtin_profiles
+from moeless.simulate.forecasts import PredictedRouting
 from moeless.simulate.generator import MadeUpRouting, make_routing
-from moeless.simulate.offline_forecast import recorded_LE
+from moeless.simulate.offline_forecast import predicted_routing, recorded_LE
 from moeless.simulate.routing import SequenceRouting
 from moeless.simulate.scenario import Scenario
 from moeless.simulate.settings import ScenarioSettings, make_scenario
 from moeless.simulate.simulation import simulate
 from moeless.simulate.systems import make_systems
 from moeless.simulate.workload import cut, made_up_arrivals
+from moeless_predictors.fitting import FitConfig, fit_predictors
 from moeless_predictors.traces import ArrivalTrace, ImportOptions, RoutingTrace, concat, import_trace
 
 LEVELS = {"low": 0.2, "middle": 0.5, "high": 0.8, "all at once": 1e6}
@@ -49,6 +51,8 @@ class Setting:
     settings: ScenarioSettings
     prior_LE: FloatArray
     """Of other sequences, which are known before: those that predictors are fitted on, or that came earlier."""
+    before: RoutingTrace | None = None
+    """These sequences, where predictors can be fitted on them in seconds."""
 
     def scenario(self, arrivals: ArrivalTrace) -> Scenario:
         return make_scenario(self.settings, self.routing, arrivals)
@@ -65,7 +69,9 @@ def recorded(name: str, profile: str, paths: list[Path]) -> Setting:
         before, trace = _made_up(profile)
         name = f"{name} (made up)"
     settings = ScenarioSettings(profile=profile, memory_per_worker="200%")
-    return Setting(name=name, routing=SequenceRouting(trace), settings=settings, prior_LE=recorded_LE(before))
+    return Setting(
+        name=name, routing=SequenceRouting(trace), settings=settings, prior_LE=recorded_LE(before), before=before
+    )
 
 
 def large() -> Setting:
@@ -116,6 +122,14 @@ def _made_up(profile: str) -> tuple[RoutingTrace, RoutingTrace]:
 
 def _first_apart(trace: RoutingTrace, num_first: int) -> tuple[RoutingTrace, RoutingTrace]:
     return trace.take_sequences(range(num_first)), trace.take_sequences(range(num_first, trace.num_sequences))
+
+
+def predicted_for(setting: Setting) -> PredictedRouting | None:
+    """What predictors fitted on the earlier sequences say, one layer ahead, of those that are simulated."""
+    if setting.before is None:
+        return None
+    predictors = fit_predictors(setting.before, FitConfig(distances=(1,), kinds=("popularity", "transition")))
+    return predicted_routing(predictors, setting.routing.trace)
 
 
 def saturation_per_s(setting: Setting, shape: Shape, *, quick: bool = False) -> float:

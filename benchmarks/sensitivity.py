@@ -1,7 +1,8 @@
 """How far moeless's gain over static expert parallelism depends on each assumption of the simulator.
 
 One assumption at a time is changed; the others stay as docs/simulator.md has them: the links' speed, what an exchange
-takes beside its bytes, the speed of loading, how long functions are kept, the predictor's errors, how bursty arrivals
+takes beside its bytes, the time of splitting a layer, the speed of loading, how long functions are kept, errors of an
+assumed forecast, how bursty arrivals
 are, and how many spare instances fit. Shown: the share of the gap to perfect balance that moeless closes in the mean
 request's time, its TTFT p99 and its resident memory x time over static's. `--plot FILE` draws them.
 """
@@ -59,12 +60,16 @@ def _exchange(factor: float) -> Callable[[CostProfile], CostProfile]:
     return slower
 
 
+def _split(seconds: float) -> Callable[[System], System]:
+    return lambda system: replace(system, split_s=seconds)
+
+
 def _recall(recall: float) -> Callable[[System], System]:
-    return lambda system: replace(system, forecast=replace(system.forecast, recall=recall), prefetch_recall=recall)
+    return lambda system: replace(system, forecast=replace(system.forecast, kind="foresight", recall=recall))
 
 
 def _load_error(relative_l1: float) -> Callable[[System], System]:
-    return lambda system: replace(system, forecast=replace(system.forecast, recall=1.0, relative_l1=relative_l1))
+    return lambda system: replace(system, forecast=replace(system.forecast, kind="foresight", relative_l1=relative_l1))
 
 
 def _keep_alive(seconds: float) -> dict[str, object]:
@@ -74,11 +79,12 @@ def _keep_alive(seconds: float) -> dict[str, object]:
 CHANGES: dict[str, dict[float, Change]] = {
     "link between workers, GB/s": {gb_s: Change(settings={"local_gb_s": gb_s}) for gb_s in (14, 28, 56, 112, 400)},
     "fixed time of the hub's exchange, times": {x: Change(settings={}, profile=_exchange(x)) for x in (1, 2, 4, 8)},
+    "splitting a layer's tokens, µs": {us: Change(settings={}, system=_split(us * 1e-6)) for us in (0, 28, 75, 150)},
     "loading, GB/s": {gb_s: Change(settings={"fetch_gb_s": gb_s}) for gb_s in (3, 6, 12.4, 24.8, 50)},
-    "recall of the predictor": {
+    "recall, if the tokens to come were known": {
         recall: Change(settings={}, system=_recall(recall)) for recall in (0, 0.3, 0.6, 0.84, 1)
     },
-    "relative L1 error of the load": {
+    "relative L1 error, if they were known": {
         error: Change(settings={}, system=_load_error(error)) for error in (0, 0.15, 0.3, 0.6)
     },
     "CV of the gaps between requests": {cv: Change(settings={}, gap_cv=cv) for cv in (0.5, 1, 2, 4)},

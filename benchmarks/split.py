@@ -1,4 +1,4 @@
-"""Splitting a layer's tokens over replicas: microseconds of moeless's split, of the grouping around it, and of a programme.
+"""Splitting a layer's tokens over replicas: microseconds of moeless's split, of its grouping, and of a programme.
 
 Each layer of each step of a system that splits by the step's real counts waits for this. `balanced_split` is moeless's,
 as the dispatcher calls it; `group_by_worker` is the whole of what the dispatcher does between the router's choice and

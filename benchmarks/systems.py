@@ -1,21 +1,24 @@
-"""Static expert parallelism, EPLB, the MoEless paper's system and moeless on the same requests: latency and cost.
+"""Static expert parallelism, EPLB, LPLB, the MoEless paper's system and moeless on the same requests: latency and cost.
 
 `python -m benchmarks --all systems` simulates prefill-heavy and decode-heavy requests at four loads (shares of what
 static expert parallelism can serve, and all at once) on the routing of models: recorded ones where their files are
 given, made up ones of the same shapes otherwise; then arrivals thinned to 5 %; then the MoEless paper's setting.
-docs/simulator.md says what is assumed. Every figure is a ratio or a share of two simulations of the same requests:
+docs/simulator.md says what is assumed. Tables are in Markdown; every figure is a ratio of two simulations of the same
+requests, over static expert parallelism's where nothing else is said:
 
-- gap closed: of the time that a mean request takes under static expert parallelism, or under the better of two EPLBs,
-  above that under a bound, how much less it is. Two bounds: perfect balance, of work that is divided like sand; and
-  what whole experts allow, whose calls read all their weights. With --json also of the mean MoE layer's time, though a
-  faster system makes more steps of fewer tokens, so that its layers compare badly;
-- billed and resident memory x time, both by the same rule for all systems.
+- systems: the mean request's time. EPLB is the best of four: vLLM's and SGLang's, without and with one spare replica on
+  each worker and layer. moeless forecasts by popularity, by the last window, and by predictors fitted on other
+  sequences; foresight is what a perfect forecast would give. The bounds are the exact load with free moves, whole
+  experts, and the physical limit;
+- equal memory: the same at the memory of static expert parallelism, of EPLB with one spare replica, and of moeless's
+  default policy, with the resident memory x time beside it;
+- traffic with gaps: resident and billed memory x time, and tails.
 
 First plans of moeless, the paper's system and SGLang's EPLB are for the load of other sequences: those that predictors
 are fitted on, or (made-up routing) that came earlier. vLLM's EPLB begins with equal loads, as it does.
 
-Besides moeless's default system: `moeless, once` makes no replicas; `moeless, twice` keeps two instances of every
-function, so that each step can choose; `moeless, lean` is for traffic with gaps: instances go half a second after their
+Besides moeless's default policy: `once` makes no replicas; `at EPLB's memory` as many as EPLB with one spare; `twice`
+keeps two instances of every function; `lean` is for traffic with gaps: instances go half a second after their
 last token, but for the first layers', behind whose work the other layers' cold starts hide.
 """
 
@@ -23,13 +26,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-
-import msgspec
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks._scenarios import (
     LEVELS,
@@ -40,23 +38,22 @@ from benchmarks._scenarios import (
     by_the_second,
     large,
     paper,
+    predicted_for,
     recorded,
     saturation_per_s,
 )
 from moeless.core.policy import parse_policy
-from moeless.simulate.report.results import Latency, SystemResult
+from moeless.simulate.report.results import SystemResult
 from moeless.simulate.scenario import Scenario
 from moeless.simulate.simulation import simulate
 from moeless.simulate.systems import SystemConfig, make_systems
 from moeless.simulate.workload import thinned
 from moeless_predictors.traces import ArrivalTrace, import_trace
 
-COMPARED = ("static", "eplb-vllm", "eplb-sglang", "moeless-paper", "moeless", "foresight", "whole-experts", "limit")
-MAX_TTFT, MAX_TPOT = 1.5, 1.2
-"""Of everything resident, at the 99th percentile: a saving counts only within both."""
 THINNED = 0.05
-ONCE: dict[str, object] = {"defaults": {"scaler": {"name": "minMax", "maxExtraShare": 0.0}}}
-TWICE: dict[str, object] = {"defaults": {"minReplicas": 2}}
+FORECASTS = ("moeless-popularity", "moeless-window", "moeless")
+BOUNDS = ("foresight", "exact-load", "whole-experts", "limit")
+EPLBS = ("eplb-vllm", "eplb-sglang")
 LEAN: dict[str, object] = {
     "defaults": {
         "keepAliveSeconds": 0.5,
@@ -65,45 +62,85 @@ LEAN: dict[str, object] = {
     },
     "rules": [{"layers": "0-3", "scaleToZero": False}],
 }
+TWICE: dict[str, object] = {"defaults": {"minReplicas": 2}}
 PAPER_MODELS = ("a6000-mixtral-8x7b", "a6000-phi-3.5-moe", "a6000-llama-4-scout")
-PUBLISHED = {"latency": (-0.43, -0.22), "cost": (-0.93, -0.95)}
-"""Against static expert parallelism and EPLB (arXiv 2603.06350)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gap:
-    """Shares that are closed, of what static expert parallelism or the better EPLB have above a bound."""
-
-    static_to_limit: float
-    static_to_whole: float
-    eplb_to_limit: float
-    eplb_to_whole: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One system on one scenario, beside others on the same requests."""
+    """One system on one scenario. Ratios are over static expert parallelism on the same requests."""
 
     setting: str
     shape: str
     level: str
     system: str
     layer_us: float
-    layer_gap: Gap
-    request_gap: Gap
-    to_foresight: float
-    """Mean request time over foresight's, less 1."""
-    billed: float
-    """Over static's, as are the next three."""
+    request: float
+    """Mean request time, as a ratio."""
     resident: float
+    billed: float
     ttft_p99: float
     tpot_p99: float
-    is_fast_enough: bool
+    imbalance: float
+    """Busiest worker over the mean, not a ratio."""
     cold_starts: int
 
 
+@dataclass(kw_only=True)
+class Runs:
+    """Simulates systems on one scenario; each once."""
+
+    setting: Setting
+    scenario: Scenario
+    config: SystemConfig
+    found: dict[str, SystemResult]
+
+    def run(self, name: str, *, label: str | None = None, **changes: object) -> SystemResult:
+        """The system of that name with a changed configuration, under a label of its own."""
+        label = label or name
+        if label not in self.found:
+            config = replace(self.config, **changes)  # type: ignore[arg-type]
+            (system,) = make_systems(self.scenario, names=[name], config=config)
+            self.found[label] = simulate(self.scenario, replace(system, name=label))
+        return self.found[label]
+
+    def best(self, labels: list[str], label: str) -> SystemResult:
+        """The fastest of them, under a label of its own."""
+        self.found[label] = min((self.found[one] for one in labels), key=lambda result: result.request_s.mean)
+        return self.found[label]
+
+    def eplb(self, spares: tuple[int, ...], label: str) -> SystemResult:
+        """The best of both EPLBs with these numbers of spare replicas."""
+        labels = [f"{name}, {spare} spare" for spare in spares for name in EPLBS]
+        for one in labels:
+            name, spare = one.removesuffix(" spare").split(", ")
+            self.run(name, label=one, eplb_spare_replicas=int(spare))
+        return self.best(labels, label)
+
+    def rows(self, shape: str, level: str) -> list[Row]:
+        """All that were run."""
+        static = self.run("static")
+        return [
+            Row(
+                setting=self.setting.name,
+                shape=shape,
+                level=level,
+                system=label,
+                layer_us=result.layer_s.mean * 1e6,
+                request=result.request_s.mean / static.request_s.mean,
+                resident=result.resident_byte_s / static.resident_byte_s,
+                billed=result.billed_byte_s / static.billed_byte_s,
+                ttft_p99=result.ttft_s.p99 / static.ttft_s.p99,
+                tpot_p99=result.tpot_s.p99 / static.tpot_s.p99,
+                imbalance=result.imbalance,
+                cold_starts=result.num_cold_starts,
+            )
+            for label, result in self.found.items()
+        ]
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Print a table for each setting; with --json, write all rows."""
+    """Print tables for each setting; with --json, write all rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpt-oss", type=Path, nargs="*", default=[], help="recorded routing of gpt-oss-20b")
     parser.add_argument("--deepseek", type=Path, nargs="*", default=[], help="recorded routing of DeepSeek-V2-Lite")
@@ -111,13 +148,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--requests", type=int, default=400, help="of each scenario")
     parser.add_argument("--only", nargs="*", choices=("gpt-oss", "deepseek", "large", "paper"), default=None)
     parser.add_argument("--levels", nargs="*", choices=list(LEVELS), default=None, help="loads; default: all")
+    parser.add_argument("--shapes", nargs="*", choices=[shape.name for shape in SHAPES], default=None)
+    parser.add_argument("--no-gaps", action="store_true", help="without the traffic with gaps")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true", help="few requests, one load, the two smaller models")
     arguments = parser.parse_args(argv)
     num_requests = 60 if arguments.quick else arguments.requests
     wanted = arguments.only or (("gpt-oss", "paper") if arguments.quick else ("gpt-oss", "deepseek", "large", "paper"))
-    chosen = arguments.levels or (["middle"] if arguments.quick else list(LEVELS))
-    levels = {level: LEVELS[level] for level in chosen}
+    levels = arguments.levels or (["middle"] if arguments.quick else list(LEVELS))
+    shapes = [shape for shape in SHAPES if arguments.shapes is None or shape.name in arguments.shapes]
     rows: list[Row] = []
     makers = {
         "gpt-oss": lambda: recorded("gpt-oss-20b", "a6000-gpt-oss-20b", arguments.gpt_oss),
@@ -126,34 +165,76 @@ def main(argv: list[str] | None = None) -> None:
     }
     for name, make in makers.items():
         if name in wanted:
-            rows += compare(make(), levels, num_requests, quick=arguments.quick)
+            setting = make()
+            rows += compare(
+                setting, shapes, levels, num_requests, quick=arguments.quick, has_gaps=not arguments.no_gaps
+            )
     if "paper" in wanted:
         arrivals = arrivals_file(arguments.arrivals)
         for model in PAPER_MODELS[: 1 if arguments.quick else None]:
             rows += compare_in_paper(paper(model), arrivals, num_requests)
     if arguments.json:
-        arguments.json.write_text(json.dumps([msgspec.to_builtins(row) for row in rows], indent=2))
+        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=2))
 
 
-def compare(setting: Setting, levels: dict[str, float], num_requests: int, *, quick: bool) -> list[Row]:
-    """Both shapes at every load, and the middle one thinned."""
-    rows = []
-    for shape in SHAPES:
+def compare(
+    setting: Setting, shapes: list[Shape], levels: list[str], num_requests: int, *, quick: bool, has_gaps: bool
+) -> list[Row]:
+    """Every shape at every load, and the lowest load thinned."""
+    config = SystemConfig(prior_LE=setting.prior_LE, predicted=predicted_for(setting))
+    if config.predicted is not None:
+        print(f"\n{setting.name}: fitted predictors find {config.predicted.recall:.0%} of the experts a layer ahead")
+    rows: list[Row] = []
+    gaps: list[Row] = []
+    for shape in shapes:
         saturated = saturation_per_s(setting, shape, quick=quick)
-        for level, share in levels.items():
-            arrivals = arrivals_of(shape, rate_per_s=share * saturated, num_requests=num_requests)
-            results = _results(setting, setting.scenario(arrivals), COMPARED, once=ONCE, twice=TWICE)
-            rows += _rows(setting, shape.name, level, results)
-        rows += _thin(setting, shape, LEVELS["low"] * saturated, num_requests)
-    show(f"{setting.name}", rows)
-    return rows
+        for level in levels:
+            arrivals = arrivals_of(shape, rate_per_s=LEVELS[level] * saturated, num_requests=num_requests)
+            runs = Runs(setting=setting, scenario=setting.scenario(arrivals), config=config, found={})
+            rows += _compared(runs, shape.name, level)
+        if has_gaps:
+            rate_per_s = LEVELS["low"] * saturated
+            arrivals = arrivals_of(shape, rate_per_s=rate_per_s, num_requests=4 * num_requests)
+            scenario = setting.scenario(thinned(arrivals, THINNED, seed=1))
+            gaps += _with_gaps(Runs(setting=setting, scenario=scenario, config=config, found={}), shape.name)
+    show_systems(setting.name, rows)
+    show_equal_memory(setting.name, rows)
+    if gaps:
+        show_gaps(setting.name, gaps)
+    return rows + gaps
 
 
-def _thin(setting: Setting, shape: Shape, rate_per_s: float, num_requests: int) -> list[Row]:
-    arrivals = thinned(arrivals_of(shape, rate_per_s=rate_per_s, num_requests=4 * num_requests), THINNED, seed=1)
-    names = tuple(name for name in COMPARED if name != "eplb-vllm")  # which would not have planned once
-    results = _results(setting, setting.scenario(arrivals), names, lean=LEAN)
-    return _rows(setting, shape.name, f"{THINNED:.0%} of low", results)
+def _compared(runs: Runs, shape: str, level: str) -> list[Row]:
+    model, cluster = runs.scenario.profile.model, runs.scenario.cluster
+    num_experts, num_workers = model.num_experts, cluster.num_workers
+    static = runs.run("static")
+    runs.eplb((0, 1), "eplb")
+    runs.run("lp")
+    for name in FORECASTS if runs.config.predicted is not None else FORECASTS[:2]:
+        runs.run(name)
+    for name in BOUNDS:
+        runs.run(name)
+    # moeless with the forecast that needs nothing, at the memory of the others; they at its memory.
+    runs.run("moeless-popularity", label="moeless, once", policy=with_extras(0.0))
+    runs.run("moeless-popularity", label="moeless, at EPLB's memory", policy=with_extras(num_workers / num_experts))
+    used = runs.found["moeless-popularity"].resident_byte_s * static.duration_s
+    used /= static.resident_byte_s * runs.found["moeless-popularity"].duration_s
+    spare = max(1, round((used - 1) * num_experts / num_workers))
+    runs.eplb((spare,), "eplb, at moeless's memory")
+    runs.run("lp", label="lp, at moeless's memory", eplb_spare_replicas=spare)
+    return runs.rows(shape, level)
+
+
+def with_extras(share: float) -> object:
+    """The default policy with at most this share of extra instances."""
+    return parse_policy({"defaults": {"scaler": {"name": "minMax", "maxExtraShare": share}}})
+
+
+def _with_gaps(runs: Runs, shape: str) -> list[Row]:
+    for name in ("static", "moeless-paper", "moeless-popularity"):
+        runs.run(name)
+    runs.run("moeless-popularity", label="moeless, lean", policy=parse_policy(LEAN))
+    return runs.rows(shape, f"{THINNED:.0%} of low")
 
 
 def compare_in_paper(setting: Setting, arrivals: ArrivalTrace | None, num_requests: int) -> list[Row]:
@@ -163,11 +244,16 @@ def compare_in_paper(setting: Setting, arrivals: ArrivalTrace | None, num_reques
             Shape(name="conversation", prompt_tokens=1150, output_tokens=210), rate_per_s=5.4, num_requests=num_requests
         )
     scenario = setting.scenario(by_the_second(arrivals, num_requests=num_requests))
-    results = _results(setting, scenario, COMPARED, twice=TWICE)
-    rows = _rows(setting, "conversation", "1 s batches", results)
-    show(setting.name, rows)
-    show_published(setting, results, num_layers=scenario.profile.model.num_layers)
-    return rows
+    runs = Runs(setting=setting, scenario=scenario, config=SystemConfig(prior_LE=setting.prior_LE), found={})
+    runs.run("static")
+    runs.eplb((0, 1), "eplb")
+    for name in ("lp", "moeless-paper", "moeless"):
+        runs.run(name)
+    runs.run("moeless", label="moeless, twice", policy=parse_policy(TWICE))
+    for name in BOUNDS:
+        runs.run(name)
+    show_paper(setting.name, runs, num_layers=scenario.profile.model.num_layers)
+    return runs.rows("conversation", "1 s batches")
 
 
 def arrivals_file(path: Path | None) -> ArrivalTrace | None:
@@ -180,124 +266,97 @@ def arrivals_file(path: Path | None) -> ArrivalTrace | None:
     return trace
 
 
-def _results(
-    setting: Setting, scenario: Scenario, names: tuple[str, ...], **policies: dict[str, object]
-) -> dict[str, SystemResult]:
-    """Of the policies named, and of moeless by other policy policies."""
-    config = SystemConfig(prior_LE=setting.prior_LE)
-    systems = make_systems(scenario, names=list(names), config=config)
-    results = {system.name: simulate(scenario, system) for system in systems}
-    for suffix, policy in policies.items():
-        (system,) = make_systems(scenario, names=["moeless"], config=replace(config, policy=parse_policy(policy)))
-        name = f"moeless, {suffix}"
-        results[name] = simulate(scenario, replace(system, name=name))
-    return results
+def show_systems(title: str, rows: list[Row]) -> None:
+    """Mean request time over static's."""
+    names = ["eplb", "lp", *FORECASTS, *BOUNDS]
+    _print_markdown(
+        f"{title}: mean request time over static expert parallelism's",
+        ["requests", "load", *names, "popularity over foresight", "limit's gap closed"],
+        [
+            [
+                *key,
+                *(f"{of[name].request:.3f}" if name in of else "" for name in names),
+                f"{of['moeless-popularity'].request / of['foresight'].request - 1:+.1%}",
+                f"{(1 - of['moeless-popularity'].request) / (1 - of['limit'].request):.0%}",
+            ]
+            for key, of in _by_case(rows)
+        ],
+    )
 
 
-def _rows(setting: Setting, shape: str, level: str, results: dict[str, SystemResult]) -> list[Row]:
-    static, foresight = results["static"], results["foresight"]
-    eplb = min((r for name, r in results.items() if name.startswith("eplb")), key=lambda r: r.request_s.mean)
-    rows = []
-    for name, result in results.items():
-        ttft = result.ttft_s.p99 / static.ttft_s.p99
-        tpot = result.tpot_s.p99 / static.tpot_s.p99
-        rows.append(
-            Row(
-                setting=setting.name,
-                shape=shape,
-                level=level,
-                system=name,
-                layer_us=result.layer_s.mean * 1e6,
-                layer_gap=_gap(results, eplb, result, lambda of: of.layer_s),
-                request_gap=_gap(results, eplb, result, lambda of: of.request_s),
-                to_foresight=result.request_s.mean / foresight.request_s.mean - 1,
-                billed=result.billed_byte_s / static.billed_byte_s,
-                resident=result.resident_byte_s / static.resident_byte_s,
-                ttft_p99=ttft,
-                tpot_p99=tpot,
-                is_fast_enough=ttft <= MAX_TTFT and tpot <= MAX_TPOT,
-                cold_starts=result.num_cold_starts,
-            )
+def show_equal_memory(title: str, rows: list[Row]) -> None:
+    """Mean request time over static's, and in brackets resident memory x time over static's."""
+    groups = {
+        "static's memory": ("eplb, 0", "moeless, once"),
+        "EPLB's, one spare": ("eplb, 1", "lp", "moeless, at EPLB's memory"),
+        "moeless's": ("eplb, at moeless's memory", "lp, at moeless's memory", "moeless-popularity"),
+    }
+    headers = [f"{group}: {name.split(',')[0]}" for group, names in groups.items() for name in names]
+
+    def cell(of: dict[str, Row], name: str) -> str:
+        spare = name.removeprefix("eplb, ")
+        found = (
+            min((of[f"{one}, {spare} spare"] for one in EPLBS), key=lambda row: row.request)
+            if spare in ("0", "1")
+            else of[name]
         )
-    return rows
+        return f"{found.request:.3f} ({found.resident:.2f})"
 
-
-def _gap(
-    results: dict[str, SystemResult], eplb: SystemResult, after: SystemResult, of: Callable[[SystemResult], Latency]
-) -> Gap:
-    def closed(before: SystemResult, bound: str) -> float:
-        return (of(before).mean - of(after).mean) / (of(before).mean - of(results[bound]).mean)
-
-    static = results["static"]
-    return Gap(
-        static_to_limit=closed(static, "limit"),
-        static_to_whole=closed(static, "whole-experts"),
-        eplb_to_limit=closed(eplb, "limit"),
-        eplb_to_whole=closed(eplb, "whole-experts"),
+    _print_markdown(
+        f"{title}: at equal memory, request time over static's (resident memory x time)",
+        ["requests", "load", *headers],
+        [[*key, *(cell(of, name) for names in groups.values() for name in names)] for key, of in _by_case(rows)],
     )
 
 
-def show(title: str, rows: list[Row]) -> None:
-    """A row for each system."""
-    table = Table(
-        *("requests", "load", "system", "layer µs", "static→limit", "→whole", "EPLB→limit", "→whole", "to foresight"),
-        *("billed", "resident", "TTFT p99", "TPOT p99", "cold"),
-        title=f"{title}: shares of the gaps in request time that are closed, and ratios to static",
+def show_gaps(title: str, rows: list[Row]) -> None:
+    """Memory and tails where seconds pass between requests."""
+    _print_markdown(
+        f"{title}: traffic with gaps, over static's",
+        ["requests", "system", "resident", "billed", "TTFT p99", "TPOT p99", "cold starts"],
+        [
+            [
+                row.shape,
+                row.system,
+                *(f"{value:.2f}" for value in (row.resident, row.billed, row.ttft_p99, row.tpot_p99)),
+                f"{row.cold_starts}",
+            ]
+            for row in rows
+            if row.system != "static"
+        ],
     )
-    last = ""
+
+
+def show_paper(title: str, runs: Runs, *, num_layers: int) -> None:
+    """Reductions of layer time and of billed memory x time, against static and the best EPLB."""
+    table = []
+    for name in ("eplb", "lp", "moeless-paper", "moeless", "moeless, twice", *BOUNDS):
+        cells = [name]
+        for other in ("static", "eplb"):
+            before, after = runs.found[other], runs.found[name]
+            cells.append(f"{after.layer_s.mean / before.layer_s.mean - 1:+.0%}")
+            # A system that is not serverless holds every layer's experts while one of them runs.
+            cells.append(f"{after.billed_byte_s / (num_layers * before.billed_byte_s) - 1:+.0%}")
+        table.append(cells)
+    _print_markdown(
+        f"{title}: layer time, and cost with the others billed for all layers at once",
+        ["system", "layer, static", "cost, static", "layer, EPLB", "cost, EPLB"],
+        table,
+    )
+
+
+def _by_case(rows: list[Row]) -> list[tuple[tuple[str, str], dict[str, Row]]]:
+    found: dict[tuple[str, str], dict[str, Row]] = {}
     for row in rows:
-        begins = row.shape + row.level != last
-        last = row.shape + row.level
-        slow = "" if row.is_fast_enough else " (slow)"
-        table.add_row(
-            row.shape if begins else "",
-            row.level if begins else "",
-            row.system,
-            f"{row.layer_us:.0f}",
-            f"{row.request_gap.static_to_limit:+.0%}",
-            f"{row.request_gap.static_to_whole:+.0%}",
-            f"{row.request_gap.eplb_to_limit:+.0%}",
-            f"{row.request_gap.eplb_to_whole:+.0%}",
-            f"{row.to_foresight:+.0%}",
-            f"{row.billed:.2f}",
-            f"{row.resident:.2f}{slow}",
-            f"{row.ttft_p99:.2f}",
-            f"{row.tpot_p99:.2f}",
-            f"{row.cold_starts}",
-        )
-    Console(width=170).print(table)
+        found.setdefault((row.shape, row.level), {})[row.system] = row
+    return list(found.items())
 
 
-def show_published(setting: Setting, results: dict[str, SystemResult], *, num_layers: int) -> None:
-    """moeless's and the paper's system's reductions beside the published ones."""
-    columns = ("measure", "system", "against static", "against EPLB")
-    table = Table(*columns, title=f"{setting.name}: reductions beside the paper's")
-    static = results["static"]
-    eplb = min((results["eplb-vllm"], results["eplb-sglang"]), key=lambda result: result.layer_s.mean)
-    for system in ("moeless-paper", "moeless", "moeless, twice", "whole-experts", "limit"):
-        result = results[system]
-        table.add_row(
-            "MoE layer latency",
-            system,
-            f"{result.layer_s.mean / static.layer_s.mean - 1:+.0%}",
-            f"{result.layer_s.mean / eplb.layer_s.mean - 1:+.0%}",
-        )
-        table.add_row(
-            "billed memory x time, one rule",
-            system,
-            f"{result.billed_byte_s / static.billed_byte_s - 1:+.0%}",
-            f"{result.billed_byte_s / eplb.billed_byte_s - 1:+.0%}",
-        )
-        # A system that is not serverless holds every layer's experts while one of them runs.
-        table.add_row(
-            "the same, others billed for all layers at once",
-            system,
-            f"{result.billed_byte_s / (num_layers * static.billed_byte_s) - 1:+.0%}",
-            f"{result.billed_byte_s / (num_layers * eplb.billed_byte_s) - 1:+.0%}",
-        )
-    table.add_row("MoE layer latency", "published", *(f"{value:+.0%}" for value in PUBLISHED["latency"]))
-    table.add_row("cost", "published", *(f"{value:+.0%}" for value in PUBLISHED["cost"]))
-    Console(width=170).print(table)
+def _print_markdown(title: str, headers: list[str], rows: list[list[str]]) -> None:
+    print(f"\n{title}\n")
+    for cells in (headers, ["---"] * len(headers), *rows):
+        print(f"| {' | '.join(cells)} |")
+    print(flush=True)
 
 
 if __name__ == "__main__":

@@ -130,10 +130,16 @@ class ScenarioOptions:
             help="Routing trace recorded earlier, for the first plans; default: by --predictors, or even.",
         ),
     ] = None
-    recall: Annotated[float, typer.Option(help="Recall of the predictors that are assumed without --predictors.")] = (
-        0.84
-    )
-    eplb_spare_replicas: Annotated[int, typer.Option(help="Spare instances of EPLB on each worker and layer.")] = 1
+    recall: Annotated[
+        float | None,
+        typer.Option(
+            help="Assume a forecast of the very tokens to come with this recall, instead of one that could be had."
+        ),
+    ] = None
+    eplb_spare_replicas: Annotated[
+        int | None,
+        typer.Option(help="Spare instances of EPLB on each worker and layer; default: the better of 0 and 1."),
+    ] = None
     seed: Annotated[int, typer.Option(callback=from_to(0), help="Of everything that is drawn at random.")] = 0
 
 
@@ -259,12 +265,14 @@ def read_routing(options: ScenarioOptions) -> RoutingTrace:
 
 
 def read_config(options: ScenarioOptions, routing: RoutingTrace) -> SystemConfig:
-    """What is assumed of the policies: their options, the policy file, and what the predictors say of the routing."""
+    """What is assumed of the systems: their options, the policy file, and what the predictors say of the routing."""
     from moeless.core.policy import load_policy, unapplied_settings
     from moeless.simulate.offline_forecast import popularity_LE, predicted_routing, recorded_LE
     from moeless.simulate.systems import SystemConfig
     from moeless_predictors.predictor_set import PredictorSet
 
+    if options.recall is not None and options.predictors is not None:
+        raise ConfigError("--recall must not be given with --predictors, whose recall is measured")
     config = SystemConfig(
         model_id=routing.metadata.model, recall=options.recall, eplb_spare_replicas=options.eplb_spare_replicas
     )
@@ -277,8 +285,8 @@ def read_config(options: ScenarioOptions, routing: RoutingTrace) -> SystemConfig
     if options.predictors is not None:
         predictors = PredictorSet.load(options.predictors)
         with progress_of("predicting") as on_progress:
-            predicted, measured = predicted_routing(predictors, routing, on_progress=on_progress)
-        config = replace(config, predicted=predicted, recall=measured, prior_LE=popularity_LE(predictors))
+            predicted = predicted_routing(predictors, routing, on_progress=on_progress)
+        config = replace(config, predicted=predicted, prior_LE=popularity_LE(predictors))
     return config if prior is None else replace(config, prior_LE=prior)
 
 

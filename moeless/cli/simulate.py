@@ -27,7 +27,8 @@ from moeless.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from moeless.simulate.report.results import SimulationReport, SystemResult
-    from moeless.simulate.scenario import Scenario, System
+    from moeless.simulate.scenario import Scenario
+    from moeless.simulate.systems import SystemConfig
 
 
 @with_scenario_options
@@ -57,29 +58,31 @@ def simulate_command(
     from moeless.simulate.report.tables import comparison_tables, result_sentence
     from moeless.simulate.routing import SequenceRouting
     from moeless.simulate.settings import described, make_scenario
-    from moeless.simulate.systems import SYSTEMS, described_systems, make_systems
+    from moeless.simulate.systems import described_systems, make_systems, usual_systems
 
     with one_line_errors(), options_named():
         slo = _slo(ttft_slo, tpot_slo)
         settings = settings_of(options, workers=workers, memory_per_worker=memory_per_worker)
-        names = list(SYSTEMS) if systems is None else [name.strip() for name in systems.split(",")]
         asked = read_arrivals(options)
         routing = SequenceRouting(read_routing(options))
         scenario = make_scenario(settings, routing, asked)
         config = read_config(options, routing.trace)
+        names = usual_systems(has_predictors=config.predicted is not None)
+        if systems is not None:
+            names = [name.strip() for name in systems.split(",")]
         # What is wrong with one system is told before the first runs.
         made = make_systems(scenario, names=names, config=config)
         assumed = described(scenario) | described_systems(made, config)
         for word, text in assumed.items():
             say(f"{word}: {text}")
-        results = _simulated(scenario, made, slo)
+        results = _simulated(scenario, names, config, slo)
         say(result_sentence(results))
         for table in comparison_tables(results):
             show_table(table)
         found = SimulationReport(
             scenario=assumed,
             settings=asdict(settings)
-            | {"systems": names, "recall": config.recall, "eplb_spare_replicas": config.eplb_spare_replicas},
+            | {"systems": names, "recall": _recall(config), "eplb_spare_replicas": config.eplb_spare_replicas},
             slo_s=slo,
             expert_bytes=scenario.profile.model.expert_bytes,
             capacity_instances=int(scenario.cluster.capacity_W(scenario.profile.model).sum()),
@@ -96,13 +99,37 @@ def _slo(ttft_s: float | None, tpot_s: float | None) -> tuple[float, float] | No
     return checked_slo(ttft_s, tpot_s)
 
 
-def _simulated(scenario: Scenario, systems: Sequence[System], slo: tuple[float, float] | None) -> list[SystemResult]:
+def _recall(config: SystemConfig) -> float | None:
+    """Assumed, or measured of the predictors; None: neither."""
+    return config.recall if config.predicted is None else config.predicted.recall
+
+
+def _simulated(
+    scenario: Scenario, names: Sequence[str], config: SystemConfig, slo: tuple[float, float] | None
+) -> list[SystemResult]:
+    """Each system once; EPLB without and with a spare replica, where their number is not given."""
+    from moeless.planning.place import InfeasiblePlacementError
     from moeless.simulate.simulation import simulate
+    from moeless.simulate.systems import SYSTEMS, spare_choices
 
     results = []
-    for number, system in enumerate(systems, start=1):
-        with progress_of(f"{system.name} ({number} of {len(systems)})") as on_progress:
-            results.append(simulate(scenario, system, slo=slo, on_progress=on_progress))
+    for number, name in enumerate(names, start=1):
+        found: dict[int | None, SystemResult] = {}
+        for choice in spare_choices(name, config):
+            try:
+                system = SYSTEMS[name](scenario, choice)
+            except InfeasiblePlacementError:
+                if not found:
+                    raise
+                continue  # one more does not fit
+            with progress_of(f"{name} ({number} of {len(names)})") as on_progress:
+                found[choice.eplb_spare_replicas] = simulate(scenario, system, slo=slo, on_progress=on_progress)
+        best = min(found, key=lambda spare: found[spare].request_s.mean)
+        if len(found) > 1:
+            say(
+                f"{name}: serves better with {best} spare replicas on each worker and layer than with {1 - (best or 0)}"
+            )
+        results.append(found[best])
     return results
 
 

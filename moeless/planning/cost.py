@@ -214,9 +214,13 @@ class ExchangeTime:
     """Fixed time of an all-to-all exchange."""
     combine_ratio: float = 1.0
     """Bytes of a token's partial sum over those of its hidden state: 2 if it goes out in FP8 and back in BF16."""
+    split_s: float = 0.0
+    """Of splitting a layer's tokens over replicas before they are sent, as the dispatcher does for each step."""
+    split_token_s: float = 0.0
+    """The same for each token of the step."""
 
     def __post_init__(self) -> None:
-        for name in ("hub_s", "message_s", "all_to_all_s"):
+        for name in ("hub_s", "message_s", "all_to_all_s", "split_s", "split_token_s"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"exchange.{name} must be at least 0, got {getattr(self, name)}")
         if not self.combine_ratio > 0:

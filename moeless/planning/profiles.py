@@ -24,9 +24,46 @@ _A6000 = Device(name="A6000", bytes_per_s=614e9, flops_per_s=93e12, memory_bytes
 # 3.35 TB/s and 989.
 _H800 = Device(name="H800", bytes_per_s=2.7e12, flops_per_s=600e12, memory_bytes=80 * 10**9)
 DEVICES = {"a6000": _A6000, "h800": _H800}
-# One kernel writes to all peers, whether they are the experts' devices or the same that attend: the engine has as many
-# devices as there are workers.
-_LINKED = ExchangeTime(hub_s=10e-6, message_s=0.0, all_to_all_s=10e-6)
+_EXCHANGE_LAUNCH_S = 10e-6
+"""No exchange takes less beside its bytes: a kernel's launch and a round of flags."""
+_HOST_TRIP_S = 20e-6
+"""A layer's counts to the host and its split back to the device, for systems that split on the host."""
+
+
+def published_exchange(
+    *,
+    dispatch_us: float,
+    combine_us: float,
+    bytes_per_s: float,
+    split_us: float,
+    combine_ratio: float = 1.0,
+) -> ExchangeTime:
+    """From published latencies of 128 tokens to 8 experts each, hidden size 7168, FP8 out and BF16 back.
+
+    The simulator adds the bytes of its own tokens, so those of the published latencies are taken off: 128 x 8 x 7168,
+    twice as many back, over the link's bandwidth. What is left, at least a launch, is averaged over both ways. A hub is
+    taken to cost what all-to-all of that width costs, and no less: its engine has as many devices as there are workers.
+
+    Args:
+        bytes_per_s: of the link that the latencies were measured on.
+        split_us: of moeless's split on the host, measured (benchmarks/split.py), beside the way there and back.
+    """
+    sent_us = 128 * 8 * 7168 / bytes_per_s * 1e6
+    launch_us = _EXCHANGE_LAUNCH_S * 1e6
+    fixed_us = (max(launch_us, dispatch_us - sent_us) + max(launch_us, combine_us - 2 * sent_us)) / 2
+    return ExchangeTime(
+        hub_s=fixed_us * 1e-6,
+        message_s=0.0,
+        all_to_all_s=fixed_us * 1e-6,
+        combine_ratio=combine_ratio,
+        split_s=_HOST_TRIP_S + split_us * 1e-6,
+        split_token_s=10e-9,
+    )
+
+
+# DeepEP's low-latency kernels on 8 and on 64 devices: NVLink of 160 GB/s, a network card of 50.
+_EP8 = published_exchange(dispatch_us=77, combine_us=114, bytes_per_s=160e9, split_us=8)
+_EP64 = published_exchange(dispatch_us=173, combine_us=314, bytes_per_s=50e9, split_us=15, combine_ratio=2.0)
 _LAUNCH_S = 30e-6
 """Launch time of a backbone layer's kernels."""
 
@@ -65,7 +102,8 @@ def roofline_profile(
             hidden_bytes=2 * hidden_size,
         ),
         source=f"roofline of the model's sizes on {device.name}: {device.bytes_per_s / 1e9:g} GB/s, "
-        f"{device.flops_per_s / 1e12:g} TFLOPS reached; start-up 10 to 40 s as observed of processes, CUDA contexts "
+        f"{device.flops_per_s / 1e12:g} TFLOPS reached; exchange by what the bytes of DeepEP's latencies on 8 devices "
+        "leave; start-up 10 to 40 s as observed of processes, CUDA contexts "
         "and frameworks",
         expert_time=ExpertTime.from_roofline(
             expert_bytes=expert_bytes,
@@ -80,7 +118,7 @@ def roofline_profile(
             decode_context_s=num_layers * kv_bytes / device.bytes_per_s,
             prefill_context_s=num_layers * attention_flops / device.flops_per_s,
         ),
-        exchange=_LINKED,
+        exchange=_EP8,
         start_s=0.3e-3,
         device_bytes=device.memory_bytes,
     )
@@ -92,8 +130,8 @@ def _h800_deepseek_v3() -> CostProfile:
     return CostProfile(
         name="h800-deepseek-v3",
         model=ModelShape(num_layers=layers, num_experts=256, top_k=8, expert_bytes=3 * 7168 * 2048, hidden_bytes=7168),
-        source="DeepGEMM's FP8 figures for the two products of an expert, exchange latencies as the part of DeepEP's "
-        "low-latency figures that its bandwidth does not explain; backbone by roofline at 2.7 TB/s and 600 TFLOPS",
+        source="DeepGEMM's FP8 figures for the two products of an expert, exchange by what the bytes of "
+        "DeepEP's latencies on 64 devices leave; backbone by roofline at 2.7 TB/s and 600 TFLOPS",
         expert_time=ExpertTime.from_knots([(64, 19.5e-6), (256, 25.4e-6), (1024, 81.3e-6), (4096, 297e-6)]),
         backbone=BackboneTime(
             step_s=layers * (_LAUNCH_S + parameters / bytes_per_s),
@@ -101,7 +139,7 @@ def _h800_deepseek_v3() -> CostProfile:
             decode_context_s=layers * 1152 / bytes_per_s,
             prefill_context_s=layers * 81920 / flops_per_s,
         ),
-        exchange=ExchangeTime(hub_s=15e-6, message_s=0.0, all_to_all_s=15e-6, combine_ratio=2.0),
+        exchange=_EP64,
         start_s=0.3e-3,
         device_bytes=_H800.memory_bytes,
     )
@@ -111,13 +149,15 @@ def _cpu_moeless_mini() -> CostProfile:
     return CostProfile(
         name="cpu-moeless-mini",
         model=ModelShape(num_layers=6, num_experts=16, top_k=2, expert_bytes=4 * 3 * 160 * 96, hidden_bytes=4 * 160),
-        source="measured on one core of a cloud server in float32: an expert by its torch operations, the exchange "
-        "over shared memory (benchmarks/exchange.py), the backbone by its forward pass without scheduling",
+        source="measured on one core of a cloud server in float32: an expert by its torch operations, messages "
+        "over shared memory (benchmarks/exchange.py), grouping and splitting tokens (benchmarks/split.py), the "
+        "backbone by its forward pass without scheduling; all-to-all taken to cost one message",
         expert_time=ExpertTime.from_knots(
             [(1, 11.5e-6), (4, 13.5e-6), (16, 24e-6), (64, 53e-6), (256, 170e-6), (1024, 676e-6)]
         ),
         backbone=BackboneTime(step_s=1.9e-3, token_s=28e-6, decode_context_s=0.0, prefill_context_s=50e-9),
-        exchange=ExchangeTime(hub_s=60e-6, message_s=12e-6, all_to_all_s=60e-6),
+        # Grouping takes 90 µs, half of it charged each way; messages to 4 workers and back 160 µs, as measured.
+        exchange=ExchangeTime(hub_s=45e-6, message_s=20e-6, all_to_all_s=65e-6, split_s=8e-6, split_token_s=10e-9),
         start_s=0.3e-3,
         worker_start_s=(2.7, 3.0),
     )

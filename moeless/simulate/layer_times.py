@@ -15,10 +15,12 @@ from moeless.core.arrays import FloatArray, Int64Array, IntArray
 from moeless.core.call_cost import CallCost
 from moeless.core.cluster import Cluster
 from moeless.core.plan import Plan
-from moeless.planning.cost import ExpertTime, all_to_all_seconds, hub_seconds
+from moeless.planning.baselines.lp import lp_split
+from moeless.planning.cost import CostProfile, ExpertTime, all_to_all_seconds, hub_seconds
 from moeless.planning.step_balance import Replicas, ShareTurns, add_call_costs, balanced_split
 from moeless.simulate.batching import Step
-from moeless.simulate.scenario import Scenario, System
+from moeless.simulate.exact_load import exact_parts
+from moeless.simulate.scenario import Scenario, Split, System
 
 if TYPE_CHECKING:
     from moeless.simulate.worker_memory import ColdStart, WorkerMemory
@@ -44,8 +46,8 @@ class CompiledPlan:
     Args:
         sample_MLk: choices of some tokens: they estimate the distinct tokens among a worker's pairs.
         like: a plan that differs in few instances, whose share of distinct tokens is taken over.
-        step_cost: as in a routing table: replicas split each step's tokens by this cost, as dispatch does
-            (planning.step_balance); None: by the plan's shares.
+        split: how replicas share a step's tokens.
+        step_cost: as in a routing table, for the split balanced, which is the dispatcher's (planning.step_balance).
     """
 
     def __init__(
@@ -56,8 +58,10 @@ class CompiledPlan:
         sample_MLk: IntArray,
         *,
         like: CompiledPlan | None = None,
+        split: Split = "shares",
         step_cost: CallCost | None = None,
     ) -> None:
+        assert step_cost is not None or split != "balanced"
         self.plan = plan
         self._expert_time = expert_time
         self._shape = (plan.num_layers, plan.num_workers)
@@ -72,10 +76,12 @@ class CompiledPlan:
         replicas_C = np.bincount(self._cell_N, minlength=len(self.has_C))
         self._shared = np.flatnonzero(replicas_C[self._cell_N] > 1)
         self._alone = np.flatnonzero(replicas_C[self._cell_N] == 1)
+        self._kind: Split = split
         self._step_cost = step_cost
         self._speed_W = None if self._is_even else cluster.speed_W.astype(np.float64)
         self._replicas, self._shared_cells = self._replicated()
         self._turns = ShareTurns.of(self._replicas)
+        self.has_replicas_L = np.diff(self._replicas.function_L) > 0
         self._distinct_LW: FloatArray = _distinct_share(plan, sample_MLk) if like is None else like._distinct_LW
 
     def load(self, counts_C: IntArray, *, num_tokens: int, step: int) -> WorkerLoad:
@@ -105,10 +111,15 @@ class CompiledPlan:
 
     def _split(self, tokens_N: Int64Array, tokens_F: Int64Array, step: int) -> Int64Array:
         """The tokens of instances that are one of several."""
-        if self._step_cost is None:
+        if self._kind == "shares":
             return self._turns.split(tokens_F, step=step)
-        busy_LW = np.zeros(self._shape)
         alone = self._alone
+        if self._kind == "lp":
+            size = self._shape[0] * self._shape[1]
+            held_P = np.bincount(self._place_N[alone], weights=tokens_N[alone], minlength=size).astype(np.int64)
+            return lp_split(tokens_F, self._replicas, held_P.reshape(self._shape))
+        assert self._step_cost is not None
+        busy_LW = np.zeros(self._shape)
         add_call_costs(
             tokens_N[alone], self._place_N[alone], self._step_cost, busy_LW.reshape(-1), speed_N=self._speed_N[alone]
         )
@@ -148,6 +159,31 @@ def balanced_load(
         np.broadcast_to(pairs_L[:, np.newaxis], shape),
         np.full(shape, distinct),
     )
+
+
+def exact_load(
+    counts_C: IntArray, cluster: Cluster, profile: CostProfile, *, num_tokens: int, max_instances: int
+) -> WorkerLoad:
+    """Whole experts, placed for this very load: what rebalancing after the gate for each layer could reach.
+
+    Args:
+        max_instances: of a layer, replicas included.
+    """
+    model, num_workers = profile.model, cluster.num_workers
+    counts_LE = counts_C.reshape(model.num_layers, -1).astype(np.int64)
+    cost = profile.expert_time.call_cost()
+    tokens_LI, worker_LI = exact_parts(counts_LE, cluster.speed_W, cost, max_instances=max_instances)
+    place_LI = worker_LI + np.arange(len(worker_LI))[:, np.newaxis] * num_workers
+    shape = (model.num_layers, num_workers)
+
+    def per_worker(values_LI: FloatArray) -> FloatArray:
+        sums: NDArray[Any] = np.bincount(place_LI.ravel(), weights=values_LI.ravel(), minlength=shape[0] * shape[1])
+        return sums.reshape(shape)
+
+    seconds_LW = per_worker(profile.expert_time(tokens_LI)) / cluster.speed_W
+    pairs_LW = per_worker(tokens_LI.astype(np.float64))
+    distinct = num_tokens * (1 - (1 - 1 / num_workers) ** model.top_k)
+    return WorkerLoad(seconds_LW, pairs_LW, np.minimum(pairs_LW, distinct))
 
 
 def sampled_choices(experts_TLk: IntArray, *, num_workers: int, seed: int) -> IntArray:
@@ -207,7 +243,15 @@ class StepCosts:
             devices=self._devices,
         )
         model = profile.model
-        if self._system.bound is not None:
+        if self._system.bound == "exact":
+            load = exact_load(
+                counts_C,
+                scenario.cluster,
+                profile,
+                num_tokens=step.num_tokens,
+                max_instances=max(model.num_experts, self._system.bound_instances),
+            )
+        elif self._system.bound is not None:
             load = balanced_load(
                 counts_C,
                 scenario.cluster,
@@ -223,8 +267,11 @@ class StepCosts:
         dispatch_L = self._exchange(load.tokens_LW, model.hidden_bytes, engine, free_link_W)
         ratio = profile.exchange.combine_ratio
         combine_L = dispatch_L
+        split_s = self._system.split_s + self._system.split_token_s * step.num_tokens
         if ratio != 1:
             combine_L = self._exchange(load.tokens_LW, model.hidden_bytes * ratio, engine, free_link_W)
+        if split_s and self._system.bound is None:
+            dispatch_L = dispatch_L + split_s * self._memory.serving.has_replicas_L
         return StepTimes(step, backbone_s / model.num_layers, load, dispatch_L, combine_L)
 
     def _exchange(

@@ -11,6 +11,7 @@ import numpy as np
 
 from moeless.core.arrays import FloatArray, IntArray
 from moeless.core.errors import ConfigError
+from moeless.simulate.forecasts import PredictedRouting
 from moeless.simulate.routing import SequenceRouting
 from moeless_predictors.fitting import FitConfig, inputs_by_layer
 from moeless_predictors.predictor_set import PredictorSet
@@ -45,8 +46,8 @@ def _smoothed(counts_E: IntArray | FloatArray) -> FloatArray:
 
 def predicted_routing(
     predictors: PredictorSet, trace: RoutingTrace, *, on_progress: Callable[[int, int], None] | None = None
-) -> tuple[SequenceRouting, float]:
-    """The k most probable experts of every token and layer, and the share of the true ones that are among them.
+) -> PredictedRouting:
+    """The k most probable experts of every token and layer, and what corrects loads for drift.
 
     Each layer is predicted from the nearest one that predictors were fitted for. Where there is none, as for the
     first, a token is expected to go where the one before it in its sequence went.
@@ -90,4 +91,8 @@ def predicted_routing(
         weights_TLk=np.asarray(trace.weights_TLk),
         sequence_lengths_S=np.diff(trace.sequence_starts_S1),
     )
-    return SequenceRouting(told), float(hits.mean())
+    return PredictedRouting(
+        spans=SequenceRouting(told),
+        recall=float(hits.mean()),
+        drift_of={target: pair.quantile for target, pair in nearest.items()},
+    )

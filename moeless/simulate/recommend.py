@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import msgspec
 import numpy as np
@@ -246,7 +246,10 @@ def recommended(
     assert found.workers is not None
     assert found.result is not None
     scenario = case.scenario(found.workers)
-    system = SYSTEMS[found.candidate.system](scenario, case.systems)
+    config = case.systems
+    if found.candidate.system.startswith("eplb"):
+        config = replace(config, eplb_spare_replicas=found.probes[found.workers].eplb_spare_replicas)
+    system = SYSTEMS[found.candidate.system](scenario, config)
     load_LE = case.routing.per_token_LE() * found.result.step_tokens
     plan = system.planner.plan(steady_observation(load_LE, quantile=system.forecast.quantile), None)
     cluster, model = scenario.cluster, scenario.profile.model

@@ -11,12 +11,15 @@ from moeless.core.errors import ConfigError
 from moeless.planning.cost import CostProfile
 from moeless.planning.observation import Planner
 from moeless.simulate.batching import BatchingConfig
-from moeless.simulate.forecasts import ForecastConfig, SpanCounts
+from moeless.simulate.forecasts import ForecastConfig, PredictedRouting
 from moeless.simulate.routing import SequenceRouting
 from moeless_predictors.traces import ArrivalTrace
 
 Topology = Literal["hub", "all_to_all"]
-Bound = Literal["fluid", "integral"]
+Bound = Literal["fluid", "integral", "exact"]
+Split = Literal["shares", "balanced", "lp"]
+"""How replicas share a step's tokens: by the plan's shares; by the dispatcher's balancing from the step's real counts;
+or by a linear programme from these."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +75,7 @@ class System:
     planner: Planner
     topology: Topology = "hub"
     forecast: ForecastConfig = field(default_factory=ForecastConfig)
-    predicted: SpanCounts | None = None
+    predicted: PredictedRouting | None = None
     """What fitted predictors say of the routing; needed by the forecast kind predictor."""
     interval_s: float | None = None
     """Between plans; or give `interval_steps`. Neither: the first plan stays."""
@@ -80,9 +83,12 @@ class System:
     window_s: float | None = None
     """That planners look back on; or give `window_steps`. Neither: ten seconds."""
     window_steps: int | None = None
-    balances_steps: bool = False
-    """Replicas share each step's tokens so that its busiest worker is done early; else by the plan's shares. Only from
-    a hub, which sees all tokens before it sends any."""
+    split: Split = "shares"
+    """balanced: only from a hub, which sees all tokens before it sends any."""
+    split_s: float = 0.0
+    """That a layer with replicas waits for the split of a step's tokens."""
+    split_token_s: float = 0.0
+    """The same for each token of the step."""
     is_blocking: bool = False
     """Engines stop while weights move, which then come from other workers over the links between them."""
     prefetch_layers: int = 0
@@ -98,8 +104,11 @@ class System:
     is_prefetch_in_time: bool = False
     """Every such function is there when its tokens are, however long it takes to load: with perfect foresight."""
     bound: Bound | None = None
-    """Whatever the plan, work is spread evenly and the faster topology used: like sand, which is the physical limit, or
-    as evenly as whole calls of experts can be, which is the limit of every placement."""
+    """Whatever the plan, the faster topology is used and work spread anew for each layer of each step. fluid: evenly,
+    the physical limit. integral: as evenly as whole calls of experts allow, the limit of every placement. exact: whole
+    experts, placed by the exact load with `bound_instances` of them, moved for free."""
+    bound_instances: int = 0
+    """Of a layer, under the bound exact; at least one of every expert fits anyway."""
 
     def __post_init__(self) -> None:
         if self.interval_s is not None and self.interval_steps is not None:
@@ -108,8 +117,11 @@ class System:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"system {self.name}: {name} must be above 0, got {value}")
-        if self.balances_steps and self.topology != "hub":
-            raise ConfigError(f"system {self.name}: balances_steps needs the topology hub, got {self.topology}")
+        if self.split == "balanced" and self.topology != "hub":
+            raise ConfigError(f"system {self.name}: split balanced needs the topology hub, got {self.topology}")
+        for name in ("split_s", "split_token_s"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"system {self.name}: {name} must be at least 0, got {getattr(self, name)}")
         if self.prefetch_layers < 0:
             raise ConfigError(f"system {self.name}: prefetch_layers must be at least 0, got {self.prefetch_layers}")
         if not 0 <= self.prefetch_recall <= 1:

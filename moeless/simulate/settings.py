@@ -150,8 +150,10 @@ def described(scenario: Scenario) -> dict[str, str]:
         "costs": f"profile {profile.name}: {profile.source}",
         "links": f"{cluster.local_bytes_per_s / 1e9:g} GB/s between workers of a node, "
         f"{cluster.remote_bytes_per_s / 1e9:g} between nodes; an exchange takes "
-        f"{profile.exchange.hub_s * 1e6:g} µs and {profile.exchange.message_s * 1e6:g} for each worker from the hub, "
-        f"{profile.exchange.all_to_all_s * 1e6:g} µs all to all, each way, beside its bytes",
+        f"{profile.exchange.hub_s * 1e6:.3g} µs and {profile.exchange.message_s * 1e6:g} for each worker from the hub, "
+        f"{profile.exchange.all_to_all_s * 1e6:.3g} µs all to all, each way, beside its bytes; splitting a "
+        f"layer's tokens over replicas takes {profile.exchange.split_s * 1e6:g} µs and "
+        f"{profile.exchange.split_token_s * 1e9:g} ns a token, where a system does so for each step",
         "loading": f"{cluster.fetch_bytes_per_s / 1e9:g} GB/s from host memory and {profile.start_s * 1e3:g} ms each, "
         + (
             f"taking at most {transfers.transfer_share:.0%} of the worker's link from hidden states"

@@ -25,19 +25,21 @@ from moeless.planning.first_plan import make_first_plan
 from moeless.planning.load_history import LoadHistory
 from moeless.planning.observation import Observation
 from moeless.simulate.batching import Batch, Step
-from moeless.simulate.forecasts import Forecaster, SpanCounts
+from moeless.simulate.forecasts import Forecaster, Future
 from moeless.simulate.layer_times import StepCosts, StepTimes, sampled_choices
 from moeless.simulate.report.results import SystemResult
 from moeless.simulate.result_recorder import Recorder
 from moeless.simulate.routing import assign_sequences
 from moeless.simulate.scenario import Scenario, System
-from moeless.simulate.upcoming import upcoming_load
+from moeless.simulate.upcoming import TokensOf, upcoming_load
 from moeless.simulate.worker_memory import ColdStart, WorkerMemory
 
 OnProgress = Callable[[int, int], None]
 """Called with the requests that are finished, and all of them."""
 
 _DEFAULT_WINDOW_S = 10.0
+_RECENT_TOKENS = 64
+"""Of a request, whose predicted routing its next tokens are expected to follow."""
 _STEP_MEMORY = 0.9
 """Of the running mean of a step's duration."""
 
@@ -99,6 +101,8 @@ class _Simulation:
         if window_s is None and system.window_steps is None:
             window_s = _DEFAULT_WINDOW_S
         self._history = LoadHistory(routing.num_cells, window_s=window_s, window_steps=system.window_steps)
+        self._future = Future(true=self._upcoming, expected=self._expected)
+        self._finished_tokens = 0
         self._forecaster = Forecaster(system.forecast, routing, system.predicted, seed=seeds[1])
         self._rng = np.random.default_rng(seeds[2])
         num_workers = scenario.cluster.num_workers
@@ -109,7 +113,7 @@ class _Simulation:
             scenario.transfers,
             sampled_choices(routing.trace.experts_TLk, num_workers=num_workers, seed=seeds[3]),
             seed=seeds[4],
-            balances_steps=system.balances_steps,
+            split=system.split,
         )
         self._costs = StepCosts(scenario, system, self._memory)
         self._recorder = Recorder(arrivals, self._memory, expert_bytes=scenario.profile.model.expert_bytes)
@@ -272,6 +276,7 @@ class _Simulation:
         engine.times = None
         if finished:
             self._num_finished += len(finished)
+            self._finished_tokens += int(self._output_R[finished].sum())
             if self._on_progress is not None:
                 self._on_progress(self._num_finished, self._arrivals.num_requests)
 
@@ -297,7 +302,7 @@ class _Simulation:
         if memory.is_changing:
             return  # one rollout at a time: the next tick sees its outcome
         window = history.window(now_s)
-        mean_LE, upper_LE = self._forecaster.forecast(now_s, self._horizon_s(), history, window, self._upcoming)
+        mean_LE, upper_LE = self._forecaster.forecast(now_s, self._horizon_s(), history, window, self._future)
         shape = mean_LE.shape
         before = memory.serving.plan
         plan = self._system.planner.plan(
@@ -342,21 +347,63 @@ class _Simulation:
         steps_s = [engine.step_s for engine in self._engines if engine.step_s]
         return (self._system.interval_steps or 1) * float(np.mean(steps_s)) / len(self._engines) if steps_s else 0.0
 
-    def _upcoming(self, spans: SpanCounts, horizon_s: float) -> tuple[FloatArray, int]:
+    def _upcoming(self, horizon_s: float) -> tuple[FloatArray, int]:
+        """Every token to come, of requests that will arrive, too: what foresight knows."""
+        until = int(np.searchsorted(self._arrivals.arrival_s, self._now_s + horizon_s, side="right"))
+        arriving = [
+            (request, (float(self._arrivals.arrival_s[request]) - self._now_s) / horizon_s)
+            for request in range(self._next_request, until)
+        ]
+
+        def tokens_of(request: int, first: int, num_tokens: int, _: int) -> NDArray[np.int64]:
+            return self._routing.of_span(int(self._sequences_R[request]), first, num_tokens)
+
+        left = [engine.batch.left_n for engine in self._engines]
+        return self._load_to_come(tokens_of, arriving, left, self._output_R, horizon_s)
+
+    def _expected(self, horizon_s: float) -> tuple[FloatArray, int]:
+        """Tokens of the requests that run, as predictors saw their last ones; answers are expected to be as long as
+        those so far, and nothing is known of requests of which nothing is computed."""
+        predicted = self._system.predicted
+        assert predicted is not None
+
+        def tokens_of(request: int, _: int, num_tokens: int, computed: int) -> FloatArray:
+            seen = min(computed, _RECENT_TOKENS)
+            if not seen:
+                return np.zeros(self._routing.num_cells)
+            recent_C = predicted.spans.of_span(int(self._sequences_R[request]), computed - seen, seen)
+            return recent_C * (num_tokens / seen)
+
+        done = [self._output_R[engine.batch.requests_n] - engine.batch.left_n for engine in self._engines]
+        mean = self._mean_output(done)
+        left = [np.maximum(1, mean - done_n) for done_n in done]
+        return self._load_to_come(tokens_of, [], left, np.full(len(self._output_R), mean), horizon_s)
+
+    def _mean_output(self, done: list[NDArray[np.int64]]) -> int:
+        """Of the answers that are finished; before any is, twice what those that run have so far."""
+        if self._num_finished:
+            return max(1, round(self._finished_tokens / self._num_finished))
+        running_n = np.concatenate(done)
+        return max(1, round(2 * float(running_n.mean()))) if len(running_n) else 1
+
+    def _load_to_come(
+        self,
+        tokens_of: TokensOf,
+        arriving: list[tuple[int, float]],
+        left: list[NDArray[np.int64]],
+        output_R: NDArray[np.int64],
+        horizon_s: float,
+    ) -> tuple[FloatArray, int]:
         known_s = [engine.step_s for engine in self._engines if engine.step_s]
         mean_s = float(np.mean(known_s)) if known_s else horizon_s
-        until = int(np.searchsorted(self._arrivals.arrival_s, self._now_s + horizon_s, side="right"))
         return upcoming_load(
-            spans,
+            tokens_of,
             [engine.batch for engine in self._engines],
-            [
-                (request, (float(self._arrivals.arrival_s[request]) - self._now_s) / horizon_s)
-                for request in range(self._next_request, until)
-            ],
+            arriving,
+            left=left,
             steps=[max(1, math.ceil(horizon_s / max(engine.step_s or mean_s, 1e-9))) for engine in self._engines],
-            sequences_R=self._sequences_R,
             prompt_tokens_R=self._prompt_R,
-            output_tokens_R=self._output_R,
+            output_tokens_R=output_R,
             max_batch_tokens=self._scenario.batching.max_batch_tokens,
             num_cells=self._routing.num_cells,
         )

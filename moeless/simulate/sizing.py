@@ -22,12 +22,13 @@ from moeless.simulate.routing import SequenceRouting
 from moeless.simulate.scenario import Scenario, TransferConfig
 from moeless.simulate.settings import ScenarioSettings, make_scenario
 from moeless.simulate.simulation import OnProgress, simulate
-from moeless.simulate.systems import SYSTEMS, SystemConfig
+from moeless.simulate.systems import SYSTEMS, SystemConfig, spare_choices
 from moeless_predictors.traces import ArrivalTrace
 
 BUYABLE = tuple(name for name in SYSTEMS if name not in BOUNDS)
 """Systems that exist or could: bounds cannot be bought."""
-USUAL = tuple(name for name in BUYABLE if name != "moeless-paper")
+USUAL = tuple(name for name in BUYABLE if not name.startswith("moeless-"))
+"""Without the paper's system, and moeless with other forecasts than it would have."""
 EXPERTS_SHARE = 0.6
 """Of a device's memory, where no other amount is given; the backbone, KV caches and activations have the rest."""
 _NEAR = 0.05
@@ -97,6 +98,8 @@ class Probe(msgspec.Struct, frozen=True, kw_only=True):
     tpot_p99_s: float | None = None
     mean_workers: float | None = None
     resident_byte_s: float | None = None
+    eplb_spare_replicas: int | None = None
+    """Of EPLB on each worker and layer; None: another system."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -226,10 +229,20 @@ def checked_systems(names: Sequence[str], worker_idle_s: float | None) -> list[C
 
 
 def _tried(case: SizingCase, candidate: Candidate, workers: int, watch: Watch) -> tuple[Probe, SystemResult | None]:
+    """With the number of EPLB's spare replicas that serves more requests within the SLO, where none is given."""
+    tried = [
+        _tried_with(case, candidate, workers, watch, config) for config in spare_choices(candidate.system, case.systems)
+    ]
+    return max(tried, key=lambda one: -1.0 if one[0].slo_share is None else one[0].slo_share)
+
+
+def _tried_with(
+    case: SizingCase, candidate: Candidate, workers: int, watch: Watch, config: SystemConfig
+) -> tuple[Probe, SystemResult | None]:
     scenario = case.scenario(workers, worker_idle_s=candidate.worker_idle_s)
     try:
         _check_room(scenario)
-        system = SYSTEMS[candidate.system](scenario, case.systems)
+        system = SYSTEMS[candidate.system](scenario, config)
         with watch(f"{candidate.name} on {workers} workers") as on_progress:
             result = simulate(scenario, system, slo=case.sizing.slo, on_progress=on_progress)
     except InfeasiblePlacementError as error:
@@ -244,6 +257,7 @@ def _tried(case: SizingCase, candidate: Candidate, workers: int, watch: Watch) -
         tpot_p99_s=result.tpot_s.p99,
         mean_workers=mean_workers(result),
         resident_byte_s=result.resident_byte_s,
+        eplb_spare_replicas=config.eplb_spare_replicas,
     )
     return probe, result
 

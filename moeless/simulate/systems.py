@@ -1,4 +1,4 @@
-"""The systems that are compared: what others do, moeless, and two bounds. docs/simulator.md.
+"""The systems that are compared: what others do, moeless, and bounds. docs/simulator.md.
 
 Every planner remembers what it saw, so that systems are made anew for each simulation.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from moeless.core.arrays import FloatArray
 from moeless.core.cluster import Cluster
@@ -20,7 +22,7 @@ from moeless.planning.cost import CostProfile
 from moeless.planning.load_check import check_load
 from moeless.planning.place import InfeasiblePlacementError
 from moeless.planning.planner import MoelessPlanner, PlanningContext
-from moeless.simulate.forecasts import ForecastConfig, SpanCounts
+from moeless.simulate.forecasts import ForecastConfig, PredictedRouting
 from moeless.simulate.routing import SequenceRouting
 from moeless.simulate.scenario import Scenario, System
 
@@ -31,8 +33,11 @@ PAPER_CV = 0.2
 """V in the MoEless paper."""
 AFFINITY_TOKENS = 20_000
 """Of the routing, evenly spaced, that the placer affinity goes by: the time of its search grows with them."""
-MEASURED_RECALL = 0.84
-"""Share of a token's experts that our predictor finds one layer ahead on gpt-oss-20b (docs/predictors.md)."""
+PAPER_RECALL = 0.84
+"""Assumed of the paper's predictor, which loads functions a layer ahead and whose recall is not published: that of ours
+on gpt-oss-20b. (The paper fine-tunes what falls below 0.8.)"""
+LP_SPLIT_S = 150e-6
+"""Of LPLB's programme for a layer on the GPU, where 100 to 200 µs are published."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -43,20 +48,21 @@ class SystemConfig:
     """Of moeless and foresight."""
     model_id: str = ""
     """By which the policy's rules choose."""
-    eplb_spare_replicas: int = 1
-    """Instances of each layer and worker that EPLB has beyond one for each expert."""
-    recall: float = MEASURED_RECALL
-    """Of moeless's predictor, and of the paper's, which does not publish a figure: what is compared is what is made of
-    the forecast. (The paper fine-tunes what falls below 0.8.)"""
-    predicted: SpanCounts | None = None
-    """What fitted predictors say of the routing; moeless then forecasts by them."""
+    eplb_spare_replicas: int | None = None
+    """Instances of each layer and worker that EPLB and lp have beyond one for each expert. None: 1, and for EPLB the
+    better of 0 and 1 where `spare_choices` is followed."""
+    recall: float | None = None
+    """Forecast the tokens that will come, with this share of them at the right expert, instead of by what moeless and
+    the paper's system could know: an assumption, not a system."""
+    predicted: PredictedRouting | None = None
+    """What fitted predictors say of the routing; moeless and the paper's system then forecast by them."""
     prior_LE: FloatArray | None = None
     """Mean tokens of each function for a token, as was recorded before, shape (L, E): what moeless, foresight, the
     paper's system and SGLang's EPLB plan for at first. None: all are expected to get the same."""
     affinity: AffinityStatistics | None = None
     """Of the routing, for the policy's placer affinity; None: gathered where that is asked for."""
     prefetch_layers: int = 3
-    """How many layers ahead moeless's predictor tells which functions are needed."""
+    """Layers ahead that moeless starts functions that predictors say are needed; without predictors it starts none."""
     paper_prefetch_layers: int = 1
     """The same of the paper's."""
     paper_interval_s: float = 1.0
@@ -65,7 +71,11 @@ class SystemConfig:
     """The paper keeps instances alive and does not say for how long: as moeless's default."""
 
     def __post_init__(self) -> None:
-        if self.eplb_spare_replicas < 0:
+        if self.recall is not None and not 0 <= self.recall <= 1:
+            raise ConfigError(f"forecast.recall must be from 0 to 1, got {self.recall}")
+        if self.recall is not None and self.predicted is not None:
+            raise ConfigError("forecast.recall must not be given with predictors, which have their own")
+        if self.eplb_spare_replicas is not None and self.eplb_spare_replicas < 0:
             raise ConfigError(f"eplb_spare_replicas must be at least 0, got {self.eplb_spare_replicas}")
         for name in ("prefetch_layers", "paper_prefetch_layers"):
             if getattr(self, name) < 0:
@@ -94,11 +104,17 @@ def eplb_sglang(scenario: Scenario, config: SystemConfig) -> System:
     return replace(system, prior_LE=config.prior_LE)
 
 
+def lp(scenario: Scenario, config: SystemConfig) -> System:
+    """SGLang's LPLB: its EPLB's plans, and each step's tokens split over replicas anew, by linear programme."""
+    system = eplb_sglang(scenario, config)
+    return replace(system, name="lp", split="lp", split_s=LP_SPLIT_S)
+
+
 def moeless_paper(scenario: Scenario, config: SystemConfig) -> System:
     """The MoEless paper's system (arXiv 2603.06350) as far as its text tells: `planning.paper.PaperPlanner`.
 
-    V = 0.2, tokens of a function split evenly, instances kept alive, a forecast of the tokens that will come with the
-    recall assumed, functions without an instance loaded a layer ahead. In moeless's topology, the hub, since the
+    V = 0.2, tokens of a function split evenly, instances kept alive, the forecast that moeless has, functions without
+    an instance loaded a layer ahead. In moeless's topology, the hub, since the
     functions are reached from where attention is computed.
     """
     planner = PaperPlanner(
@@ -107,38 +123,61 @@ def moeless_paper(scenario: Scenario, config: SystemConfig) -> System:
     return System(
         name="moeless-paper",
         planner=planner,
-        forecast=ForecastConfig(kind="foresight", recall=config.recall),
+        forecast=_forecast(config),
+        predicted=config.predicted,
         interval_s=config.paper_interval_s,
         prefetch_layers=config.paper_prefetch_layers,
-        prefetch_recall=config.recall,
+        prefetch_recall=_prefetch_recall(config) or PAPER_RECALL,
         prior_LE=config.prior_LE,
     )
 
 
 def moeless(scenario: Scenario, config: SystemConfig) -> System:
-    """moeless by the policy policy: plans each tick, in the background, from its predictors' forecast.
-
-    Without fitted predictors the forecast is of the tokens that will come, with the recall assumed.
+    """moeless by the policy: plans each tick, in the background, from the forecast of fitted predictors, or without
+    any from popularity.
     """
     resolved = _resolved(scenario, config)
-    quantile = _quantile(resolved)
+    recall, exchange = _prefetch_recall(config), scenario.profile.exchange
     affinity = None
     if isinstance(resolved.placer, AffinityPlacer):
         affinity = config.affinity or routing_statistics(scenario.routing)
     return System(
         name="moeless",
         planner=MoelessPlanner(resolved, replace(_system(scenario, resolved.tick_s), affinity=affinity)),
-        forecast=ForecastConfig(kind="foresight", recall=config.recall, quantile=quantile)
-        if config.predicted is None
-        else ForecastConfig(kind="predictor", quantile=quantile),
+        forecast=_forecast(config, quantile=_quantile(resolved)),
         predicted=config.predicted,
-        balances_steps=True,
+        split="balanced",
+        split_s=exchange.split_s,
+        split_token_s=exchange.split_token_s,
         interval_s=resolved.tick_s,
-        prefetch_layers=config.prefetch_layers,
-        prefetch_recall=config.recall,
+        prefetch_layers=0 if recall is None else config.prefetch_layers,
+        prefetch_recall=recall or 0.0,
         prior_LE=config.prior_LE,
         num_known_tokens=affinity.num_tokens if affinity else 0,
     )
+
+
+def moeless_window(scenario: Scenario, config: SystemConfig) -> System:
+    """moeless with the load of the last seconds for its forecast, without predictors."""
+    system = moeless(scenario, replace(config, predicted=None, recall=None))
+    return replace(system, name="moeless-window", forecast=replace(system.forecast, kind="window"))
+
+
+def moeless_popularity(scenario: Scenario, config: SystemConfig) -> System:
+    """moeless with the popularity of each function for its forecast, without predictors."""
+    system = moeless(scenario, replace(config, predicted=None, recall=None))
+    return replace(system, name="moeless-popularity")
+
+
+def _forecast(config: SystemConfig, *, quantile: float = 0.9) -> ForecastConfig:
+    if config.recall is not None:
+        return ForecastConfig(kind="foresight", recall=config.recall, quantile=quantile)
+    return ForecastConfig(kind="popularity" if config.predicted is None else "predictor", quantile=quantile)
+
+
+def _prefetch_recall(config: SystemConfig) -> float | None:
+    """Share of the functions without an instance that predictors see layers ahead; None: there are no predictors."""
+    return config.recall if config.predicted is None else config.predicted.recall
 
 
 def routing_statistics(routing: SequenceRouting) -> AffinityStatistics:
@@ -149,7 +188,20 @@ def routing_statistics(routing: SequenceRouting) -> AffinityStatistics:
 def foresight(scenario: Scenario, config: SystemConfig) -> System:
     """The bound of every predictor: moeless, told of the very tokens that will come; functions are loaded in time."""
     known = moeless(scenario, replace(config, predicted=None, recall=1.0))
+    assert known.forecast.kind == "foresight"
     return replace(known, name="foresight", is_prefetch_in_time=True)
+
+
+def exact_load(scenario: Scenario, config: SystemConfig) -> System:
+    """Exact load, free moves, every step: whole experts placed anew for the tokens of each layer of each step.
+
+    With as many instances of a layer as the policy lets moeless have and memory holds. What UltraEP comes near.
+    """
+    model = scenario.profile.model
+    share = float(getattr(_resolved(scenario, config).scaler, "max_extra_share", np.inf))
+    room = int(scenario.cluster.capacity_W(model).sum()) // model.num_layers
+    instances = min(room, model.num_experts * scenario.cluster.num_workers, (1 + share) * model.num_experts)
+    return replace(static(scenario, config), name="exact-load", bound="exact", bound_instances=int(instances))
 
 
 def limit(scenario: Scenario, config: SystemConfig) -> System:
@@ -170,13 +222,22 @@ SYSTEMS: dict[str, Callable[[Scenario, SystemConfig], System]] = {
     "static": static,
     "eplb-vllm": eplb_vllm,
     "eplb-sglang": eplb_sglang,
+    "lp": lp,
     "moeless-paper": moeless_paper,
     "moeless": moeless,
+    "moeless-window": moeless_window,
+    "moeless-popularity": moeless_popularity,
     "foresight": foresight,
+    "exact-load": exact_load,
     "whole-experts": whole_experts,
     "limit": limit,
 }
 """By name, in the order of the tables."""
+
+
+def usual_systems(*, has_predictors: bool) -> list[str]:
+    """All of them; with predictors moeless is also run without, which it is anyway where there are none."""
+    return [name for name in SYSTEMS if has_predictors or name != "moeless-popularity"]
 
 
 def make_systems(
@@ -199,6 +260,13 @@ def make_systems(
     return [SYSTEMS[name](scenario, config) for name in chosen]
 
 
+def spare_choices(name: str, config: SystemConfig) -> list[SystemConfig]:
+    """Configurations to try for a system, of which the better counts: EPLB without spare replicas, and with one."""
+    if not name.startswith("eplb") or config.eplb_spare_replicas is not None:
+        return [config]
+    return [replace(config, eplb_spare_replicas=spare) for spare in (0, 1)]
+
+
 def described_systems(systems: Sequence[System], config: SystemConfig) -> dict[str, str]:
     """What is assumed of each, in words."""
     return {f"system {system.name}": _DESCRIBED[system.name](system, config) for system in systems}
@@ -209,9 +277,11 @@ def _described_first(system: System) -> str:
 
 
 def _described_eplb(system: System, config: SystemConfig) -> str:
+    unset = "1" if system.name == "lp" else "0 or 1, whichever serves better"
+    spare_words = unset if config.eplb_spare_replicas is None else str(config.eplb_spare_replicas)
     return (
         f"EPLB's global form every {system.interval_steps:,} engine steps from the load of the last "
-        f"{system.window_steps:,}, spare replicas on each worker and layer: {config.eplb_spare_replicas}, engines "
+        f"{system.window_steps:,}, spare replicas on each worker and layer: {spare_words}; engines "
         f"wait while weights move from worker to worker, tokens all to all; {_described_first(system)}"
     )
 
@@ -219,34 +289,60 @@ def _described_eplb(system: System, config: SystemConfig) -> str:
 def _described_paper(system: System, config: SystemConfig) -> str:
     return (
         f"the MoEless paper's scaling (V = {PAPER_CV:g}) and placement every {system.interval_s:g} s, instances kept "
-        f"alive for {config.paper_keep_alive_s:g} s; told of the tokens to come with a recall of {config.recall:.0%} "
-        f"(assumed; the paper gives none), functions loaded {system.prefetch_layers} layer ahead, tokens from a hub; "
+        f"alive for {config.paper_keep_alive_s:g} s; {_described_forecast(system)}; functions started "
+        f"{system.prefetch_layers} layer ahead with a recall of {system.prefetch_recall:.0%}, tokens from a hub; "
         + _described_first(system)
     )
 
 
 def _described_moeless(system: System, config: SystemConfig) -> str:
-    forecast = "assumed predictors" if config.predicted is None else "the predictors given"
+    del config
     known = system.num_known_tokens
     by_affinity = f"; placed by the affinity of {known:,} tokens of the very routing that is simulated" if known else ""
     return (
-        f"plans every {system.interval_s:g} s in the background, told of the tokens of that time as {forecast} see "
-        f"them (recall {config.recall:.0%}), functions loaded {system.prefetch_layers} layers ahead with the same "
-        "recall, tokens from a hub, which shares out each step's tokens among replicas anew; "
+        f"plans every {system.interval_s:g} s in the background; {_described_forecast(system)}; "
+        + (
+            f"functions started {system.prefetch_layers} layers ahead with a recall of {system.prefetch_recall:.0%}"
+            if system.prefetch_layers
+            else "no function started ahead of its layer"
+        )
+        + ", tokens from a hub, which shares out each step's tokens among replicas anew; "
         + _described_first(system)
         + by_affinity
     )
+
+
+def _described_forecast(system: System) -> str:
+    forecast = system.forecast
+    return {
+        "window": "forecasts the load of the last seconds",
+        "popularity": f"forecasts by popularity (half-life {forecast.half_life_s:g} s)",
+        "predictor": "forecasts by what the predictors given said of the last tokens of each request, corrected for "
+        "drift, and by popularity for requests without any",
+        "foresight": f"ASSUMED to know the tokens to come with a recall of {forecast.recall:.0%}, requests that will "
+        "arrive and the length of answers among them",
+    }[forecast.kind]
 
 
 _DESCRIBED: dict[str, Callable[[System, SystemConfig], str]] = {
     "static": lambda *_: "every expert once, contiguous ones on a worker, tokens all to all",
     "eplb-vllm": _described_eplb,
     "eplb-sglang": _described_eplb,
+    "lp": lambda system, config: (
+        f"{_described_eplb(system, config)}; each step's tokens split over replicas by linear programme, which takes "
+        f"{LP_SPLIT_S * 1e6:g} µs a layer"
+    ),
     "moeless-paper": _described_paper,
     "moeless": _described_moeless,
+    "moeless-window": _described_moeless,
+    "moeless-popularity": _described_moeless,
     "foresight": lambda system, _: (
         f"moeless told of the very tokens that will come in the next {system.interval_s:g} s, and no function is ever "
         f"waited for; {_described_first(system)}: the bound of every predictor"
+    ),
+    "exact-load": lambda system, _: (
+        f"whole experts and replicas, at most {system.bound_instances} instances of a layer, placed for the exact load "
+        "of each layer of each step and moved for free, the faster of both topologies; it holds what static holds"
     ),
     "whole-experts": lambda *_: (
         "the bound of every placement of whole experts: perfect balance as far as calls that read all of an expert's "
@@ -261,12 +357,13 @@ _DESCRIBED: dict[str, Callable[[System, SystemConfig], str]] = {
 
 def _eplb(scenario: Scenario, config: SystemConfig, name: str, interval_steps: int) -> System:
     cluster, model = scenario.cluster, scenario.profile.model
-    spare = config.eplb_spare_replicas * cluster.num_workers
+    per_worker = 1 if config.eplb_spare_replicas is None else config.eplb_spare_replicas
+    spare = per_worker * cluster.num_workers
     hosted = -(-(model.num_experts + spare) // cluster.num_workers) * model.num_layers
     room = int(cluster.capacity_W(model).min())
     if hosted > room:
         raise InfeasiblePlacementError(
-            f"eplb_spare_replicas must leave room: with {config.eplb_spare_replicas} on each worker and layer a worker "
+            f"eplb_spare_replicas must leave room: with {per_worker} on each worker and layer a worker "
             f"holds {hosted} instances, and {room} fit its memory"
         )
     # EPLB counts every expert's replicas up to the number of workers, so that more would stay empty.

@@ -21,7 +21,7 @@ from moeless.planning.cost import CostProfile
 from moeless.planning.place import InfeasiblePlacementError
 from moeless.planning.rollout import Phase, Rollout
 from moeless.simulate.layer_times import CompiledPlan
-from moeless.simulate.scenario import TransferConfig
+from moeless.simulate.scenario import Split, TransferConfig
 
 _EPOCH = 1
 """A simulation has one controller."""
@@ -52,10 +52,11 @@ class WorkerMemory:
         sample_MLk: IntArray,
         *,
         seed: int,
-        balances_steps: bool = False,
+        split: Split = "shares",
     ) -> None:
         self._cluster, self._profile, self._config, self._sample_MLk = cluster, profile, config, sample_MLk
-        self._step_cost = profile.expert_time.call_cost(link_s=profile.link_s(cluster)) if balances_steps else None
+        self._split: Split = split
+        self._step_cost = profile.expert_time.call_cost(link_s=profile.link_s(cluster))
         self._model: ModelShape = profile.model
         self._rng = np.random.default_rng(seed)
         num_workers = cluster.num_workers
@@ -261,6 +262,7 @@ class WorkerMemory:
             self._profile.expert_time,
             self._sample_MLk,
             like=like,
+            split=self._split,
             step_cost=self._step_cost,
         )
 

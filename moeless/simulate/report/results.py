@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 PERCENTILES = (50, 90, 99)
-BOUNDS = ("foresight", "whole-experts", "limit")
+BOUNDS = ("foresight", "exact-load", "whole-experts", "limit")
 """Systems that nobody can run."""
 
 

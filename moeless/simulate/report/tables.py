@@ -13,6 +13,9 @@ from moeless.simulate.recommend import Alternative, CapacityReport, Recommendati
 from moeless.simulate.report.results import BOUNDS, Latency, SystemResult
 
 REFERENCE = "static"
+FORESIGHT = "foresight"
+FORECASTING = ("moeless", "moeless-window", "moeless-popularity")
+"""moeless with other forecasts."""
 _CLOSE = 0.005
 """Of the requests: a size that falls short by no more may keep the SLO with the next draw."""
 
@@ -29,7 +32,10 @@ class TextTable(NamedTuple):
 def comparison_tables(results: Sequence[SystemResult]) -> list[TextTable]:
     """Requests, layers and cost; changes are against static expert parallelism, or the first system without it."""
     reference = next((result for result in results if result.system == REFERENCE), results[0])
-    return [_requests(results), _layers(results, reference), _costs(results, reference)]
+    tables = [_requests(results), _layers(results, reference), _costs(results, reference)]
+    foresight = next((result for result in results if result.system == FORESIGHT), None)
+    of_moeless = [result for result in results if result.system in FORECASTING]
+    return [*tables, _forecasts(of_moeless, foresight)] if foresight is not None and of_moeless else tables
 
 
 def result_sentence(results: Sequence[SystemResult]) -> str:
@@ -66,6 +72,22 @@ def _requests(results: Sequence[SystemResult]) -> TextTable:
     ]
     note = "TTFT: arrival to first token; TPOT: each token after it; request: arrival to last token."
     return TextTable("Requests", note, headers, rows)
+
+
+def _forecasts(results: Sequence[SystemResult], foresight: SystemResult) -> TextTable:
+    headers = ["system", "request\ns mean", "over\nforesight", "layer\nµs mean", "over\nforesight"]
+    rows = [
+        [
+            result.system,
+            f"{result.request_s.mean:.3g}",
+            _change(result.request_s.mean, foresight.request_s.mean),
+            f"{result.layer_s.mean * 1e6:,.0f}",
+            _change(result.layer_s.mean, foresight.layer_s.mean),
+        ]
+        for result in (*results, foresight)
+    ]
+    note = "What a perfect forecast would gain over each that moeless can have."
+    return TextTable("Forecasts", note, headers, rows)
 
 
 def _layers(results: Sequence[SystemResult], reference: SystemResult) -> TextTable:

@@ -53,7 +53,7 @@ def test_systems_stand_side_by_side_with_what_was_tried_and_the_cheapest_with_it
     result = moeless_plan(trace, *SMALL, *SLO, "--worker-hour-cost", 2.5, "--json", out)
     assert result.exit_code == 0, result.output
     found = read(out)
-    assert [one.system for one in found.alternatives] == ["static", "eplb-vllm", "eplb-sglang", "moeless"]
+    assert [one.system for one in found.alternatives] == ["static", "eplb-vllm", "eplb-sglang", "lp", "moeless"]
     for one in found.alternatives:
         assert one.workers is not None
         assert one.one_fewer is not None
@@ -136,15 +136,18 @@ def test_moeless_is_shown_with_idle_workers_that_stop_where_asked(trace: Path, t
 
 
 def test_a_policy_that_places_by_affinity_makes_the_plan(trace: Path, tmp_path: Path) -> None:
-    policy, touched = tmp_path / "policy.yaml", []
+    policy, touched, sizes = tmp_path / "policy.yaml", [], []
     for placer in ("{name: minimalMoves}", "{name: affinity, maxImbalance: 1.5}"):
         policy.write_text(f"defaults: {{maxReplicas: 1, placer: {placer}}}\n")
         out = tmp_path / "out.json"
-        result = moeless_plan(trace, *SMALL, *SLO, "--systems", "moeless", "--policy", policy, "--json", out)
+        slo = ("--ttft-slo", 0.1, "--tpot-slo", 1.7e-3)  # that both keep on as many workers
+        result = moeless_plan(trace, *SMALL, *slo, "--systems", "moeless", "--policy", policy, "--json", out)
         assert result.exit_code == 0, result.output
         best = read(out).recommendation
         assert best is not None
+        sizes.append(best.workers)
         touched.append(best.workers_touched)
+    assert sizes[0] == sizes[1] > 1
     assert touched[1] < touched[0]
 
 

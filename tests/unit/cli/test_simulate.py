@@ -52,7 +52,8 @@ def test_the_table_shows_what_the_json_file_holds(trace: Path, tmp_path: Path) -
     assert result.exit_code == 0, result.output
     found = read(out)
     assert [r.system for r in found.results] == [
-        *("static", "eplb-vllm", "eplb-sglang", "moeless-paper", "moeless", "foresight", "whole-experts", "limit")
+        *("static", "eplb-vllm", "eplb-sglang", "lp", "moeless-paper", "moeless", "moeless-window"),
+        *("foresight", "exact-load", "whole-experts", "limit"),
     ]
     lines = {line.strip() for line in re.sub(" +", " ", result.output).splitlines()}
     for table in comparison_tables(found.results):
@@ -147,6 +148,36 @@ def test_moeless_follows_a_policy_file_and_fitted_predictors(trace: Path, tmp_pa
     assert "the predictors given" in found.scenario["system moeless"]
     assert "begins with a plan for the load recorded before" in found.scenario["system moeless"]
     assert 0.3 < float(str(found.settings["recall"])) < 1
+
+
+def test_a_recall_is_assumed_only_where_it_is_given(trace: Path, tmp_path: Path) -> None:
+    words = {}
+    for options in ((), ("--recall", 0.7)):
+        out = tmp_path / "out.json"
+        result = moeless_simulate(trace, *SMALL, "--systems", "moeless", *options, "--json", out)
+        assert result.exit_code == 0, result.output
+        words[options] = read(out).scenario["system moeless"]
+    assert "forecasts by popularity (half-life 60 s); no function started ahead" in words[()]
+    assert "ASSUMED to know the tokens to come with a recall of 70%" in words["--recall", 0.7]
+
+
+def test_a_recall_beside_predictors_is_refused(trace: Path, tmp_path: Path) -> None:
+    predictors = tmp_path / "predictors.npz"
+    predictors.touch()
+    result = moeless_simulate(trace, *SMALL, "--recall", 0.7, "--predictors", predictors)
+    assert_refused(result, "--recall must not be given with --predictors, whose recall is measured")
+
+
+def test_eplb_is_shown_with_the_number_of_spare_replicas_that_serves_better(trace: Path, tmp_path: Path) -> None:
+    found = {}
+    for spare in ((), (0,), (1,)):
+        out, option = tmp_path / "out.json", ("--eplb-spare-replicas", *spare) if spare else ()
+        result = moeless_simulate(trace, *SMALL, "--systems", "eplb-sglang", *option, "--json", out)
+        assert result.exit_code == 0, result.output
+        found[spare] = read(out).results[0]
+        assert ("serves better with" in result.output) == (not spare)
+    assert found[()] == min(found[0,], found[1,], key=lambda result: result.request_s.mean)
+    assert found[0,].request_s.mean != found[1,].request_s.mean
 
 
 def test_first_plans_are_for_a_trace_that_was_recorded_earlier(trace: Path, tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from moeless.core.errors import ConfigError
+from moeless.simulate.forecasts import PredictedRouting
 from moeless.simulate.offline_forecast import popularity_LE, predicted_routing, recorded_LE
+from moeless.simulate.routing import SequenceRouting
 from moeless_predictors.fitting import FitConfig, fit_predictors
 from moeless_predictors.predictor_set import PredictorSet
 from moeless_predictors.traces import RoutingTrace, TraceMetadata, synthetic_trace
@@ -23,6 +25,11 @@ def followed_trace(num_sequences: int, seed: int, *, num_experts: int = 8) -> Ro
     )
 
 
+def routing_of(found: PredictedRouting) -> SequenceRouting:
+    assert isinstance(found.spans, SequenceRouting)
+    return found.spans
+
+
 @pytest.fixture(name="predictors", scope="module")
 def predictors_fixture() -> PredictorSet:
     return fit_predictors(followed_trace(20, 1), FitConfig(kinds=("transition",), distances=(1, 2)))
@@ -30,24 +37,25 @@ def predictors_fixture() -> PredictorSet:
 
 def test_layers_that_follow_from_the_last_are_foretold_exactly(predictors: PredictorSet) -> None:
     trace = followed_trace(3, 2)
-    told, recall = predicted_routing(predictors, trace)
+    found = predicted_routing(predictors, trace)
+    told = routing_of(found)
     true = np.asarray(trace.experts_TLk)
     assert (np.sort(told.trace.experts_TLk[:, 1:], axis=2) == np.sort(true[:, 1:], axis=2)).all()
     first = [len(set(a) & set(b)) / 2 for a, b in zip(told.trace.experts_TLk[:, 0], true[:, 0], strict=True)]
-    assert recall == pytest.approx((np.mean(first) + 3) / 4)
+    assert found.recall == pytest.approx((np.mean(first) + 3) / 4)
 
 
 def test_the_first_layer_is_expected_as_of_the_token_before(predictors: PredictorSet) -> None:
     trace = followed_trace(2, 3)
-    told, _ = predicted_routing(predictors, trace)
+    told = routing_of(predicted_routing(predictors, trace))
     true = np.asarray(trace.experts_TLk)
     assert (told.trace.experts_TLk[1:20, 0] == true[:19, 0]).all()
     assert (told.trace.experts_TLk[21:, 0] == true[20:39, 0]).all()
 
 
 def test_what_is_foretold_of_a_part_of_a_request_counts_as_many_tokens(predictors: PredictorSet) -> None:
-    told, _ = predicted_routing(predictors, followed_trace(2, 4))
-    assert told.of_span(1, 5, 10).reshape(4, 8).sum(axis=1).tolist() == [20, 20, 20, 20]
+    told = predicted_routing(predictors, followed_trace(2, 4))
+    assert told.spans.of_span(1, 5, 10).reshape(4, 8).sum(axis=1).tolist() == [20, 20, 20, 20]
 
 
 def test_what_was_recorded_tells_the_mean_tokens_of_each_function() -> None:
@@ -77,3 +85,9 @@ def test_predictors_of_another_model_are_refused(predictors: PredictorSet) -> No
     trace = synthetic_trace(num_sequences=2, tokens_per_sequence=5, num_layers=3, num_experts=8, top_k=2)
     with pytest.raises(ConfigError, match="predictors: num_layers must be 3 as of the trace, got 4"):
         predicted_routing(predictors, trace)
+
+
+def test_every_layer_that_is_predicted_has_its_correction_for_drift(predictors: PredictorSet) -> None:
+    found = predicted_routing(predictors, followed_trace(2, 4))
+    assert sorted(found.drift_of) == [1, 2, 3]
+    assert found.drift_of[2] is predictors.pairs[1, 1].quantile  # of the nearest layer

@@ -69,7 +69,7 @@ def shares_by_brute_force(case: SizingCase, name: str) -> list[float]:
 
 @pytest.mark.parametrize("name", ["static", "eplb-sglang", "moeless"])
 def test_the_fewest_workers_are_those_that_trying_every_size_finds(name: str) -> None:
-    case = make_case()
+    case = make_case(eplb_spare_replicas=1)
     shares = shares_by_brute_force(case, name)
     expected = next(workers for workers, share in enumerate(shares, start=1) if share >= 0.9)
     assert 1 < expected < 8, "a case that says nothing"
@@ -105,9 +105,24 @@ def test_sizes_without_room_are_left_out_with_the_reason() -> None:
     assert found.probes[1].why_not == "the routing uses 24 functions, and 9 fit the workers' memory"
     assert found.workers == 3
     assert found.one_fewer == found.probes[2]
-    spare = sized(make_case(room=9), Candidate(system="eplb-vllm"))
+    spare = sized(make_case(room=9, eplb_spare_replicas=1), Candidate(system="eplb-vllm"))
     assert "with 1 on each worker and layer a worker holds 12 instances, and 9" in str(spare.probes[3].why_not)
     assert spare.workers == 4
+
+
+def test_eplb_has_no_spare_replicas_where_none_keeps_the_slo_better() -> None:
+    with_one, with_none, unset = (
+        sized(make_case(eplb_spare_replicas=spare), Candidate(system="eplb-sglang")) for spare in (1, 0, None)
+    )
+    assert unset.workers == min(with_one.workers or 9, with_none.workers or 9)
+    assert unset.workers is not None
+    probe = unset.probes[unset.workers]
+    assert probe.eplb_spare_replicas in (0, 1)
+    better = with_none if probe.eplb_spare_replicas == 0 else with_one
+    assert probe == better.probes[unset.workers]
+    told = recommended(make_case(), unset, "because", routing_statistics(ROUTING))
+    spare = probe.eplb_spare_replicas * unset.workers
+    assert told.instances == ROUTING.num_layers * (ROUTING.num_experts + spare)
 
 
 def test_what_keeps_the_slo_at_no_size_shows_the_best_that_it_reached() -> None:
@@ -227,7 +242,7 @@ def test_moeless_places_by_affinity_where_the_policy_says_so() -> None:
 def test_idle_workers_that_stop_are_not_paid_for() -> None:
     arrivals = made_up_arrivals(rate_per_s=1, num_requests=4, prompt_tokens=20, output_tokens=4, gap_cv=0)
     policy = parse_policy({"tickSeconds": 0.1, "defaults": {"keepAliveSeconds": 0, "scaleDownStabilizationSeconds": 0}})
-    case = replace(make_case(tpot_s=1.0, attainment=0.2, room=90, policy=policy), arrivals=arrivals)
+    case = replace(make_case(tpot_s=1.0, attainment=0.2, room=90, policy=policy, recall=1.0), arrivals=arrivals)
     always, stopping = (sized(case, Candidate(system="moeless", worker_idle_s=idle_s)) for idle_s in (None, 0.05))
     costs = [alternative_of(found, worker_hour_cost=2.0).cost for found in (always, stopping)]
     assert costs[0] is not None

@@ -15,6 +15,7 @@ from moeless.core.policy import parse_policy
 from moeless.planning.baselines.eplb import EplbPlanner
 from moeless.planning.observation import Observation
 from moeless.simulate.batching import BatchingConfig
+from moeless.simulate.forecasts import PredictedRouting
 from moeless.simulate.report.results import SystemResult
 from moeless.simulate.scenario import Scenario, System
 from moeless.simulate.simulation import simulate
@@ -24,8 +25,11 @@ from moeless.simulate.systems import (
     described_systems,
     make_systems,
     routing_statistics,
+    spare_choices,
+    usual_systems,
 )
 from moeless.simulate.workload import made_up_arrivals
+from moeless_predictors.traces import ArrivalTrace
 
 MakeScenario = Callable[..., Scenario]
 
@@ -121,30 +125,179 @@ def test_a_policy_that_places_by_affinity_is_told_of_the_routing(make_scenario: 
     assert simulated(scenario, "moeless", config=gathered) == simulated(scenario, "moeless", config=config)
 
 
-def test_moeless_forecasts_with_the_measured_recall_and_foresight_without_error(make_scenario: MakeScenario) -> None:
-    moeless, foresight = make_systems(make_scenario(), names=["moeless", "foresight"])
-    assert (moeless.forecast.kind, moeless.forecast.recall, moeless.prefetch_recall) == ("foresight", 0.84, 0.84)
+def test_moeless_forecasts_by_what_it_could_have(make_scenario: MakeScenario) -> None:
+    names = ["moeless", "moeless-window", "moeless-popularity", "moeless-paper", "foresight"]
+    moeless, window, popularity, paper, foresight = make_systems(make_scenario(), names=names)
+    assert [system.forecast.kind for system in (moeless, window, popularity, paper)] == [
+        *("popularity", "window", "popularity", "popularity")
+    ]
+    assert moeless.prefetch_layers == 0  # nothing says which functions are needed
     assert (foresight.forecast.kind, foresight.forecast.recall) == ("foresight", 1.0)
     assert not moeless.is_prefetch_in_time
     assert foresight.is_prefetch_in_time
 
 
+def test_a_recall_is_an_assumption(make_scenario: MakeScenario) -> None:
+    moeless, popularity = make_systems(
+        make_scenario(), names=["moeless", "moeless-popularity"], config=SystemConfig(recall=0.7)
+    )
+    assert (moeless.forecast.kind, moeless.forecast.recall, moeless.prefetch_recall) == ("foresight", 0.7, 0.7)
+    assert (popularity.forecast.kind, popularity.prefetch_layers) == ("popularity", 0)
+    with pytest.raises(ConfigError, match="forecast.recall must be from 0 to 1, got 1.5"):
+        SystemConfig(recall=1.5)
+    with pytest.raises(ConfigError, match="forecast.recall must not be given with predictors"):
+        SystemConfig(recall=0.5, predicted=PredictedRouting(spans=make_scenario().routing, recall=0.6))
+
+
+class Told:
+    """Predicts that every token goes to the first experts; notes the parts of requests that it is asked about."""
+
+    def __init__(self) -> None:
+        self.spans: list[tuple[int, int]] = []
+
+    def of_span(self, sequence: int, first: int, num_tokens: int) -> Any:
+        del sequence
+        self.spans.append((first, first + num_tokens))
+        load_LE = np.zeros((3, 8))
+        load_LE[:, :2] = num_tokens
+        return load_LE.reshape(-1)
+
+
 def test_moeless_forecasts_with_predictors_where_there_are_some(make_scenario: MakeScenario) -> None:
+    scenario, told = make_scenario(), Told()
+    config = SystemConfig(predicted=PredictedRouting(spans=told, recall=0.6))
+    moeless, window, foresight = make_systems(scenario, names=["moeless", "moeless-window", "foresight"], config=config)
+    assert (moeless.forecast.kind, moeless.prefetch_layers, moeless.prefetch_recall) == ("predictor", 3, 0.6)
+    assert (window.forecast.kind, window.predicted, foresight.predicted) == ("window", None, None)
+    simulate(scenario, moeless)
+    assert told.spans
+
+
+def forecasts_of(scenario: Scenario, system: System, until_s: float) -> list[FloatArray]:
+    """What the planner is given, for ticks up to a time."""
+    seen: list[FloatArray] = []
+
+    class Watched:
+        name = system.planner.name
+
+        def plan(self, observation: Observation, previous: Plan | None) -> Plan:
+            if 0 < observation.time_s <= until_s:
+                seen.append(observation.mean_LE)
+            return system.planner.plan(observation, previous)
+
+    simulate(scenario, replace(system, planner=Watched()))
+    return seen
+
+
+@pytest.mark.parametrize("name", ["moeless", "moeless-window", "moeless-popularity", "foresight"])
+def test_only_foresight_knows_requests_to_come_and_how_long_answers_get(name: str, make_scenario: MakeScenario) -> None:
+    policy = parse_policy({"tickSeconds": 0.1})
+    config = SystemConfig(
+        policy=policy,
+        predicted=PredictedRouting(spans=Told(), recall=0.6) if name == "moeless" else None,
+    )
+    scenario = make_scenario()
+    arrivals, until_s = scenario.arrivals, 0.35
+    later = np.asarray(arrivals.arrival_s) > until_s
+    others = ArrivalTrace.from_arrays(
+        arrival_s=np.where(later, np.asarray(arrivals.arrival_s) + 0.3, arrivals.arrival_s),
+        prompt_tokens=np.where(later, 3, arrivals.prompt_tokens),
+        output_tokens=np.full(arrivals.num_requests, 400),  # none of which is over by then
+        source="",
+    )
+    longer = arrivals_longer(others)
+    found = []
+    for known in (others, longer):
+        (system,) = make_systems(scenario, names=[name], config=config)
+        found.append(forecasts_of(replace(scenario, arrivals=known), system, until_s))
+    assert len(found[0]) >= 3
+    assert all(mean_LE.any() for mean_LE in found[0])
+    alike = [np.array_equal(one, other) for one, other in zip(*found, strict=True)]
+    assert all(alike) == (name != "foresight")
+
+
+def arrivals_longer(arrivals: ArrivalTrace) -> ArrivalTrace:
+    """The same, but a fifth of the requests come at once at 0.36 s, and answers are longer."""
+    arrival_s = np.asarray(arrivals.arrival_s)
+    return ArrivalTrace.from_arrays(
+        arrival_s=np.where(arrival_s > 0.35, 0.36, arrival_s),
+        prompt_tokens=arrivals.prompt_tokens,
+        output_tokens=np.full(arrivals.num_requests, 500),
+        source="",
+    )
+
+
+def test_lp_splits_each_step_with_sglangs_plans_and_pays_for_it(make_scenario: MakeScenario) -> None:
+    scenario = make_scenario(batching=BatchingConfig(max_batch_tokens=2000))
+    names = ["eplb-sglang", "lp"]
+    config = SystemConfig(eplb_spare_replicas=1)
+    eplb, lp = make_systems(scenario, names=names, config=config)
+    assert (lp.split, lp.split_s, lp.topology) == ("lp", 150e-6, "all_to_all")
+    assert (first_plan(scenario, lp).counts_LE == first_plan(scenario, eplb).counts_LE).all()
+    charged, free, by_shares = (
+        simulate(scenario, system)
+        for system in (
+            *make_systems(scenario, names=["lp"], config=config),
+            replace(make_systems(scenario, names=["lp"], config=config)[0], split_s=0.0),
+            *make_systems(scenario, names=["eplb-sglang"], config=config),
+        )
+    )
+    assert free.imbalance < by_shares.imbalance
+    assert charged.layer_s.mean > free.layer_s.mean
+
+
+def test_the_split_is_charged_in_layers_with_replicas(make_scenario: MakeScenario) -> None:
+    arrivals = made_up_arrivals(rate_per_s=1, num_requests=1, prompt_tokens=30, output_tokens=4)
+    scenario = make_scenario(arrivals=arrivals)
+
+    def mean_s(spare: int, split_s: float) -> float:
+        (lp,) = make_systems(scenario, names=["lp"], config=SystemConfig(eplb_spare_replicas=spare))
+        return simulate(scenario, replace(lp, split_s=split_s, split_token_s=0.0)).layer_s.mean
+
+    assert mean_s(1, 1e-3) == pytest.approx(mean_s(1, 0.0) + 1e-3)
+    assert mean_s(0, 1e-3) == pytest.approx(mean_s(0, 0.0))
+
+
+def test_moeless_pays_for_its_split_as_the_profile_says(make_scenario: MakeScenario) -> None:
+    scenario = make_scenario()
+    exchange = replace(scenario.profile.exchange, split_s=3e-5, split_token_s=1e-8)
+    (moeless,) = make_systems(
+        replace(scenario, profile=replace(scenario.profile, exchange=exchange)), names=["moeless"]
+    )
+    assert (moeless.split, moeless.split_s, moeless.split_token_s) == ("balanced", 3e-5, 1e-8)
+
+
+def test_exact_load_lies_between_moeless_and_whole_experts(make_scenario: MakeScenario) -> None:
+    scenario = make_scenario()
+    results = simulated(scenario, "moeless", "exact-load", "whole-experts")
+    layer_s = {name: result.layer_s.mean for name, result in results.items()}
+    assert layer_s["whole-experts"] <= layer_s["exact-load"] < layer_s["moeless"]
+    assert results["exact-load"].num_starts == 0
+
+
+def test_exact_load_has_the_instances_that_the_policy_gives_moeless(make_scenario: MakeScenario) -> None:
     scenario = make_scenario()
 
-    class Told:
-        num_calls = 0
+    def instances(share: float, scenario: Scenario) -> int:
+        policy = parse_policy({"defaults": {"scaler": {"name": "minMax", "maxExtraShare": share}}})
+        (system,) = make_systems(scenario, names=["exact-load"], config=SystemConfig(policy=policy))
+        return system.bound_instances
 
-        def of_span(self, sequence: int, first: int, num_tokens: int) -> Any:
-            self.num_calls += 1
-            return np.full(24, num_tokens * 2 / 8)
+    assert [instances(share, scenario) for share in (0, 0.25, 1.5)] == [8, 10, 20]
+    small = replace(scenario, cluster=even_cluster(4, memory_bytes=9 * 1_000_000))
+    assert instances(1.5, small) == 12  # four workers with room for nine instances, three layers
 
-    told = Told()
-    moeless, foresight = make_systems(scenario, names=["moeless", "foresight"], config=SystemConfig(predicted=told))
-    assert moeless.forecast.kind == "predictor"
-    assert foresight.predicted is None
-    simulate(scenario, moeless)
-    assert told.num_calls > 0
+
+def test_without_a_number_of_spare_replicas_eplb_is_tried_with_none_and_one() -> None:
+    assert [choice.eplb_spare_replicas for choice in spare_choices("eplb-vllm", SystemConfig())] == [0, 1]
+    given = SystemConfig(eplb_spare_replicas=2)
+    assert spare_choices("eplb-vllm", given) == [given]
+    assert len(spare_choices("lp", SystemConfig())) == len(spare_choices("static", SystemConfig())) == 1
+
+
+def test_popularity_is_not_shown_twice() -> None:
+    assert "moeless-popularity" not in usual_systems(has_predictors=False)
+    assert usual_systems(has_predictors=True) == list(SYSTEMS)
 
 
 def test_the_first_plan_is_for_what_was_recorded_before(make_scenario: MakeScenario) -> None:
