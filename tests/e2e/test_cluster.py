@@ -71,7 +71,13 @@ class Cluster:
 
     def _environment(self) -> dict[str, str]:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        return os.environ | {"NODES_NAME": self.name, "NODES_NET": self.network, "PATH": path}
+        cache = str(self.folder / "cache")  # holds the run's secrets, and goes with the folder
+        return os.environ | {
+            "NODES_NAME": self.name,
+            "NODES_NET": self.network,
+            "PATH": path,
+            "MOELESS_CACHE": cache,
+        }
 
 
 @pytest.fixture
