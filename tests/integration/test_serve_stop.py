@@ -69,7 +69,7 @@ def test_what_runs_ends_with_an_error_and_every_process_goes(number: signal.Sign
     streamed: list[str] = []
     whole: list[httpx.Response] = []
     with started(log) as (process, url):
-        wait_until(lambda: is_ready(url), timeout_s=200, what="the server is ready")
+        wait_until(lambda: "\nserving " in log.read_text(), timeout_s=200, what="the command says that it serves")
 
         def stream() -> None:
             with httpx.stream("POST", f"{url}/v1/completions", json=LONG | {"stream": True}, timeout=120) as response:
