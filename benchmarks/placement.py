@@ -3,7 +3,7 @@
 `python -m benchmarks.placement --traces FILE [FILE ...]` imports routing files as `moeless trace import` does, each of
 a model of its own, fits every placement on some of their sequences and measures it on the others. Made-up routing is
 measured besides. All candidates of one table have the same number of instances. A bound on imbalance is of the fit: in
-each layer the busiest worker gets at most so many times the mean, or as much as EPLB's busiest where that is more.
+each layer the busiest worker gets at most a given multiple of the mean, or EPLB's busiest load where that is more.
 
 Times are of one thread.
 """

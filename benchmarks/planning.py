@@ -128,7 +128,7 @@ def windows_of(trace: RoutingTrace, num_windows: int) -> FloatArray:
 
 
 def system_for(shape: tuple[int, int], *, top_k: int, num_workers: int, instances: int) -> PlanningContext:
-    """Workers of H800 class with room for so many instances of each layer; time in proportion to tokens."""
+    """Workers of H800 class with room for the same number of instances of each layer; time in proportion to tokens."""
     profile = builtin_profiles()["h800-deepseek-v3"]
     model = replace(profile.model, num_layers=shape[0], num_experts=shape[1], top_k=top_k)
     memory = -(-instances // num_workers) * shape[0] * model.expert_bytes

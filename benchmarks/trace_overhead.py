@@ -38,7 +38,7 @@ from moeless_predictors.traces import TraceMetadata
 MODELS = ("moeless-mini", "367m")
 PROMPT_LENGTH = 16
 TOKENS = 192
-"""Of each sequence; so many steps decode whole batches, and as often as needed."""
+"""Steps of each sequence in which the whole batch decodes; repeated as often as needed."""
 NUM_RESAMPLES = 2000
 
 

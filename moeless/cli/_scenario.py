@@ -1,4 +1,4 @@
-"""What `moeless simulate` and `moeless plan` share: the options of a scenario, reading what they name, showing results.
+"""Shared parts of `moeless simulate` and `moeless plan`: scenario options, reading their files, showing results.
 
 The options are the fields of ScenarioOptions, each of which says its own help and default; `with_scenario_options` puts
 them behind a command's own.
@@ -92,7 +92,7 @@ class ScenarioOptions:
     ] = None
     requests: Annotated[int | None, typer.Option(help="Most requests.")] = None
     thin: Annotated[float, typer.Option(help="Keep this share of the requests, drawn at random.")] = 1.0
-    speed_up: Annotated[float, typer.Option(help="The same requests, so many times as fast.")] = 1.0
+    speed_up: Annotated[float, typer.Option(help="Factor by which the requests arrive faster.")] = 1.0
     in_order: Annotated[
         bool, typer.Option(help="Requests follow the trace's sequences in their order: for routing that drifts.")
     ] = False
@@ -169,7 +169,7 @@ def with_scenario_options(command: Callable[Concatenate[ScenarioOptions, Own], N
 
 
 def settings_of(options: ScenarioOptions, *, workers: int, memory_per_worker: str) -> ScenarioSettings:
-    """The scenario's settings on so many workers."""
+    """Make the scenario's settings on `workers` workers."""
     from moeless.simulate.settings import ScenarioSettings
 
     return ScenarioSettings(
@@ -237,7 +237,7 @@ def _recorded(options: ScenarioOptions, path: Path) -> ArrivalTrace:
 
 
 def read_routing(options: ScenarioOptions) -> RoutingTrace:
-    """Of TRACE, or made up."""
+    """Read the routing from TRACE, or generate it."""
     from moeless.simulate.generator import MadeUpRouting, make_routing
     from moeless_predictors.traces import RoutingTrace, kind_of
 

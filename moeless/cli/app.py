@@ -64,7 +64,7 @@ app.command("simulate", cls=ScenarioCommand, short_help="Compare systems in virt
 app.command("plan", cls=ScenarioCommand, short_help="Size a cluster for an SLO.")(plan_command)
 
 _UsageError: Any = typer.BadParameter.__mro__[1]
-"""What typer raises for a command line that it cannot read."""
+"""Error that typer raises for a command line that it cannot read."""
 
 
 def _print_version(is_wanted: bool) -> None:

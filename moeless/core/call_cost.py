@@ -40,5 +40,5 @@ class CallCost:
         return float(self.call_tokens), float(self.floor_tokens), float(self.link_tokens)
 
     def __call__(self, tokens: float) -> float:
-        """Cost of a call with so many tokens."""
+        """Return the cost of a call with `tokens` tokens."""
         return call_work(tokens, *self.numbers)

@@ -122,7 +122,7 @@ class Cluster:
 def even_cluster(
     num_workers: int, *, memory_bytes: int, workers_per_node: int | None = None, speed: float = 1.0
 ) -> Cluster:
-    """Equal workers named worker-0, worker-1, ...; all on one node, or so many on each."""
+    """Make equal workers named worker-0, worker-1, ...; all on one node, or `workers_per_node` on each."""
     per_node = workers_per_node or num_workers
     return Cluster(
         workers=tuple(

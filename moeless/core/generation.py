@@ -162,7 +162,7 @@ class PredictionStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     layer: int
     distance: int
-    """The forecast is made so many MoE layers earlier."""
+    """Number of MoE layers by which the forecast is made earlier."""
     kind: str
     reason: str
     """Why this kind was chosen when the predictors were fitted."""

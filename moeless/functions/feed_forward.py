@@ -26,14 +26,14 @@ from moeless.functions.pool import InstancePool
 _GROUPED_MM_ALIGNMENT_BYTES = 16
 """torch's grouped_mm wants rows that begin at multiples of this."""
 _FEW_PAIRS_SHARE = 0.25
-"""Up to so many (row, expert) pairs for each expert of the layer, separate matrix-vector products beat a grouped one,
+"""Number of (row, expert) pairs per expert of the layer up to which separate matrix-vector products beat a grouped one,
 whose set-up looks at every expert, ..."""
 _FEW_SHARED = 1
 """... if no more pairs than this find their expert's weights already read by another pair."""
 _LARGE_EXPERT = 100_000
 """Hidden times intermediate size from which an expert's product outweighs a few calls into torch."""
 _MAX_PAIRS_PER_EXPERT = 64
-"""From so many pairs for each expert on, bringing its weights into order costs little beside the product."""
+"""Number of pairs per expert from which on reordering its weights costs little beside the product."""
 
 _Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

@@ -22,12 +22,12 @@ from moeless.text.template_probe import TemplateTraits
 from moeless.text.tokenizer import TextTooLongError, Tokenizer
 
 DEFAULT_COMPLETION_TOKENS = 16
-"""What /v1/completions generates when max_tokens is absent, as OpenAI's does."""
+"""Tokens that /v1/completions generates when max_tokens is absent, as OpenAI's does."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServedModel:
-    """What the gateway knows of the engine's model."""
+    """Facts about the engine's model that the gateway needs."""
 
     info: ModelInfo
     tokenizer: Tokenizer
@@ -66,13 +66,13 @@ class AdmittedRequest:
     """Fields of the body that were accepted without effect."""
 
     def echo_of(self, index: int) -> EchoedPrompt | None:
-        """What the choice `index` begins with."""
+        """Prompt that the choice `index` begins with."""
         return None if self.echoes is None else self.echoes[index // self.num_choices]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Draft:
-    """What the two endpoints name differently."""
+    """Fields whose names differ between the two endpoints."""
 
     prompts: list[list[int]]
     prompt_field: str
@@ -276,7 +276,7 @@ class Admission:
         return token_ids
 
     def _prompt_logprobs(self, body: SamplingFields, draft: _Draft) -> int | None:
-        """How many the engine must compute, for the field itself and for an echo with log-probabilities."""
+        """Return how many the engine must compute, for the field itself and for an echo with log-probabilities."""
         wanted = [] if body.prompt_logprobs is None else [body.prompt_logprobs]
         num_wanted = body.prompt_logprobs or 0
         _check_at_most(num_wanted, self._config.max_logprobs, "prompt_logprobs", "log-probabilities a token")

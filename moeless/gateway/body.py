@@ -19,7 +19,7 @@ Body = TypeVar("Body", bound=BaseModel)
 
 _MAX_SMALL_BYTES = 16 * 1024
 _MAX_VALUE_CHARS = 80
-"""How much of a wrong value an error message quotes."""
+"""Characters of a wrong value that an error message quotes."""
 
 
 async def read_body(request: Request, model: type[Body]) -> Body:

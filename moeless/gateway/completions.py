@@ -38,13 +38,13 @@ logger = logging.getLogger(__name__)
 _CLIENT_GONE_STATUS = 499
 """nginx's; nobody reads it."""
 _START_WAIT_S = 5.0
-"""How long a stream waits for the engine's first word before it sends its status line. A refusal (queue full) comes
+"""Time that a stream waits for the engine's first reply before it sends its status line. A refusal (queue full) comes
 at once and becomes a status; a request that waits in the queue must not look dead to clients and proxies."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Endpoint:
-    """What differs between the two endpoints."""
+    """Differences between the two endpoints."""
 
     name: Endpoint
     id_prefix: str

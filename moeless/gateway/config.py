@@ -1,4 +1,4 @@
-"""What an operator sets of the gateway: keys and limits. Read by app.create_app; filled by deployments/gateway.py."""
+"""Settings of the gateway: keys and limits. Read by app.create_app; filled by deployments/gateway.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class GatewayConfig:
     cors_allow_origins: tuple[str, ...] = ()
     """Origins a browser may call from; empty sends no CORS headers at all."""
     allow_recording: bool = False
-    """Whether clients may record what the engine routes for everybody (recording.py)."""
+    """Whether clients may record the routing of everybody's requests (recording.py)."""
     request_id_sent_by_proxy: bool = False
     """Whether a proxy in front puts x-request-id into requests and responses, as Ray Serve's does (request_id.py)."""
     max_body_bytes: int = 2 * 1024 * 1024

@@ -57,7 +57,7 @@ class GenerationFailedError(MoelessError):
 
 
 class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
-    """What stands under `error`."""
+    """Object under `error`."""
 
     message: str
     type: str

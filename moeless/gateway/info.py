@@ -73,7 +73,7 @@ def info_router(service: GatewayService) -> APIRouter:
 
     @router.get("/v1/predictors", openapi_extra=describes(_json_of("Predictors"), 500, 503))
     async def list_predictors() -> Response:
-        """How each layer's load is forecast, and how well."""
+        """List each layer's predictor and its accuracy."""
         stats = await service.client().stats()
         return _json({"object": "list", "model": service.model().model_id, "data": stats.predictions})
 

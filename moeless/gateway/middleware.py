@@ -1,4 +1,4 @@
-"""What every request passes before its route: catch-all for errors, key check, body limit.
+"""Middleware around every route: catch-all for errors, key check, body limit.
 
 Plain ASGI on purpose: starlette's BaseHTTPMiddleware puts a queue between a stream and its socket.
 """
@@ -19,9 +19,9 @@ from moeless.gateway.request_id import current_request_id
 logger = logging.getLogger(__name__)
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
-"""What probes may ask without a key."""
+"""Paths that need no key, for probes."""
 _MAX_SKIPPED_BYTES = 16 * 1024 * 1024
-"""How much of a refused body is read to let its sender hear the refusal."""
+"""Bytes of a refused body that are read, so that its sender gets to read the refusal."""
 
 
 class ErrorMiddleware:

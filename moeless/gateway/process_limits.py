@@ -70,6 +70,6 @@ def _within(limit: int, value: int) -> int:
 
 
 def _data_bytes() -> int:
-    """What the kernel counts against RLIMIT_DATA."""
+    """Return the bytes that the kernel counts against RLIMIT_DATA."""
     pages = int(Path("/proc/self/statm").read_text().split()[5])
     return pages * resource.getpagesize()

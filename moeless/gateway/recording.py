@@ -67,7 +67,7 @@ def recording_router(service: GatewayService) -> APIRouter:
 
     @router.get("", openapi_extra=describes(_STATUS, 403, 500, 503))
     async def status() -> Response:
-        """How the recording stands."""
+        """Show the state of the recording."""
         return _json(await recordings().status())
 
     @router.post("/stop", openapi_extra=describes(_STATUS, 403, 409, 500, 503))

@@ -23,7 +23,7 @@ _CONTENT_TAIL = b'},"logprobs":null,"finish_reason":null}'
 DONE = b"data: [DONE]\n\n"
 
 _MIN_LOGPROB = -9999.0
-"""What OpenAI writes for "very unlikely"; JSON has no minus infinity."""
+"""OpenAI's number for "very unlikely"; JSON has no minus infinity."""
 
 _to_json = msgspec.json.Encoder().encode
 
@@ -104,7 +104,7 @@ def echoed_logprobs(echo: EchoedPrompt, tokens: Sequence[TokenLogprob], num_top:
 
 
 def _offsets_in(echo: EchoedPrompt, later_tokens: list[bytes]) -> list[int]:
-    """Where each token begins in the echoed text, in characters. Special tokens that the text lacks take no room."""
+    """Return each token's start in the echoed text, in characters. Special tokens that the text lacks take no room."""
     utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
     offset, offsets = 0, []
     for data in (echo.first_token.encode(), *later_tokens):
@@ -345,7 +345,7 @@ class CompletionChunks(_Chunks):
         echoes = [request.echo_of(index) for index in range(len(request.sequences))]
         self._first_offsets = [len(echo.text) if echo else 0 for echo in echoes]
         self._prompt_logprobs: dict[int, list[TokenLogprob]] = {}
-        """Of prompts that are still to be echoed with log-probabilities, as far as they have come."""
+        """Log-probabilities received so far of prompts that are still to be echoed with them."""
         if request.num_logprobs is not None:
             self._prompt_logprobs = {index: [] for index, echo in enumerate(echoes) if echo}
 

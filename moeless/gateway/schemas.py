@@ -142,7 +142,7 @@ Content = Annotated[
 
 
 class CalledFunction(StrictBody):
-    """What an earlier answer called; the arguments are JSON text, as the model wrote it."""
+    """Function that an earlier answer called; the arguments are JSON text, as the model wrote it."""
 
     name: str
     arguments: str

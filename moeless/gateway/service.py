@@ -1,4 +1,4 @@
-"""What the routes share: the engine once it is there, its model, admission and metrics.
+"""State that the routes share: the engine once it is there, its model, admission and metrics.
 
 Built by app.create_app; `run` lives as long as the app.
 """

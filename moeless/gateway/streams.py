@@ -56,7 +56,7 @@ class WritePacer:
             self._num_streams -= 1
 
     def pause_s(self) -> float:
-        """How long a stream should rest after a write."""
+        """Time that a stream should rest after a write."""
         return max(0, self._num_streams - _UNPACED_STREAMS) / self._max_writes_per_s
 
 

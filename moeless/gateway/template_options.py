@@ -1,4 +1,4 @@
-"""What a chat template is rendered with beside the messages, and which fields of a chat it does not read.
+"""Arguments of a chat template beside the messages, and fields of a chat that it does not read.
 
 Called by admission.py.
 """
@@ -27,7 +27,7 @@ class TemplateOptions:
     unread_fields: tuple[str, ...] = ()
 
     def arguments(self) -> dict[str, Any]:
-        """As keyword arguments of ChatTemplate.render."""
+        """Return keyword arguments of ChatTemplate.render."""
         return {
             "variables": self.variables,
             "add_generation_prompt": self.add_generation_prompt,

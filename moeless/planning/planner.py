@@ -45,7 +45,7 @@ _STARTING_SHARE = 0.25
 """Share of a tick for starting instances only to balance load, where the policy sets no number."""
 
 Seconds = Callable[[FloatArray], FloatArray]
-"""Time of calls of an expert with so many tokens, on a worker of speed 1."""
+"""Time of an expert's calls by their tokens, on a worker of speed 1."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -57,7 +57,7 @@ class PlanningContext:
     seconds: Seconds | None = None
     """An expert's time. None: in proportion to its tokens."""
     floor_tokens: float = 0.0
-    """A call of fewer tokens takes as long as one of so many, so that splitting it relieves nobody."""
+    """Number of tokens below which a call takes constant time, so that splitting it relieves no worker."""
     horizon_steps: float = 100.0
     """Engine steps that a plan will be in force."""
     start_s: float = 0.0

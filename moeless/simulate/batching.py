@@ -21,7 +21,7 @@ from moeless.core.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchingConfig:
-    """Of each engine; the names and defaults are those of engine.config.EngineConfig."""
+    """Limits of each engine's batch; names and defaults are those of engine.config.EngineConfig."""
 
     max_batch_tokens: int = 512
     max_running: int = 64
@@ -45,7 +45,7 @@ class Chunk(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a step computes."""
+    """Tokens that a step computes."""
 
     requests_n: IntArray
     """Requests that decode a token each."""
@@ -101,7 +101,7 @@ class Batch:
         self.waiting.append(request)
 
     def begin_step(self) -> Step | None:
-        """What to compute next; None if there is nothing."""
+        """Choose the tokens of the next step; None if there are none."""
         if not self.num_requests:
             return None
         chunks = []

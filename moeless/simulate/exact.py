@@ -24,7 +24,7 @@ MAX_IMBALANCE = 1.05
 
 
 class ExactPlacement(msgspec.Struct, frozen=True, kw_only=True):
-    """What the programmes reached."""
+    """Result of the integer programmes."""
 
     objective: Literal["workers", "hops"]
     """workers: those that a token touches in a layer, of a hub's systems. hops: share of a token's pairs of experts in

@@ -37,9 +37,9 @@ class ForecastConfig:
     """window: as in the last window. popularity: the running share of each expert. foresight: the tokens to come.
     predictor: by what fitted predictors said of the last tokens of each request that runs."""
     quantile: float = 0.9
-    """Of a step's load, for the upper forecast."""
+    """Quantile of a step's load that the upper forecast covers."""
     half_life_s: float = 60.0
-    """Of popularity."""
+    """Half-life of popularity's counts."""
     recall: float = 1.0
     """foresight: share of the tokens forecast for the right expert; the others go to experts drawn at random."""
     relative_l1: float = 0.0

@@ -39,7 +39,7 @@ class MadeUpRouting:
     block_spread: float = 0.3
     expert_spread: float = 0.6
     drift: float = 0.38
-    """How far the popularity has turned to another, independent one by the last sequence: 1 is a quarter turn."""
+    """Turn of the popularity towards an independent one by the last sequence: 1 is a quarter turn."""
     seed: int = 0
 
     def __post_init__(self) -> None:

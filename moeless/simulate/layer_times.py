@@ -30,10 +30,10 @@ _MAX_SAMPLED = 256
 
 
 class WorkerLoad(NamedTuple):
-    """What a step asks of the workers, shape (L, W) each."""
+    """Work of a step on each worker, every array of shape (L, W)."""
 
     seconds_LW: FloatArray
-    """Of computing."""
+    """Time of computing."""
     pairs_LW: FloatArray
     """(token, expert) pairs."""
     tokens_LW: FloatArray
@@ -85,7 +85,7 @@ class CompiledPlan:
         self._distinct_LW: FloatArray = _distinct_share(plan, sample_MLk) if like is None else like._distinct_LW
 
     def load(self, counts_C: IntArray, *, num_tokens: int, step: int) -> WorkerLoad:
-        """What a step of `num_tokens` tokens asks of the workers; functions without an instance are left out."""
+        """Return the work of a step of `num_tokens` tokens; functions without an instance are left out."""
         tokens_N = counts_C[self._cell_N].astype(np.int64)
         if len(self._shared):
             tokens_N[self._shared] = self._split(tokens_N, counts_C[self._shared_cells].astype(np.int64), step)
@@ -136,13 +136,13 @@ def balanced_load(
     num_tokens: int,
     are_calls_integral: bool = False,
 ) -> WorkerLoad:
-    """The bound of every plan: one call for each function with tokens, and the work spread evenly, as if it were sand.
+    """The bound of every plan: one call for each function with tokens, and its work spread evenly, as a fluid.
 
     A worker gets as many distinct tokens as if every token chose its workers independently.
 
     Args:
-        are_calls_integral: the least time that so many calls take the workers, each the time of reading an expert at
-            least, is a bound, too: below some number of tokens a call cannot be split.
+        are_calls_integral: bound the time from below by the number of calls too, each of which takes at least the time
+            of reading an expert: below some number of tokens a call cannot be split.
     """
     num_workers = cluster.num_workers
     work_L = expert_time(counts_C).reshape(num_layers, -1).sum(axis=1) / cluster.speed_W.sum()
@@ -212,11 +212,11 @@ def _distinct_share(plan: Plan, sample_MLk: IntArray) -> FloatArray:
 
 @dataclass(slots=True)
 class StepTimes:
-    """Of one step, whose layers follow each other: backbone, dispatch, the busiest worker, combine."""
+    """Times of one step, layer after layer: backbone, dispatch, the busiest worker, combine."""
 
     step: Step
     backbone_s: float
-    """Of each MoE layer: an even part of the step's."""
+    """Backbone's time per MoE layer: an even part of the step's."""
     load: WorkerLoad
     dispatch_L: FloatArray
     combine_L: FloatArray
@@ -234,7 +234,7 @@ class StepCosts:
         self._num_nodes = int(scenario.cluster.node_W.max()) + 1
 
     def times(self, step: Step, counts_C: IntArray, *, engine: int, number: int, now_s: float) -> StepTimes:
-        """Of the step, if the workers have nothing else to do; functions without an instance are not counted."""
+        """Compute the step's times on otherwise idle workers; functions without an instance are not counted."""
         scenario, profile = self._scenario, self._scenario.profile
         backbone_s = profile.backbone.seconds(
             num_tokens=step.num_tokens,

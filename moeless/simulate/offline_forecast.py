@@ -1,4 +1,4 @@
-"""What is known of routing before it is served: what fitted predictors say of it, and what was recorded earlier.
+"""Knowledge about routing before it is served: forecasts of fitted predictors, and earlier recordings.
 
 Shapes: T tokens, L MoE layers, E experts, k experts per token.
 """

@@ -28,14 +28,14 @@ from moeless.simulate.systems import SYSTEMS, described_systems
 
 
 class Cost(msgspec.Struct, frozen=True, kw_only=True):
-    """What the workers cost over the simulated time."""
+    """Cost of the workers over the simulated time."""
 
     worker_hours: float
-    """Of those that were not stopped."""
+    """Hours of workers that were not stopped."""
     mean_workers: float
     dollars_per_hour: float | None = None
     dollars_per_million_tokens: float | None = None
-    """Of prompts and outputs."""
+    """Dollars per million tokens of prompts and outputs."""
 
 
 class Alternative(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,7 +45,7 @@ class Alternative(msgspec.Struct, frozen=True, kw_only=True):
     workers: int | None
     """Fewest that were found to keep the SLO; None: none of those tried do."""
     one_fewer: Probe | None
-    """Which does not."""
+    """Result with one worker fewer, which misses the SLO."""
     probes: list[Probe]
     """Every size that was tried."""
     shown_workers: int | None
@@ -55,14 +55,14 @@ class Alternative(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PlannedWorker(msgspec.Struct, frozen=True, kw_only=True):
-    """What one worker holds."""
+    """Instances on one worker."""
 
     name: str
     node: str
     instances: int
     instance_bytes: int
     load_share: float
-    """Of all layers' tokens; an even part is 1 / workers."""
+    """Share of all layers' tokens; an even part is 1 / workers."""
     functions: dict[str, float]
     """By name, the share of the function's tokens that this instance gets."""
 
@@ -73,7 +73,7 @@ class PlannedLayer(msgspec.Struct, frozen=True, kw_only=True):
     layer: int
     instances: int
     replicas: list[int]
-    """Of each expert."""
+    """Number of replicas of each expert."""
     imbalance: float
     """Busiest worker over the mean, by tokens."""
     workers_touched: float
@@ -81,13 +81,13 @@ class PlannedLayer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Recommendation(msgspec.Struct, frozen=True, kw_only=True):
-    """What to buy, and how to place for a start: from then on the system plans by itself."""
+    """Workers to buy, and a first placement: from then on the system plans by itself."""
 
     system: str
     workers: int
     why: str
     step_tokens: float
-    """That the plan is for: those of the step that the average token was in, spread as in the routing trace."""
+    """Tokens of a step that the plan is for: the token-weighted mean, spread over experts as in the routing trace."""
     instances: int
     imbalance: float
     """Mean over layers."""
@@ -106,7 +106,7 @@ class CapacityReport(msgspec.Struct, frozen=True, kw_only=True):
     assumptions: dict[str, str]
     """In words."""
     settings: dict[str, object]
-    """As given, with the defaults filled in."""
+    """Settings as given, with the defaults filled in."""
     slo_s: tuple[float, float]
     attainment: float
     memory_per_worker: int
@@ -159,7 +159,7 @@ def assumptions(case: SizingCase, candidates: Sequence[Candidate], *, is_memory_
 
 
 def settings_in(case: SizingCase, candidates: Sequence[Candidate]) -> dict[str, object]:
-    """As the JSON file names them."""
+    """Return the settings under their names in the JSON file."""
     settings = asdict(case.settings)
     del settings["workers"]
     return settings | {
@@ -171,7 +171,7 @@ def settings_in(case: SizingCase, candidates: Sequence[Candidate]) -> dict[str, 
 
 
 def alternative_of(found: Sized, *, worker_hour_cost: float | None = None) -> Alternative:
-    """As it is written and shown. Args: worker_hour_cost: dollars for a worker and hour."""
+    """Make the record that is written and shown. Args: worker_hour_cost: dollars for a worker and hour."""
     cost = None if found.result is None else cost_of(found.result, worker_hour_cost)
     return Alternative(
         system=found.candidate.name,
@@ -185,7 +185,7 @@ def alternative_of(found: Sized, *, worker_hour_cost: float | None = None) -> Al
 
 
 def cost_of(result: SystemResult, worker_hour_cost: float | None) -> Cost:
-    """Of the workers that were up."""
+    """Compute the cost of the workers that were up."""
     hours, workers = result.worker_s / 3600, mean_workers(result)
     if worker_hour_cost is None:
         return Cost(worker_hours=hours, mean_workers=workers)

@@ -21,7 +21,7 @@ _MIN_INTERVAL_S = 1e-3
 
 
 class Recorder:
-    """Of one run. Times of requests are kept, those of layers counted."""
+    """Collects the results of one run. Times of requests are kept, those of layers counted."""
 
     def __init__(self, arrivals: ArrivalTrace, memory: WorkerMemory, *, expert_bytes: int) -> None:
         self._arrivals, self._memory = arrivals, memory
@@ -63,7 +63,7 @@ class Recorder:
 
     @property
     def interval_ends_s(self) -> float:
-        """When the interval of the series is over; `end_interval` is due before what happens then is noted."""
+        """End of the series' current interval; call `end_interval` before recording anything later."""
         return self._begin_s + self._interval_s
 
     def end_interval(self, now_s: float, num_waiting: int) -> None:

@@ -1,4 +1,4 @@
-"""Where tokens go: each request follows one recorded sequence, from its start and round again.
+"""Routing of simulated requests: each follows one recorded sequence, from its start and round again.
 
 Counting the tokens of a prompt's chunk costs the same however long it is: the counts before every block of rows are
 kept, and a chunk's are the difference of two of them.

@@ -1,4 +1,4 @@
-"""What is simulated (a scenario), and what is compared on it (systems)."""
+"""The scenario that is simulated, and the systems that are compared on it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ or by a linear programme from these."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TransferConfig:
-    """How weights reach workers."""
+    """Ways of weights to workers, and their bandwidths."""
 
     transfer_share: float = 0.5
     """Largest share of a worker's link that a fetch takes from hidden states while it runs; 0: fetches have a path of
@@ -81,7 +81,7 @@ class System:
     """Between plans; or give `interval_steps`. Neither: the first plan stays."""
     interval_steps: int | None = None
     window_s: float | None = None
-    """That planners look back on; or give `window_steps`. Neither: ten seconds."""
+    """Time that planners look back on; or give `window_steps`. Neither: ten seconds."""
     window_steps: int | None = None
     split: Split = "shares"
     """balanced: only from a hub, which sees all tokens before it sends any."""
@@ -92,15 +92,15 @@ class System:
     is_blocking: bool = False
     """Engines stop while weights move, which then come from other workers over the links between them."""
     prefetch_layers: int = 0
-    """A function without an instance begins to load so many layers before its own, at the first at the earliest; 0:
-    when its tokens are there."""
+    """Number of layers ahead at which a function without an instance begins to start, at the first layer at the
+    earliest; 0: when its tokens are there."""
     prefetch_recall: float = 1.0
     """Share of such functions that are predicted."""
     prior_LE: FloatArray | None = None
-    """Mean tokens of each function for a token, as was recorded before: what the first plan is made for. None: all are
-    expected to get the same."""
+    """Mean tokens of each function for a token in an earlier recording, for the first plan. None: all are expected to
+    get the same."""
     num_known_tokens: int = 0
-    """Of the routing, whose statistics the planner was made with."""
+    """Tokens of the routing whose statistics the planner was made with."""
     is_prefetch_in_time: bool = False
     """Every such function is there when its tokens are, however long it takes to load: with perfect foresight."""
     bound: Bound | None = None

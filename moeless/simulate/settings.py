@@ -37,10 +37,10 @@ class ScenarioSettings:
     profile: str | None = None
     """Name of a cost profile; None: the built-in one of the routing's shape, or else a roofline."""
     device: str = "a6000"
-    """Of the roofline."""
+    """Device of the roofline."""
     hidden_size: int | None = None
     expert_mb: float | None = None
-    """Of one expert in BF16, for the roofline, as is the hidden size if the trace does not tell."""
+    """Size of one expert in BF16, for the roofline; the hidden size too is for it, if the trace does not hold one."""
     engines: int = 1
     batch_tokens: int = 2048
     """Most tokens of an engine's step."""

@@ -41,7 +41,7 @@ _DEFAULT_WINDOW_S = 10.0
 _RECENT_TOKENS = 64
 """Of a request, whose predicted routing its next tokens are expected to follow."""
 _STEP_MEMORY = 0.9
-"""Of the running mean of a step's duration."""
+"""Weight of the past in the running mean of a step's duration."""
 
 
 class _Event(IntEnum):
@@ -60,13 +60,13 @@ class _Engine:
     batch: Batch
     is_idle: bool = True
     times: StepTimes | None = None
-    """Of the step under way."""
+    """Times of the step under way."""
     step_s: float = 0.0
     """Running mean of the steps' durations."""
     began_s: float = 0.0
     layer: int = 0
     layer_began_s: list[float] = field(default_factory=list)
-    """When each layer of the step began to dispatch, and how long those that are over took."""
+    """Start of dispatch of each layer of the step, and the durations of those that are over."""
     layer_s: list[float] = field(default_factory=list)
     instances_L: FloatArray = field(default_factory=lambda: np.empty(0))
 
@@ -218,7 +218,7 @@ class _Simulation:
             self._push(engine.layer_began_s[0] + float(times.dispatch_L[0]), _Event.LAYER, number)
 
     def _all_layers(self, engine: _Engine, times: StepTimes) -> float:
-        """Of the only engine: no layer waits for another. Returns when the step ends."""
+        """Run the only engine's layers: none waits for another. Returns the step's end."""
         layer_L = times.dispatch_L + times.load.seconds_LW.max(axis=1) + times.combine_L
         if times.cold:
             began_L = self._now_s + np.cumsum(times.backbone_s + layer_L) - layer_L
@@ -231,7 +231,7 @@ class _Simulation:
         return self._now_s + times.backbone_s * len(layer_L) + float(layer_L.sum())
 
     def _layer_arrives(self, number: int) -> None:
-        """Of one of several engines: its tokens wait behind those of the others."""
+        """Run a layer of one of several engines: its tokens wait behind those of the others."""
         engine, now_s = self._engines[number], self._now_s
         times, layer = engine.times, engine.layer
         assert times is not None

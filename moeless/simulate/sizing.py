@@ -30,7 +30,7 @@ BUYABLE = tuple(name for name in SYSTEMS if name not in BOUNDS)
 USUAL = tuple(name for name in BUYABLE if not name.startswith("moeless-"))
 """Without the paper's system, and moeless with other forecasts than it would have."""
 EXPERTS_SHARE = 0.6
-"""Of a device's memory, where no other amount is given; the backbone, KV caches and activations have the rest."""
+"""Share of a device's memory for experts by default; the backbone, KV caches and activations have the rest."""
 _NEAR = 0.05
 """A share of requests that is less than this below what is asked for may be made up for by a worker more or less."""
 
@@ -40,7 +40,7 @@ Watch = Callable[[str], AbstractContextManager[OnProgress | None]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SizingConfig:
-    """What is to be kept, and how far to look."""
+    """SLO to keep, and the sizes to try."""
 
     slo: tuple[float, float]
     """Most seconds to a request's first token, and for each token after it."""
@@ -57,7 +57,7 @@ class SizingConfig:
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class SizingCase:
-    """What is alike at every size."""
+    """Settings that are alike at every size."""
 
     settings: ScenarioSettings
     """Their `workers` are not looked at; their memory is in bytes, and a worker is not stopped."""
@@ -67,7 +67,7 @@ class SizingCase:
     sizing: SizingConfig
 
     def scenario(self, workers: int, *, worker_idle_s: float | None = None) -> Scenario:
-        """On so many workers."""
+        """Return the scenario on `workers` workers."""
         made = make_scenario(replace(self.settings, workers=workers), self.routing, self.arrivals)
         transfers = TransferConfig(transfer_share=self.settings.transfer_share, worker_idle_s=worker_idle_s)
         return replace(made, transfers=transfers)
@@ -90,7 +90,7 @@ class Probe(msgspec.Struct, frozen=True, kw_only=True):
 
     workers: int
     slo_share: float | None = None
-    """Of the requests, that kept the SLO; None where the size cannot be."""
+    """Share of the requests that kept the SLO; None where the size is impossible."""
     why_not: str | None = None
     ttft_p50_s: float | None = None
     ttft_p99_s: float | None = None
@@ -104,7 +104,7 @@ class Probe(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class Sized:
-    """What the sizes of one system came to."""
+    """Results of one system at all sizes tried."""
 
     candidate: Candidate
     workers: int | None
@@ -151,8 +151,8 @@ def min_workers(share: Callable[[int], float | None], *, attainment: float, max_
     nothing but comes near, sizes around the best are tried.
 
     Args:
-        share: of requests that keep the SLO on so many workers; None where that size cannot be. Asked for a size more
-            than once.
+        share: returns the share of requests that keep the SLO on a number of workers; None for an impossible size. May
+            be called for a size more than once.
     """
     sizes = [1 << power for power in range(max_workers.bit_length()) if 1 << power < max_workers] + [max_workers]
 

@@ -42,10 +42,10 @@ LP_SPLIT_S = 150e-6
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class SystemConfig:
-    """What is assumed of the systems beyond what defines them."""
+    """Assumptions about the systems beyond their definitions."""
 
     policy: Policy = field(default_factory=Policy)
-    """Of moeless and foresight."""
+    """Policy of moeless and foresight."""
     model_id: str = ""
     """By which the policy's rules choose."""
     eplb_spare_replicas: int | None = None
@@ -60,7 +60,7 @@ class SystemConfig:
     """Mean tokens of each function for a token, as was recorded before, shape (L, E): what moeless, foresight, the
     paper's system and SGLang's EPLB plan for at first. None: all are expected to get the same."""
     affinity: AffinityStatistics | None = None
-    """Of the routing, for the policy's placer affinity; None: gathered where that is asked for."""
+    """Statistics of the routing for the policy's placer affinity; None: computed where the policy names that placer."""
     prefetch_layers: int = 3
     """Layers ahead that moeless starts functions that predictors say are needed; without predictors it starts none."""
     paper_prefetch_layers: int = 1
@@ -181,7 +181,7 @@ def _prefetch_recall(config: SystemConfig) -> float | None:
 
 
 def routing_statistics(routing: SequenceRouting) -> AffinityStatistics:
-    """What the placer affinity is told of the routing: that which is simulated, so that nothing of it is new."""
+    """Compute the statistics that the placer affinity gets: those of the very routing that is simulated."""
     return gather_statistics(routing.trace.experts_TLk, num_experts=routing.num_experts, max_tokens=AFFINITY_TOKENS)
 
 
@@ -268,7 +268,7 @@ def spare_choices(name: str, config: SystemConfig) -> list[SystemConfig]:
 
 
 def described_systems(systems: Sequence[System], config: SystemConfig) -> dict[str, str]:
-    """What is assumed of each, in words."""
+    """Describe the assumptions about each system, in words."""
     return {f"system {system.name}": _DESCRIBED[system.name](system, config) for system in systems}
 
 

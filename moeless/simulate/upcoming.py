@@ -19,14 +19,14 @@ from moeless.simulate.batching import Batch
 
 @dataclass(slots=True)
 class _Engine:
-    """What an engine can still take."""
+    """Capacity that an engine has left."""
 
     prompt_budget: int
     """Tokens of prompts in one of its steps."""
     is_busy: NDArray[np.bool_]
-    """Whether it makes each of the steps that it has time for."""
+    """True for each possible step that the engine takes."""
     prompt_tokens: int = 0
-    """The next prompt comes behind so many tokens."""
+    """Number of tokens of prompts ahead of the next prompt."""
 
     @property
     def num_steps(self) -> int:

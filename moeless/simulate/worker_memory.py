@@ -62,7 +62,7 @@ class WorkerMemory:
         num_workers = cluster.num_workers
         self.serving = self._compiled(plan)
         self._rollout: Rollout | None = None
-        """Of the plan that is to come, until what it leaves out has been evicted."""
+        """Rollout of the coming plan, until the instances that it leaves out have been evicted."""
         self.pending_keys: IntArray = np.empty(0, dtype=np.int64)
         """Instances that are being started for the plan to come."""
         self._resident_W: IntArray = np.bincount(plan.worker_N, minlength=num_workers)
@@ -83,12 +83,12 @@ class WorkerMemory:
         """The same of the workers that are not stopped."""
         self.num_starts = self.num_cold_starts = self.num_worker_starts = self.num_evicted = 0
         self.num_over_memory = 0
-        """Plans whose instances did not fit beside those they replaced: memory was overdrawn while they loaded."""
+        """Plans whose instances did not fit beside those they replaced: memory was exceeded while they started."""
         self.peak_instances = int(self._resident_W.sum())
 
     @property
     def num_resident(self) -> int:
-        """Instances on workers, those being loaded among them."""
+        """Instances on workers, starting ones included."""
         return int(self._resident_W.sum())
 
     @property
@@ -97,12 +97,12 @@ class WorkerMemory:
 
     @property
     def fetch_bytes_per_s(self) -> float:
-        """That a load from host memory gets."""
+        """Bandwidth of one fetch from host memory."""
         share, cluster = self._config.transfer_share, self._cluster
         return min(cluster.fetch_bytes_per_s, share * cluster.local_bytes_per_s) if share else cluster.fetch_bytes_per_s
 
     def free_link_W(self, now_s: float) -> FloatArray | None:
-        """Share of each worker's link that loads leave; None: all of every one."""
+        """Share of each worker's link that fetches leave free; None: all links are free."""
         if not self._config.transfer_share or not (self._starting_until_W > now_s).any():
             return None
         taken = self.fetch_bytes_per_s / self._cluster.local_bytes_per_s
@@ -148,7 +148,7 @@ class WorkerMemory:
 
     @property
     def target_ready_s(self) -> float:
-        """When everything of the plan to come is loaded, as far as is known."""
+        """Expected time at which all instances of the coming plan are warm."""
         return float(self._target_until_W.max())
 
     @property
@@ -291,7 +291,7 @@ class WorkerMemory:
         return int(there[usable][np.argmin(last_used_s_C[cells[usable]])])
 
     def _begin_W(self, needed_W: BoolArray, now_s: float, busy_until_W: FloatArray) -> FloatArray:
-        """When each of the workers can begin to load; starts those that are stopped."""
+        """Return when each of the workers can begin to start instances; starts stopped workers."""
         begin_W = np.maximum(busy_until_W, now_s)
         starting = np.flatnonzero(needed_W & np.isfinite(self._stopped_since_W))
         if len(starting):

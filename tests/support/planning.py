@@ -25,7 +25,7 @@ def model_of(num_layers: int, num_experts: int, *, expert_bytes: int = 1) -> Mod
 def cluster_of(
     memory: Sequence[int], *, speeds: Sequence[float] | None = None, nodes: Sequence[str] | None = None
 ) -> Cluster:
-    """Workers w0, w1, ... with memory for so many instances of one byte."""
+    """Make workers w0, w1, ... with memory for a number of instances of one byte each."""
     return Cluster(
         workers=tuple(
             WorkerSpec(

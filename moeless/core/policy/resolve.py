@@ -143,7 +143,7 @@ def _chosen(path: str, settings: Settings, model: ModelShape) -> tuple[list[int]
         try:
             chosen.append(list(range(count)) if ranges is None else indices_in(ranges, count=count))
         except ValueError as error:
-            raise ConfigError(f"{path}.{name} {error}: so many {name} the model has") from error
+            raise ConfigError(f"{path}.{name} {error}, the model's number of {name}") from error
     return chosen[0], chosen[1]
 
 

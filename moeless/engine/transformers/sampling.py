@@ -42,7 +42,7 @@ _MAX_TEMPERATURE = 1e30
 _MIN_TEMPERATURE = 1e-30
 """Bounds within which float32 divides differences of logits; below the lower one sampling is greedy."""
 _BLOCK_NUMBERS = 1 << 16
-"""Noise for so many tokens at a time: it stays in the core's cache."""
+"""Number of tokens whose noise is made at a time: it stays in the core's cache."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ class ProgrammeConfig:
     limits: SolverLimits = field(default_factory=SolverLimits)
     """For each layer."""
     max_groups: int = 300_000
-    """A layer with at most so many groups of experts is solved by groups, others by sets."""
+    """Number of groups of experts up to which a layer is solved by groups; others are solved by sets."""
     max_sets: int | None = 200
     """Number of the most frequent sets that the programme by sets takes. None: all."""
     max_sweeps: int = 6

@@ -51,8 +51,8 @@ def min_workers(
     """A placement of a layer's experts, each once, on workers of any kind.
 
     Args:
-        max_sets: take the heaviest so many sets; a token of another is only known to touch a worker. The cost returned
-            is that of all sets, and the bound holds for all.
+        max_sets: number of the heaviest sets to take; a token of another set counts as touching one worker. The cost
+            returned is that of all sets, and the bound holds for all.
     """
     limits = limits or SolverLimits()
     num_experts, num_workers = len(bounds.load_E), len(bounds.max_load_W)

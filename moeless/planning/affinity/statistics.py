@@ -68,7 +68,7 @@ def gather_statistics(experts_TLk: IntArray, *, num_experts: int, max_tokens: in
 
     Args:
         experts_TLk: the router's choices, different experts for each token and layer.
-        max_tokens: take so many tokens, evenly spaced: the search's time grows with the number of distinct sets.
+        max_tokens: tokens to take, evenly spaced: the search's time grows with the number of distinct sets.
     Raises: ConfigError if there is no token, or an expert is chosen that the model does not have or twice at once.
     """
     if experts_TLk.ndim != 3 or 0 in experts_TLk.shape:

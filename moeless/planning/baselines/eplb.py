@@ -141,7 +141,7 @@ def _at_least_once(num_instances: int, model: ModelShape) -> int:
 
 @dataclass(kw_only=True)
 class EplbPlanner:
-    """EPLB every so many steps, from the load of the steps before."""
+    """EPLB at a fixed interval of steps, from the load of the steps before."""
 
     cluster: Cluster
     model: ModelShape
@@ -151,7 +151,7 @@ class EplbPlanner:
     """vLLM's default; SGLang's is 1000."""
     window_steps: int = 1000
     num_groups: int | None = None
-    """Hierarchical with so many groups; None: global."""
+    """Number of groups of the hierarchical variant; None: global."""
     name: str = "eplb"
     _windows: deque[tuple[int, FloatArray]] = field(default_factory=deque, init=False, repr=False)
     """Steps of each observed window and its load, oldest first."""

@@ -21,7 +21,7 @@ from moeless.planning.place.shares import descend
 from moeless_predictors.compiled import compiled
 
 _PATIENCE = 3
-"""Stop trying for a layer after so many steps that made nothing better."""
+"""Consecutive steps without improvement after which the search stops for a layer."""
 _MIN_GAIN = 1e-9
 """Relative; below it is rounding."""
 

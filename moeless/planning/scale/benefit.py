@@ -40,7 +40,7 @@ def replicas_by_benefit(
         num_extras: B; spent as far as it is worth anything.
         num_workers: W.
         worker_share: replicas with at most this share of the workers' mean load need no relief.
-        seconds: time of calls with so many tokens, never falling. Default: proportional.
+        seconds: time of calls by their tokens, never falling. Default: proportional.
     Returns: counts, shape (L, E).
     Source: the spending of a global budget is CRAFT's; there the benefit is found by replaying a trace.
     """

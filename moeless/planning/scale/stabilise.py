@@ -13,7 +13,7 @@ import numpy as np
 from moeless.core.arrays import FloatArray, IntArray
 
 _PARTS = 16
-"""A window is remembered in so many parts at most, however often it is asked for: what is kept is bounded."""
+"""Number of parts in which a window is remembered at most: the memory for it is bounded."""
 
 
 class Stabiliser:

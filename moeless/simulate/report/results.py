@@ -1,4 +1,4 @@
-"""What a simulation found, as the table, the JSON file and the report show it.
+"""Results of a simulation, as the table, the JSON file and the report show them.
 
 Times are in seconds, memory in bytes.
 """
@@ -28,17 +28,17 @@ class Latency(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Series(msgspec.Struct, frozen=True, kw_only=True):
-    """How things went over time: a value for each interval, at whose end `time_s` is."""
+    """Values over time, one for each interval; `time_s` is the interval's end."""
 
     time_s: list[float]
     instances: list[float]
     """Resident on all workers, mean of the interval."""
     workers_up: list[int]
     arrived_tokens_per_s: list[float]
-    """Of the requests that came: prompt and output."""
+    """Tokens of arriving requests: prompts and outputs."""
     served_tokens_per_s: list[float]
     busy_share: list[float]
-    """Of the workers' time, computing."""
+    """Share of the workers' time spent computing."""
     imbalance: list[float]
     """Busiest worker over the mean, by (token, expert) pairs, averaged over layers and steps; 0 without a step."""
     waiting_requests: list[int]
@@ -53,7 +53,7 @@ class SystemResult(msgspec.Struct, frozen=True, kw_only=True):
     """Computed: of prompts and outputs, less the last one of each, which no step reads."""
     num_steps: int
     step_tokens: float
-    """Of the step that the average token is in: steps with prompts are few, and most of the work."""
+    """Token-weighted mean of the tokens in a step: rare prefill steps carry most of the work."""
     duration_s: float
     """From time 0 to the last token."""
     tokens_per_s: float
@@ -64,15 +64,15 @@ class SystemResult(msgspec.Struct, frozen=True, kw_only=True):
     request_s: Latency
     """From arrival to the last token."""
     layer_s: Latency
-    """Of MoE layers: dispatch, busiest worker, combine, and what they waited for."""
+    """Latency of MoE layers: dispatch, busiest worker, combine, and waiting."""
     moe_s: float
     """Sum of all layers'."""
     stall_s: float
-    """That engines waited for a plan to be moved; cold starts are part of their layers."""
+    """Time that engines waited for a plan's moves; cold starts count in their layers."""
     goodput_per_s: float | None
     """Requests a second within the SLO; None without one."""
     slo_share: float | None
-    """Of the requests."""
+    """Share of the requests that kept the SLO."""
     billed_byte_s: float
     """Sum over layer executions: bytes of that layer's instances times its duration."""
     resident_byte_s: float
@@ -87,7 +87,7 @@ class SystemResult(msgspec.Struct, frozen=True, kw_only=True):
     num_plans: int
     """Changes of the plan that were made."""
     num_plans_over_memory: int
-    """Of them, those that overdrew memory while old and new instances lay side by side."""
+    """Plans during whose rollout old and new instances together exceeded a worker's memory."""
     num_worker_starts: int
     imbalance: float
     """Mean over steps, as in Series."""
@@ -98,19 +98,19 @@ class SimulationReport(msgspec.Struct, frozen=True, kw_only=True):
     """All systems on one scenario."""
 
     scenario: dict[str, str]
-    """What was simulated, in words."""
+    """Description of the scenario, in words."""
     settings: dict[str, object]
-    """As given, with the defaults filled in."""
+    """Settings as given, with the defaults filled in."""
     slo_s: tuple[float, float] | None
     """Most seconds to the first token, and for each token after it."""
     expert_bytes: int
     capacity_instances: int
-    """That fit all workers."""
+    """Instances that fit on all workers together."""
     results: list[SystemResult]
 
 
 def latency_of(seconds: ArrayLike) -> Latency:
-    """Of single values; zero where there are none."""
+    """Summarize single values; zero where there are none."""
     values = np.asarray(seconds, dtype=np.float64)
     if not values.size:
         return Latency(mean=0.0, p50=0.0, p90=0.0, p99=0.0)

@@ -17,11 +17,11 @@ FORESIGHT = "foresight"
 FORECASTING = ("moeless", "moeless-window", "moeless-popularity")
 """moeless with other forecasts."""
 _CLOSE = 0.005
-"""Of the requests: a size that falls short by no more may keep the SLO with the next draw."""
+"""Share of the requests: a size that misses by no more may keep the SLO with another random draw."""
 
 
 class TextTable(NamedTuple):
-    """Of cells; the first column names the system. Headers may have two lines."""
+    """Table of cells; the first column names the system. Headers may have two lines."""
 
     title: str
     note: str
@@ -149,7 +149,7 @@ def capacity_tables(found: CapacityReport) -> list[TextTable]:
 
 
 def capacity_notes(found: CapacityReport) -> list[str]:
-    """What the tables cannot say: systems that keep the SLO at no size, and plans that needed more memory."""
+    """Write the notes below the tables: systems that keep the SLO at no size, and plans that needed more memory."""
     notes = []
     for alternative in found.alternatives:
         tried = ", ".join(str(probe.workers) for probe in alternative.probes)
@@ -274,7 +274,7 @@ def plan_table(found: Recommendation, *, memory_per_worker: int, max_workers: in
 
 
 def plan_notes(found: Recommendation, *, top_k: int, max_functions: int = 6) -> list[str]:
-    """What the plan comes to."""
+    """Summarize the plan in sentences."""
     hosts: dict[str, list[str]] = {}
     for index, worker in enumerate(found.plan):
         for name in worker.functions:

@@ -30,7 +30,7 @@ class Clock:
 
 
 class Far:
-    """The other side of a line: answers a call so many seconds after it was sent, or fails it."""
+    """The other side of a channel: answers a call after a delay in seconds, or fails it."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock

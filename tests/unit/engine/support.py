@@ -89,7 +89,7 @@ class Recorder:
         self._wait(lambda: request_id in self.answers and self.answers[request_id].num_tokens >= count)
 
     def wait_for_step(self, number: int) -> None:
-        """Until so many steps have been."""
+        """Wait until a number of steps have been computed."""
         self._wait(lambda: len(self.steps) >= number)
 
     def _ended(self, request_id: str) -> bool:

@@ -37,7 +37,7 @@ class FixedPlanner:
 
 
 def spread_plan(num_layers: int, num_experts: int, num_workers: int, *, version: int = 1, turn: int = 0) -> Plan:
-    """Contiguous experts on each worker; turned by so many workers."""
+    """Place contiguous experts on each worker, rotated by a number of workers."""
     layer_N, expert_N = np.divmod(np.arange(num_layers * num_experts), num_experts)
     return Plan.from_instances(
         version=version,

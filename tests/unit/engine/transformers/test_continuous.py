@@ -35,7 +35,7 @@ LENGTHS = (1, 2, 7, 30, 63, 64, 65, 150)
 
 
 def pool_of(num_tokens: int) -> int:
-    """Bytes of a KV pool for so many tokens."""
+    """Bytes of a KV pool by its tokens."""
     return num_tokens * kv_bytes_per_token(MODEL)
 
 
