@@ -28,7 +28,7 @@ _SATURATING = 400
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """Of requests: mean tokens, which vary by half an order of magnitude."""
+    """Shape of requests: mean tokens, which vary by half an order of magnitude."""
 
     name: str
     prompt_tokens: int
@@ -50,7 +50,7 @@ class Setting:
     routing: SequenceRouting
     settings: ScenarioSettings
     prior_LE: FloatArray
-    """Of other sequences, which are known before: those that predictors are fitted on, or that came earlier."""
+    """Load of other sequences known before: those that predictors are fitted on, or earlier ones."""
     before: RoutingTrace | None = None
     """These sequences, where predictors can be fitted on them in seconds."""
 
@@ -104,7 +104,7 @@ def paper(profile: str) -> Setting:
 
 @cache
 def _made_up(profile: str) -> tuple[RoutingTrace, RoutingTrace]:
-    """What was recorded before, and what is replayed."""
+    """Generate the earlier recording and the one that is replayed."""
     model = builtin_profiles()[profile].model
     trace = make_routing(
         MadeUpRouting(

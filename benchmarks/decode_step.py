@@ -46,7 +46,7 @@ from moeless.packages.packed_model import PackedModel
 from moeless.packages.source import resolve_model
 
 RUN_SECRET = "benchmark"
-"""That engine and workers show each other."""
+"""Run secret of engine and workers."""
 
 
 def main(argv: list[str] | None = None) -> None:

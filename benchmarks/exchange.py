@@ -35,7 +35,7 @@ TIMEOUT_S = 30.0
 
 
 class Case(NamedTuple):
-    """What is timed together."""
+    """Transport and shape that are timed together."""
 
     workers: int
     rows: int
@@ -46,7 +46,7 @@ class Figure(NamedTuple):
     """Microseconds."""
 
     median: float
-    """Of the repeats' medians."""
+    """Median of the repeats' medians."""
     least: float
     most: float
     p99: float

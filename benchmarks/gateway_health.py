@@ -1,4 +1,4 @@
-"""How fast /health answers while clients send long prompts.
+"""Latency of /health while clients send long prompts.
 
 `python -m benchmarks gateway_health` starts the gateway of a model of 131,072 tokens in a process of its own, with an
 engine that answers at once, and has 32 clients send chats of 2 MB in a loop: half of them too long for the context,

@@ -1,7 +1,7 @@
-"""What the backbone's process and two workers hold of a model of 367 million parameters.
+"""Memory of the backbone's process and two workers with a model of 367 million parameters.
 
-`python -m benchmarks memory` loads the backbone in one process and the experts in two workers, computes a few batches,
-and sets what the pools account for beside the memory that each process alone holds (USS).
+`python -m benchmarks memory` starts the backbone in one process and the experts in two workers, computes a few batches,
+and compares the pools' accounts with the memory that each process alone holds (USS).
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class Row:
     """Instances that EPLB has elsewhere."""
     seconds: float
     proved: str
-    """Of what the placement was made for, on the sequences it was fitted on."""
+    """Proven bound of the placement's objective, on the sequences it was fitted on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,7 +229,7 @@ def _measure(case: Case, arguments: argparse.Namespace, imbalance: float) -> lis
 
 
 def _hops_proved(case: Case, plan: Plan, best: dict[Objective, Plan], bounds: list[LayerBounds]) -> str:
-    """What no placement without replicas can get below, where there are few enough groups of experts to tell."""
+    """Compute a lower bound of all placements without replicas, where there are few enough groups of experts."""
     is_small = all(num_groups(case.model.num_experts, layer) <= _MAX_GROUPS // 4 for layer in bounds)
     if plan.num_instances > case.fit.load_LE.size or not is_small:
         return ""

@@ -1,4 +1,4 @@
-"""What a plan takes to make, and how long it stays good: milliseconds, and balance on the next window beside EPLB's.
+"""Time to make a plan, and its balance on the next window beside EPLB's.
 
 `python -m benchmarks.planning` times moeless's planner, with its default policy, on a layer of 256 experts on 64
 workers and on all 58 layers of such a model: the first plan, and plans of later ticks, whose load has drifted. Times
@@ -40,12 +40,12 @@ from moeless_predictors.traces.statistics import expert_loads
 
 TICK_S = 1.0
 SPENDING = {"name": "minMax", "workerShare": 0.1, "maxExtraShare": 1.0}
-"""As the default, but with the budget for its only limit, as EPLB has."""
+"""Default scaler, but with the budget for its only limit, as EPLB has."""
 PLACER = {"name": "minimalMoves", "maxImbalance": 1.02}
 WINDOW_STEPS = 1000
 """Engine steps that a plan is for: the window that EPLB looks back on, in vLLM and SGLang."""
 TOKENS_PER_WINDOW = 1024
-"""Of made-up routing."""
+"""Tokens in a window of made-up routing."""
 STEP_TOKENS = 16384
 QUANTILE_Z = 1.28
 """Standard deviations of a Poisson load that the upper forecast lies above the mean: nine times in ten."""
@@ -76,7 +76,7 @@ class BalanceFigure:
     """On the window planned from."""
     next_imbalance: float
     next_imbalances: list[float]
-    """Of each window."""
+    """Imbalance on each next window."""
     moved: int
     """Over all windows but the first."""
 
@@ -137,7 +137,7 @@ def system_for(shape: tuple[int, int], *, top_k: int, num_workers: int, instance
 
 
 def with_expert_times(system: PlanningContext) -> PlanningContext:
-    """As a server plans: an expert's time is flat up to the tokens that take as long as its weights."""
+    """Plan as a server does: an expert's time is flat up to the tokens that take as long as its weights."""
     profile = builtin_profiles()["h800-deepseek-v3"]
     cost = profile.expert_time.call_cost()
     return replace(system, seconds=profile.expert_time.averaged(), floor_tokens=cost.floor_tokens)
@@ -199,7 +199,7 @@ def balance(name: str, windows: FloatArray, *, top_k: int, num_workers: int) -> 
 
 
 def measured(name: str, planner: str, windows: FloatArray, plans: list[Plan]) -> BalanceFigure:
-    """Of one plan for each window but the last."""
+    """Measure one plan for each window but the last."""
     met = [_imbalance(plan, load_LE) for plan, load_LE in zip(plans, windows[1:], strict=True)]
     return BalanceFigure(
         trace=name,
@@ -214,7 +214,7 @@ def measured(name: str, planner: str, windows: FloatArray, plans: list[Plan]) ->
 
 
 def _ratio(ours: list[float], theirs: list[float]) -> str:
-    """Of the means, and where 95 of 100 lie if the windows are drawn again."""
+    """Format the ratio of the means with its 95 % bootstrap interval over windows."""
     ours_w, theirs_w = np.array(ours), np.array(theirs)
     drawn = np.random.default_rng(0).integers(0, len(ours), (2000, len(ours)))
     low, high = np.quantile(ours_w[drawn].mean(axis=1) / theirs_w[drawn].mean(axis=1), [0.025, 0.975])

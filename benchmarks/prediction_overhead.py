@@ -1,4 +1,4 @@
-"""What forecasting each layer's load costs: microseconds a layer, and the share of a decode step.
+"""Cost of forecasting each layer's load: microseconds a layer, and the share of a decode step.
 
 `python -m benchmarks prediction_overhead` times the predictor by itself in the shapes of three models (a batch of 32,
 the processor time of one thread), then a random model of 367 million parameters that decodes with its experts in
@@ -47,7 +47,7 @@ Value = TypeVar("Value", float, NDArray[np.float64])
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Of a model, as far as predicting is concerned."""
+    """Shape of a model, as far as predicting is concerned."""
 
     name: str
     num_layers: int
@@ -72,7 +72,7 @@ class LayerFigure:
     kind: str
     plain_us: float
     measured_us: float
-    """Of a step that is measured, too."""
+    """Time of a step whose accuracy is measured, too."""
     mean_us: float
     """Both, by their share."""
 
@@ -88,7 +88,7 @@ class Overhead:
 
 @dataclass(frozen=True, kw_only=True)
 class StepFigure:
-    """Of one kind and batch."""
+    """Figures of one kind and batch."""
 
     kind: str
     batch: int

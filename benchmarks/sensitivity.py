@@ -1,4 +1,4 @@
-"""How far moeless's gain over static expert parallelism depends on each assumption of the simulator.
+"""Sensitivity of moeless's gain over static expert parallelism to each assumption of the simulator.
 
 One assumption at a time is changed; the others stay as docs/simulator.md has them: the links' speed, what an exchange
 takes beside its bytes, the time of splitting a layer, the speed of loading, how long functions are kept, errors of an
@@ -42,7 +42,7 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """What is changed for one point."""
+    """Changed assumption of one point."""
 
     settings: dict[str, object]
     profile: Callable[[CostProfile], CostProfile] = lambda profile: profile

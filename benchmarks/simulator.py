@@ -1,4 +1,4 @@
-"""What the simulator manages: served tokens a minute on one core, and whether its cost is linear in them.
+"""Speed of the simulator: served tokens a minute on one core, and whether its cost is linear in them.
 
 `python -m benchmarks simulator` replays made-up routing in the shape of gpt-oss-20b (24 layers x 32 experts, top-4, 8
 workers) under requests as long and as frequent as the Azure conversation trace's (5.4 a second in bursts, prompts of
@@ -41,7 +41,7 @@ class Figure:
     tokens: int
     steps: int
     seconds: float
-    """Of one core."""
+    """Time of one core."""
 
     @property
     def tokens_per_minute(self) -> float:

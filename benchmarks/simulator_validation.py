@@ -1,4 +1,4 @@
-"""How near the simulator comes to the live engine: layer and request latency, predicted against measured.
+"""Accuracy of the simulator against the live engine: layer and request latency, predicted and measured.
 
 `python -m benchmarks simulator_validation` serves moeless-mini with two worker processes, one thread in each process.
 First it measures what the parts cost: an expert by itself, and the layers and steps of closed batches, from which the
@@ -68,7 +68,7 @@ EXPERT_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 @dataclass(slots=True)
 class StepNote:
-    """What one step of the engine computed, and how long it took."""
+    """Tokens of one step of the engine, and its duration."""
 
     num_tokens: int
     decode_context: float
@@ -231,7 +231,7 @@ class _Fixed:
 
 
 def measure_experts(live: LiveEngine, *, repeats: int) -> ExpertTime:
-    """Of one expert more among those that a worker computes: eight against four, each with as many tokens."""
+    """Measure the time of one more expert on a worker: eight against four, with equal tokens for each."""
     hidden_size = live.packed.layout(0).hidden_size
 
     def seconds(num_experts: int, tokens: int) -> float:
@@ -297,7 +297,7 @@ def _whole_step_s(step: StepNote, before: StepNote | None) -> float:
 def predicted(
     live: LiveEngine, profile: CostProfile, link: float, trace: RoutingTrace, arrivals: ArrivalTrace
 ) -> SystemResult:
-    """What the simulator makes of the same requests."""
+    """Simulate the same requests."""
     cluster = even_cluster(len(WORKERS), memory_bytes=1 << 30)
     scenario = Scenario(
         profile=profile,

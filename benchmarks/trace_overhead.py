@@ -1,4 +1,4 @@
-"""What recording a routing trace costs a decode step.
+"""Cost of recording a routing trace in a decode step.
 
 `python -m benchmarks trace_overhead` decodes batches with the continuous engine, its experts in process, and records
 sixteen steps of every thirty-two, before or after the others as drawn, so that whatever else slows the machine slows
@@ -44,7 +44,7 @@ NUM_RESAMPLES = 2000
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """Of one model and batch; times of a step in milliseconds."""
+    """Figures of one model and batch; times of a step in milliseconds."""
 
     model: str
     batch: int
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 class Switch(Protocol):
-    """What is timed: it watches the steps between `start` and `stop`."""
+    """Observer that is timed: it watches the steps between `start` and `stop`."""
 
     def start(self) -> None: ...
     def stop(self) -> None: ...

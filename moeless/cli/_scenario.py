@@ -265,7 +265,7 @@ def read_routing(options: ScenarioOptions) -> RoutingTrace:
 
 
 def read_config(options: ScenarioOptions, routing: RoutingTrace) -> SystemConfig:
-    """What is assumed of the systems: their options, the policy file, and what the predictors say of the routing."""
+    """Make the systems' assumptions from their options, the policy file and the predictors' forecasts."""
     from moeless.core.policy import load_policy, unapplied_settings
     from moeless.simulate.offline_forecast import popularity_LE, predicted_routing, recorded_LE
     from moeless.simulate.systems import SystemConfig

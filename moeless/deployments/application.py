@@ -47,7 +47,7 @@ _MANY_CALLS = 100_000
 """Calls that an engine or gateway may have under way: admission is the engine's own queue, not Serve's."""
 _LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
 _DRAIN_POLL_S = 0.1
-"""How often a replica that stops looks whether its requests have ended; it waits at least this long."""
+"""Interval at which a stopping replica checks whether its requests have ended; it waits at least this long."""
 _STOP_TIMEOUT_S = 5.0
 """For the engine to end the requests that are running."""
 _CPU_SHARE = 0.001

@@ -38,7 +38,7 @@ class SendsTokens(Protocol):
 class _Gateway:
     heard_s: float
     last_number: int = 0
-    """Of the newest pulse; it says which of the requests up to this one are read."""
+    """Last request that the newest pulse covers: it names which requests up to this one are still read."""
     live: frozenset[int] = frozenset()
     cancelled: set[int] = field(default_factory=set)
     """Cancelled after `last_number`: a cancel may overtake its submit. Emptied by each newer pulse."""

@@ -101,7 +101,7 @@ class GatewayName(msgspec.Struct, frozen=True, kw_only=True):
     """One life of a gateway."""
 
     address: str
-    """Where its end of the token channel listens."""
+    """Address at which its end of the token channel listens."""
     life: str
     """Random: a later gateway may get the same address."""
 

@@ -117,7 +117,7 @@ class ServeSettings:
     app_name: str = "moeless"
     """Name of the Serve application; on a cluster, no other may have it."""
     route_prefix: str = "/"
-    """Where the API begins; applications of one cluster must differ in it."""
+    """Prefix of the API's paths; applications of one cluster must differ in it."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
     dispatch: DispatchConfig = field(default_factory=DispatchConfig)
@@ -160,7 +160,7 @@ class ServeSettings:
             raise ConfigError(f"settings: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON-able values, all of them, so that a later version's defaults do not change a deployed application."""
+        """Return all settings as JSON-able values: later versions' defaults must not change a deployed application."""
         tree: dict[str, Any] = msgspec.to_builtins(self)
         del tree["gateway"]["api_keys"]  # always empty
         return tree

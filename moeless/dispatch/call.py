@@ -30,11 +30,11 @@ logger = logging.getLogger(__name__)
 _PATIENCE_S = 0.05
 """Ten times what a call of few rows takes through Serve; a start from zero takes seconds."""
 _ROWS_OF_A_CALL = 50
-"""So many rows take as long again."""
+"""Number of rows that takes as long again as a call of few rows."""
 _START_S = 1.5
-"""No replica starts from zero in less: an answer that came within was that of a slow one."""
+"""No replica starts from zero in less time: an answer within it came from a slow replica."""
 _CALMING = 0.95
-"""What patience is multiplied by for each answer in time, down to what it was at first."""
+"""Factor on patience for each answer in time, down to its first value."""
 
 
 class PendingAnswer(Protocol):
@@ -46,7 +46,7 @@ class PendingAnswer(Protocol):
         ...
 
     def cancel(self) -> None:
-        """Nobody wants the answer any more. Does not raise."""
+        """Drop the answer, which is no longer needed. Does not raise."""
         ...
 
 
@@ -122,7 +122,7 @@ class CallChannel:
         return read_answer(Frame(memoryview(bytearray(frame))), self._sequence, self._shape)
 
     def close(self) -> None:
-        """Nothing that is under way is wanted any more."""
+        """Cancel the calls under way."""
         for call in (self._pending, self._late):
             if call is not None:
                 call.cancel()
@@ -130,7 +130,7 @@ class CallChannel:
 
     @property
     def _size(self) -> float:
-        """Of the last call, in calls of few rows."""
+        """Size of the last call, as a multiple of a call of few rows."""
         return 1 + self._shape[0] / _ROWS_OF_A_CALL
 
     def _has_ended(self, late: PendingAnswer) -> bool:

@@ -89,12 +89,12 @@ class ChannelConfig:
     run_secret: str = field(repr=False)
     """The run secret."""
     engine: str
-    """Who calls, for the worker's log."""
+    """Name of the calling engine, for the worker's log."""
     hidden_size: int
     top_k: int
     """Most pairs of a row."""
     dtype: torch.dtype
-    """Of the rows."""
+    """Type of the rows."""
     max_rows: int
     """Most rows of one call; the worker may allow fewer."""
 
@@ -122,7 +122,7 @@ class ServerConfig:
 
 
 class WorkerEndpoint(msgspec.Struct, frozen=True, kw_only=True):
-    """How to reach a worker's data plane."""
+    """Addresses of a worker's data plane."""
 
     worker: str
     host_id: str
@@ -135,7 +135,7 @@ class WorkerEndpoint(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def has_hung_up(sock: socket.socket) -> bool:
-    """Whether the other side closed its end; takes nothing from the socket."""
+    """Return whether the other side closed its end; takes nothing from the socket."""
     poll = select.poll()
     poll.register(sock, select.POLLRDHUP)
     return bool(poll.poll(0))

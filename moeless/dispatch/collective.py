@@ -32,7 +32,7 @@ from moeless.dispatch.wire import (
 )
 
 _ROWS_TIMEOUT_S = 2.0
-"""How long a worker waits for the rows of a call that was announced: they are under way, or the engine is stuck."""
+"""Time that a worker waits for the rows of an announced call: they are under way, or the engine is stuck."""
 
 
 class CollectiveChannel(TcpChannel):

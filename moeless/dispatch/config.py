@@ -1,4 +1,4 @@
-"""What an operator may set of the dispatcher. Loads no torch."""
+"""Settings of the dispatcher. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from moeless.core.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DispatchConfig:
-    """How patient the dispatcher is. Raises ConfigError for values out of range."""
+    """Timeouts and retries of the dispatcher. Raises ConfigError for values out of range."""
 
     call_timeout_s: float = 5.0
     """A worker that has not answered a decoding step's layer after this long counts as failed; hundreds of times a
     slow layer's compute, so that only a stuck process is hit."""
     call_timeout_per_row_s: float = 0.005
-    """What a row of a long call (a prefill) adds to that."""
+    """Time that each row of a long call (a prefill) adds to the timeout."""
 
     def __post_init__(self) -> None:
         if self.call_timeout_s <= 0:

@@ -45,7 +45,7 @@ class Area(Protocol):
     tensor: torch.Tensor
     """Its bytes."""
     handle: str
-    """What another process opens it by."""
+    """Handle with which another process opens it."""
 
     def close(self) -> None:
         """Free it (its maker) or unmap it (the other)."""
@@ -65,7 +65,7 @@ class DeviceEvent(Protocol):
 
 
 class DeviceMemory(Protocol):
-    """What this transport needs of a device. cuda_memory.CudaMemory is the real one; tests have a twin on the CPU."""
+    """Device functions of this transport. cuda_memory.CudaMemory is the real one; tests have a twin on the CPU."""
 
     def allocate(self, num_bytes: int) -> Area: ...
 

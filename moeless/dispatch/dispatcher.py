@@ -34,11 +34,11 @@ logger = logging.getLogger(__name__)
 
 
 class LayerObserver(Protocol):
-    """Whom the dispatcher tells what is routed."""
+    """Receives each layer's routing."""
 
     @property
     def is_watching(self) -> bool:
-        """Whether to tell; asked once a layer."""
+        """Whether to call `observe_layer`; read once a layer."""
         ...
 
     def observe_layer(

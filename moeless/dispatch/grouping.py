@@ -1,4 +1,4 @@
-"""Which worker gets which (token, expert) pairs of a layer: arrays in, arrays out.
+"""Group a layer's (token, expert) pairs by worker: arrays in, arrays out.
 
 Shapes: T tokens, k experts per token, E experts, n pairs, R rows (distinct tokens) of one worker.
 """
@@ -26,9 +26,9 @@ class CompiledLayer:
     shares_of: dict[int, tuple[Int64Array, Float64Array]]
     """Only experts with replicas: their workers and the cumulative shares."""
     step_cost: CallCost | None = None
-    """As of the table."""
+    """Step cost of the routing table."""
     replicas_F: Replicas | None = None
-    """Of the experts in `shares_of`, in its order; None where there are none."""
+    """Replicas of the experts in `shares_of`, in its order; None where there are none."""
     turns: ShareTurns | None = None
     """The same, to split by their shares; without a step cost."""
 
@@ -41,11 +41,11 @@ class CompiledLayer:
 
 @dataclass(frozen=True, slots=True)
 class WorkerGroup:
-    """What one worker gets of one layer, pairs sorted by expert."""
+    """Pairs of one layer for one worker, sorted by expert."""
 
     worker: int
     tokens_R: Int64Array
-    """Which of the T tokens are its rows."""
+    """Tokens, among the T, that are its rows."""
     rows_n: Int64Array
     """Row of each pair, into tokens_R."""
     experts_n: Int64Array

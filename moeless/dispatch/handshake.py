@@ -43,12 +43,12 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     nonce: str
     kind: TransportKind
     engine: str
-    """Who calls, for the log."""
+    """Name of the calling engine, for the log."""
     call_bytes: int = 0
     answer_bytes: int = 0
     """Sizes of the largest call and answer."""
     detail: dict[str, str] = {}
-    """What a transport needs beyond that (CUDA IPC handles, NCCL's unique id)."""
+    """Further data of a transport (CUDA IPC handles, NCCL's unique id)."""
 
 
 class Accept(msgspec.Struct, frozen=True, kw_only=True):
@@ -149,9 +149,9 @@ class ProofCheck:
         self._nonce = nonce
         self._data = bytearray()
         self.hello = _frame(Hello(version=PROTOCOL_VERSION, nonce=nonce))
-        """What to send first."""
+        """First message to send."""
         self.refusal = b""
-        """What to send before hanging up on a client that `feed` refused; may be empty."""
+        """Message to send before closing on a client that `feed` refused; may be empty."""
 
     @property
     def num_wanted_bytes(self) -> int:

@@ -1,4 +1,4 @@
-"""What the dispatcher counts. Written by the compute thread alone, read by others: stale by a step at most."""
+"""Counters of the dispatcher. Written by the compute thread alone, read by others: stale by a step at most."""
 
 from __future__ import annotations
 

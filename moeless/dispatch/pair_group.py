@@ -91,7 +91,7 @@ class PairGroup:
 
 
 def backend_of(device: torch.device) -> str:
-    """What moves rows of `device`. Raises TransportError if torch was built without it."""
+    """Return the backend that moves rows of `device`. Raises TransportError if torch was built without it."""
     if device.type != "cuda":
         return "gloo"
     if not dist.is_nccl_available():

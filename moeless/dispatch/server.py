@@ -33,7 +33,7 @@ from moeless.dispatch.wire import STATUS_FUNCTION_UNAVAILABLE, STATUS_INTERNAL_E
 
 logger = logging.getLogger(__name__)
 _LINGER_S = 0.0006
-"""How long after a call a worker looks for the next one before it sleeps."""
+"""Time after a call for which a worker polls for the next one before it sleeps."""
 
 Compute = Callable[[ReceivedCall], torch.Tensor]
 """Partial sums (R, H) of a call, on the device where its rows lie."""

@@ -33,7 +33,7 @@ from moeless.dispatch.wire import (
 )
 
 _WATCH_S = 0.0003
-"""How long a collect looks for the answer before it sleeps."""
+"""Time for which a collect polls for the answer before it sleeps."""
 
 
 class SharedMemoryChannel(SocketChannel):

@@ -98,7 +98,7 @@ class SocketChannel(ABC):
         return calls, max_answer_bytes(config.max_rows, config.hidden_size, config.dtype)
 
     def _offer(self, config: ChannelConfig) -> dict[str, str]:  # noqa: ARG002
-        """What the worker must know beyond the sizes."""
+        """Return the details that the worker needs beyond the sizes."""
         return {}
 
     def _take_offer(self, detail: dict[str, str]) -> None:
@@ -147,7 +147,7 @@ class SocketServerChannel(ABC):
         """Take the descriptors into use, once the engine has them."""
 
     def _offer(self, ask: Ask) -> dict[str, str]:  # noqa: ARG002
-        """What the engine must know. Raises TransportError if its wish cannot be granted."""
+        """Return the details that the engine needs. Raises TransportError if its request cannot be granted."""
         return {}
 
     def _meet(self) -> None:

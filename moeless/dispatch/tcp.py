@@ -31,7 +31,7 @@ from moeless.dispatch.wire import (
 )
 
 _SUBMIT_PATIENCE_MS = 10
-"""How long a submit waits for room in the socket before it leaves the rest of a long call to collect."""
+"""Time that a submit waits for room in the socket before it leaves the rest of a long call to collect."""
 
 
 class TcpChannel(SocketChannel):

@@ -29,11 +29,11 @@ from moeless.packages.tensor_files import dtype_of_name
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Assembly:
-    """How the parts of one engine are set up."""
+    """Settings of the parts of one engine."""
 
     engine: EngineConfig
     table: RoutingTable | None = None
-    """Where each function's instances are. None: every function has one in this process."""
+    """Routing table with each function's instances. None: every function has one in this process."""
     dispatch: DispatchConfig = field(default_factory=DispatchConfig)
     dtype: str | None = None
     """Name of a torch data type. None: the checkpoint's own."""

@@ -1,4 +1,4 @@
-"""What an operator may set of an engine."""
+"""Settings of an engine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class EngineConfig:
     """Memory for KV pages. None: 1 GiB on a CPU, `kv_memory_share` of the free memory on an accelerator; in either
     case no more than `max_running` sequences of `max_model_len` need."""
     kv_memory_share: float = 0.8
-    """Of an accelerator's free memory, taken at start when `kv_cache_bytes` is None."""
+    """Share of an accelerator's free memory, taken at start when `kv_cache_bytes` is None."""
     page_size: int = 32
     """Tokens in a KV page: the grain of prefix sharing."""
     prefix_sharing: bool = True

@@ -25,7 +25,7 @@ OnProgress = Callable[[int, int], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptRun:
-    """How prompts are generated from."""
+    """Settings of generating from prompts."""
 
     max_new_tokens: int = 64
     batch: int = 16

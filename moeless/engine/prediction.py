@@ -56,7 +56,7 @@ class PredictionObserver:
         self.live.forget(request_id)
 
     def status(self) -> list[PredictionStatus]:
-        """Of every layer that is predicted. May be called from any thread."""
+        """Return the status of every layer's predictor. May be called from any thread."""
         return [
             PredictionStatus(
                 layer=row.layer,

@@ -31,7 +31,7 @@ from moeless_predictors.traces import RoutingTrace, TraceMetadata
 logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 20
-"""What `read` gives at a time."""
+"""Bytes that `read` returns at a time."""
 
 
 class Recordings:
@@ -212,7 +212,7 @@ class LocalRecordings:
 
 
 def trace_metadata(info: ModelInfo, *, source: str) -> TraceMetadata:
-    """What a trace says of the model that is served."""
+    """Make a trace's metadata about the served model."""
     return TraceMetadata(
         model=info.model_id,
         num_experts=info.num_experts,

@@ -64,12 +64,12 @@ class _Columns:
         self.weights_NLk = np.empty((n, *choices), dtype=np.float32)
         self.token_ids_N = np.empty(n, dtype=np.int32) if options.token_ids else None
         self.spans_N4 = np.empty((n, 4), dtype=np.int32)
-        """Whose the rows are, span by span: sequence, first position, number of rows, step."""
+        """Owners of the rows, span by span: sequence, first position, number of rows, step."""
         self.hidden: dict[int, NDArray[np.float16]] = {
             layer: np.empty((n, metadata.hidden_size or 0), dtype=np.float16) for layer in options.hidden_layers
         }
         self.num_rows = 0
-        """Of all steps that have ended; those of `steps` are not written yet, but for their hidden states."""
+        """Rows of all steps that have ended; of those in `steps` only the hidden states are written yet."""
         self.num_steps = 0
         self.prompt_lengths: list[int] = []
         """By sequence."""
@@ -148,7 +148,7 @@ class _Step:
     rows: slice | Int64Array
     """Those of the step that belong to somebody."""
     experts_LTk: list[Int64Array] = field(default_factory=list)
-    """Of the layers so far, not copied yet, padding included."""
+    """Choices of the layers so far, not copied yet, padding included."""
     weights_LTk: list[Float32Array] = field(default_factory=list)
 
 
@@ -187,7 +187,7 @@ class RoutingRecorder:
         self._observers.remove(self)
 
     def take_trace(self) -> RoutingTrace:
-        """What was recorded, in sequences of consecutive positions. The recorder has stopped and let go of it then.
+        """Hand over the recording, in sequences of consecutive positions. The recorder keeps nothing of it.
 
         Where positions of a sequence are missing (its beginning lay in shared pages, or recording began later) the
         rest is a sequence of its own, so that the row before is always the token before.

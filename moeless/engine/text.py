@@ -30,7 +30,7 @@ class Decoder(Protocol):
         ...
 
     def flush(self) -> str:
-        """What was held back; an incomplete character becomes U+FFFD."""
+        """Return the text held back; an incomplete character becomes U+FFFD."""
         ...
 
 
@@ -53,7 +53,7 @@ class TokenTexts:
         self._special_ids = {self._added[i]: i for i in self._special}
         eos_id = getattr(tokenizer, "eos_token_id", None)
         self.eos_ids: frozenset[int] = frozenset() if eos_id is None else frozenset([eos_id])
-        """What the tokenizer itself names as the end of a sequence."""
+        """Ids that the tokenizer itself names as the end of a sequence."""
         self._is_byte_level = _is_byte_level(backend.decoder)
         self._bytes: dict[int, bytes] = {}
 
@@ -184,14 +184,14 @@ class StopMatcher:
         return text[: len(text) - keep], None
 
     def skip(self, text: str) -> str:
-        """As `feed` where no stop string may end yet: complete ones are text like any other."""
+        """Do as `feed` where no stop string may end yet: complete ones are text like any other."""
         text = self._held + text
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
     def flush(self) -> str:
-        """What was held back, when the sequence has ended without a stop string."""
+        """Return the text held back, when the sequence has ended without a stop string."""
         text, self._held = self._held, ""
         return text
 

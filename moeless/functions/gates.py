@@ -1,4 +1,4 @@
-"""What happens between an expert's two projections: activation and gating, for every family.
+"""Activation and gating between an expert's two projections, for every family.
 
 Most families gate by `act(gate) * up`. The few that do more (gpt-oss clamps and shifts, say) define `_apply_gate`
 on their experts class; that method is used as it is, on the layer's own numbers.
@@ -43,7 +43,7 @@ def resolve_gate(layout: ExpertLayout) -> Gate:
 
 
 def _activation(name: str) -> Gate:
-    """What transformers' ACT2FN has under `name`; the usual ones without importing transformers."""
+    """Return the activation of transformers' ACT2FN; the usual ones without importing transformers."""
     if name in _ACTIVATIONS:
         return _ACTIVATIONS[name]
     from transformers.activations import ACT2FN

@@ -306,7 +306,7 @@ class InstancePool:
         return self._arenas[layer]
 
     def is_full(self, layer: int) -> bool:
-        """Whether every expert of `layer` is warm here."""
+        """Return whether every expert of `layer` is warm here."""
         return bool(self._warm_LE[layer].all())
 
     def count_on_device(self, layer: int, experts_Tk: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Where packed models are kept, and under which key."""
+"""Cache of packed models: its folder and its keys."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def cache_dir() -> Path:
 
 
 def packed_dir(source: Path) -> Path:
-    """Where the pack of the checkpoint `source` is kept.
+    """Return the folder for the pack of the checkpoint `source`.
 
-    Another one for each version of what a pack depends on: its format, and transformers' names of the parameters.
+    It changes with the versions that a pack depends on: its format, and transformers' names of the parameters.
     """
     key = f"{fingerprint(source)} {FORMAT_VERSION} {version('transformers')}"
     return cache_dir() / "packed" / f"{source.name}-{hashlib.sha256(key.encode()).hexdigest()[:_NAME_LENGTH]}"

@@ -23,7 +23,7 @@ class Checkpoint:
 
     path: Path
     config: PreTrainedConfig
-    """That of the causal language model: the text part of a multimodal config where the class wants that."""
+    """Config of the causal language model: the text part of a multimodal config where the class needs that."""
     model_class: type[PreTrainedModel]
     files: tuple[Path, ...]
     """The safetensors files."""

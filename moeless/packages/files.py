@@ -36,5 +36,5 @@ def sha256_of(path: Path) -> str:
 
 
 def lies_inside(folder: Path, file: Path) -> bool:
-    """Whether `file`, its links followed, is in `folder` or below it."""
+    """Return whether `file`, its links followed, is in `folder` or below it."""
     return Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder))

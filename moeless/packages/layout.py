@@ -28,7 +28,7 @@ _FORWARD_ARGUMENTS = 3
 
 
 class ExpertsModule(nn.Module):
-    """What a module of transformers' experts interface looks like, for the type checker; never made here."""
+    """Module of transformers' experts interface, for the type checker; never made here."""
 
     config: PreTrainedConfig
     has_gate: bool
@@ -89,7 +89,7 @@ def parameter_names(layout: ExpertLayout) -> dict[str, str]:
 
 
 def describe_experts(module: ExpertsModule, family: str) -> ExpertLayout:
-    """How `module` computes; its parameters may be on the meta device.
+    """Describe how `module` computes; its parameters may be on the meta device.
 
     Raises:
         UnsupportedFamilyError: it holds or does what the experts interface has no words for.

@@ -38,9 +38,9 @@ class FunctionEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Relative to the packed folder, with forward slashes."""
     tensors: dict[str, TensorEntry]
     bytes: int
-    """Of the tensors: what an instance holds. The file is a header larger."""
+    """Size of the tensors, which an instance holds. The file is larger by its header."""
     sha256: str
-    """Of the file."""
+    """Checksum of the file."""
 
 
 class FileEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -74,7 +74,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     dtype: str
     """The checkpoint's own, such as "bfloat16"."""
     source_fingerprint: str
-    """Of the checkpoint's files (source.fingerprint): tells whether a folder is a pack of this very checkpoint."""
+    """Fingerprint of the checkpoint's files (source.fingerprint), which identifies the checkpoint of a pack."""
     num_moe_layers: int
     num_experts: int
     """Routed experts per MoE layer; the most where layers differ (LayerEntry has each)."""

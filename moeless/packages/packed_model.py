@@ -55,7 +55,7 @@ class PackedModel:
         return list(self._entries)
 
     def layout(self, layer: int) -> ExpertLayout:
-        """How the experts of MoE layer `layer` compute. Raises PackageError if there is no such layer."""
+        """Return the layout of the experts of MoE layer `layer`. Raises PackageError if there is no such layer."""
         if not 0 <= layer < self.manifest.num_moe_layers:
             raise PackageError(f"layer must be from 0 to {self.manifest.num_moe_layers - 1}, got {layer}")
         return self.manifest.layers[layer].layout

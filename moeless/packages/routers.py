@@ -1,4 +1,4 @@
-"""What the routers of a packed model choose by: the gates that the gate predictor copies.
+"""Weights of a packed model's routers: the gates that the gate predictor copies.
 
 Read from the backbone's files; no model is built. Called where predictors are fitted.
 
@@ -23,7 +23,7 @@ from moeless.packages.packed_model import PackedModel
 
 _CORRECTIONS = ("e_score_correction_bias", "expert_bias")
 _SOFTMAX_CORRECTION = "moe_statics.e_score_correction_bias"
-"""Where ERNIE keeps its correction; it is added to a softmax."""
+"""Name of ERNIE's correction, which is added to a softmax."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -70,7 +70,7 @@ Upcoming = Callable[[float], tuple[FloatArray, int]]
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class PredictedRouting:
-    """What fitted predictors say of the routing that is simulated."""
+    """Forecasts of fitted predictors for the simulated routing."""
 
     spans: SpanCounts
     recall: float
@@ -81,11 +81,11 @@ class PredictedRouting:
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class Future:
-    """What is to come: as it will be, and as is expected of the requests that are there."""
+    """Future load: the true one, and the one expected of the requests that are there."""
 
     true: Upcoming
     expected: Upcoming
-    """Of the requests that run, by their predicted recent tokens and the mean length of the answers so far."""
+    """Expected load of running requests, by their predicted recent tokens and the mean answer's length so far."""
 
 
 class Forecaster:

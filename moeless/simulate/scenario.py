@@ -18,8 +18,8 @@ from moeless_predictors.traces import ArrivalTrace
 Topology = Literal["hub", "all_to_all"]
 Bound = Literal["fluid", "integral", "exact"]
 Split = Literal["shares", "balanced", "lp"]
-"""How replicas share a step's tokens: by the plan's shares; by the dispatcher's balancing from the step's real counts;
-or by a linear programme from these."""
+"""Method that splits a step's tokens over replicas: the plan's shares; the dispatcher's balancing from the step's real
+counts; or a linear programme from these."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +76,7 @@ class System:
     topology: Topology = "hub"
     forecast: ForecastConfig = field(default_factory=ForecastConfig)
     predicted: PredictedRouting | None = None
-    """What fitted predictors say of the routing; needed by the forecast kind predictor."""
+    """Forecasts of fitted predictors for the routing; needed by the forecast kind predictor."""
     interval_s: float | None = None
     """Between plans; or give `interval_steps`. Neither: the first plan stays."""
     interval_steps: int | None = None
@@ -86,7 +86,7 @@ class System:
     split: Split = "shares"
     """balanced: only from a hub, which sees all tokens before it sends any."""
     split_s: float = 0.0
-    """That a layer with replicas waits for the split of a step's tokens."""
+    """Time that a layer with replicas waits for the split of a step's tokens."""
     split_token_s: float = 0.0
     """The same for each token of the step."""
     is_blocking: bool = False
@@ -108,7 +108,7 @@ class System:
     the physical limit. integral: as evenly as whole calls of experts allow, the limit of every placement. exact: whole
     experts, placed by the exact load with `bound_instances` of them, moved for free."""
     bound_instances: int = 0
-    """Of a layer, under the bound exact; at least one of every expert fits anyway."""
+    """Instances of a layer under the bound exact; one of every expert fits in any case."""
 
     def __post_init__(self) -> None:
         if self.interval_s is not None and self.interval_steps is not None:

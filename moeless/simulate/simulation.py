@@ -39,7 +39,7 @@ OnProgress = Callable[[int, int], None]
 
 _DEFAULT_WINDOW_S = 10.0
 _RECENT_TOKENS = 64
-"""Of a request, whose predicted routing its next tokens are expected to follow."""
+"""Recent tokens of a request, whose predicted routing its next tokens are expected to follow."""
 _STEP_MEMORY = 0.9
 """Weight of the past in the running mean of a step's duration."""
 
@@ -380,7 +380,7 @@ class _Simulation:
         return self._load_to_come(tokens_of, [], left, np.full(len(self._output_R), mean), horizon_s)
 
     def _mean_output(self, done: list[NDArray[np.int64]]) -> int:
-        """Of the answers that are finished; before any is, twice what those that run have so far."""
+        """Return the mean length of finished answers; before the first, twice that of the running ones so far."""
         if self._num_finished:
             return max(1, round(self._finished_tokens / self._num_finished))
         running_n = np.concatenate(done)

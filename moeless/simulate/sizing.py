@@ -99,7 +99,7 @@ class Probe(msgspec.Struct, frozen=True, kw_only=True):
     mean_workers: float | None = None
     resident_byte_s: float | None = None
     eplb_spare_replicas: int | None = None
-    """Of EPLB on each worker and layer; None: another system."""
+    """Spare replicas of EPLB on each worker and layer; None: another system."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)

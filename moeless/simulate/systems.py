@@ -32,12 +32,12 @@ SGLANG_INTERVAL_STEPS = 1000
 PAPER_CV = 0.2
 """V in the MoEless paper."""
 AFFINITY_TOKENS = 20_000
-"""Of the routing, evenly spaced, that the placer affinity goes by: the time of its search grows with them."""
+"""Tokens, evenly spaced in the routing, that the placer affinity learns from: its search takes longer with more."""
 PAPER_RECALL = 0.84
 """Assumed of the paper's predictor, which loads functions a layer ahead and whose recall is not published: that of ours
 on gpt-oss-20b. (The paper fine-tunes what falls below 0.8.)"""
 LP_SPLIT_S = 150e-6
-"""Of LPLB's programme for a layer on the GPU, where 100 to 200 µs are published."""
+"""Time of LPLB's linear programme for a layer on the GPU, where 100 to 200 µs are published."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -55,7 +55,7 @@ class SystemConfig:
     """Forecast the tokens that will come, with this share of them at the right expert, instead of by what moeless and
     the paper's system could know: an assumption, not a system."""
     predicted: PredictedRouting | None = None
-    """What fitted predictors say of the routing; moeless and the paper's system then forecast by them."""
+    """Forecasts of fitted predictors for the routing, which moeless and the paper's system then use."""
     prior_LE: FloatArray | None = None
     """Mean tokens of each function for a token, as was recorded before, shape (L, E): what moeless, foresight, the
     paper's system and SGLang's EPLB plan for at first. None: all are expected to get the same."""

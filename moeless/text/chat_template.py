@@ -23,7 +23,7 @@ from moeless.core.errors import ConfigError, RequestError
 
 _END_MARK = "CONTINUE_FINAL_MESSAGE_TAG "
 _MAX_ERROR_CHARS = 500
-"""How much of a template's own words an error quotes."""
+"""Characters of a template's own words that an error quotes."""
 
 
 class RenderLimitError(Exception):
@@ -118,7 +118,7 @@ class ChatTemplate:
 
 
 def _attributes_of(tree: jinja2.nodes.Template) -> frozenset[str]:
-    """What the template may read of a message: every attribute and every string in it."""
+    """Collect the fields of a message that the template may read: every attribute and every string in it."""
     attributes = {node.attr for node in tree.find_all(jinja2.nodes.Getattr)}
     strings = {node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)}
     return frozenset(attributes | strings)

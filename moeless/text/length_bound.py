@@ -60,14 +60,14 @@ class LengthBound:
         return math.ceil(total - 1e-6)
 
     def _segments(self, text: str) -> Iterable[str]:
-        """What lies between the added tokens, normalized as the tokenizer does."""
+        """Yield the text between the added tokens, normalized as the tokenizer does."""
         present = sorted((token for token in self._cut_out if token in text), key=len, reverse=True)
         segments = re.split("|".join(map(re.escape, present)), text) if present else [text]
         normalizer = self._backend.normalizer
         return segments if normalizer is None else (normalizer.normalize_str(s) for s in segments if s)
 
     def _units(self, text: str) -> dict[str, int]:
-        """How often each character of the vocabulary occurs in the text."""
+        """Count each character of the vocabulary in the text."""
         if self._is_byte_level:
             return {_BYTE_CHARS[byte]: count for byte, count in Counter(text.encode(errors="replace")).items()}
         return Counter(text.replace(" ", self._space))
@@ -93,7 +93,7 @@ def _keeps_all(pre_tokenizers: list[dict[str, Any]]) -> bool:
 
 
 def _has_plain_tokens(model: Any) -> bool:
-    """Whether a token's text is the text it stands for."""
+    """Return whether a token's text is the text it stands for."""
     if isinstance(model, tokenizers.models.BPE):
         return not (model.continuing_subword_prefix or model.end_of_word_suffix)
     return isinstance(model, tokenizers.models.Unigram)

@@ -108,7 +108,7 @@ def _with_object(call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shows(template: ChatTemplate, role: str, form: ContentForm, others: ContentForm) -> bool | None:
-    """Whether the words of a message of `role` appear, as they are; None if the template refuses the chat."""
+    """Return whether the words of a message of `role` appear unchanged; None if the template refuses the chat."""
     content = _in_form(_FIRST + _SECOND, [_FIRST, _SECOND], form)
     user = {"role": "user", "content": _in_form("Hello", ["Hello"], others)}
     message = {"role": role, "content": content}
@@ -129,7 +129,7 @@ def _shows(template: ChatTemplate, role: str, form: ContentForm, others: Content
 
 
 def _reads_object(template: ChatTemplate, forms: Mapping[str, ContentForm]) -> bool:
-    """Whether a tool call's arguments come out only, or unescaped only, if they are an object."""
+    """Return whether a tool call's arguments appear only, or unescaped only, if they are an object."""
     user = {"role": "user", "content": _in_form("Hello", ["Hello"], forms["user"])}
     result = {
         "role": "tool",

@@ -73,7 +73,7 @@ class LoadPredictor(BaseEstimator):  # type: ignore[misc]  # scikit-learn ships 
         return X_nF
 
     def _is_valid(self, X: ArrayLike) -> TypeGuard[FloatArray]:
-        """Whether X would pass scikit-learn's validation unchanged, found in a tenth of the time that it takes."""
+        """Return whether X would pass scikit-learn's validation unchanged, in a tenth of its time."""
         return (
             type(X) is np.ndarray
             and X.dtype in (np.float32, np.float64)

@@ -32,14 +32,14 @@ from moeless_predictors.traces import PREFILL, RoutingTrace
 MEAN_SCALE = 3.0
 """Brings the running mean, some k/E, nearer to the size of the other features."""
 _MAX_SCORE = 80.0
-"""Whose exponential float32 still holds."""
+"""Score whose exponential still fits float32."""
 MIN_SHARE = 0.005
 """Smallest share of retrieval's softmax that counts. Most of a window is below it and is not looked up."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureConfig:
-    """Which features. Part of a saved predictor: one fitted on some is of no use with others."""
+    """Choice of features. Part of a saved predictor, which works only with the features that it was fitted on."""
 
     layers_above: int = 6
     """Layers whose choices for the token itself are seen: l and those right before it."""
@@ -79,7 +79,7 @@ class FeatureConfig:
         return [*range(min(self.first_layers, nearest.start)), *nearest]
 
     def sees_ranks(self, layer: int) -> bool:
-        """Whether the choices of source layer `layer` are features by rank, too."""
+        """Return whether the choices of source layer `layer` are features by rank, too."""
         return layer < self.ranked_layers
 
     def num_above(self, layer: int, *, num_experts: int, top_k: int) -> int:

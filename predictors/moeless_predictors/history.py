@@ -185,7 +185,7 @@ def _hidden(X_nF: FloatArray, weights_FU: FloatArray, bias_U: FloatArray) -> Flo
 
 
 def _as_labels(y_nE: FloatArray) -> IntArray:
-    """Whether each token goes to each expert, for a classifier that wants at least two labels."""
+    """Return labels, one for each token and expert, for a classifier that needs at least two labels."""
     chosen_nE = (y_nE > 0).astype(np.int8)
     if chosen_nE.shape[1] == 1:
         chosen_nE = np.hstack([chosen_nE, np.zeros_like(chosen_nE)])

@@ -43,7 +43,7 @@ class _SkippedStep:
     weights_Lnk: FloatArray
 
     def is_continued_by(self, other: _SkippedStep) -> bool:
-        """Whether `other` has the next token of the same sequences, and each of the two just one."""
+        """Return whether `other` has the next token of the same sequences, with one token each."""
         return len(self.rows) == len(other.rows) and all(
             one.num_rows == two.num_rows == 1
             and one.sequence_id == two.sequence_id

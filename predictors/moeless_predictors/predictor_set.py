@@ -38,7 +38,7 @@ class PairPredictor:
     layer: int
     distance: int
     choice: Choice
-    """Which kind, and why."""
+    """Chosen kind of predictor, and the reason."""
     candidates: tuple[Candidate, ...]
     """Every kind that was tried, as measured on held-out sequences."""
     predictor: LoadPredictor

@@ -273,7 +273,7 @@ class LoadQuantile(BaseEstimator):  # type: ignore[misc]  # scikit-learn ships n
         return corrected_E
 
     def _scales_above_mean(self, num_tokens: int) -> FloatArray:
-        """How many scales the bound lies above the mean, shape (Q,), between those of the neighbouring sizes."""
+        """Interpolate, between neighbouring sizes, how many scales the bound lies above the mean, shape (Q,)."""
         low, high, high_share = self._neighbours(num_tokens)
         steps = [
             (1 - high_share) * self._at_level(low, quantile) + high_share * self._at_level(high, quantile)

@@ -60,7 +60,7 @@ def load_documents(text_dir: Path, *, num_sums: int, seed: int) -> list[Document
 
 
 def is_held_out(key: str) -> bool:
-    """Whether the document called `key` is kept for evaluation; the same on every machine."""
+    """Return whether the document called `key` is kept for evaluation; the same on every machine."""
     return zlib.crc32(key.encode()) % HELD_OUT_ONE_IN == 0
 
 

@@ -1,4 +1,4 @@
-"""What the model card reports: held-out perplexity, routing by domain, answers to sums, samples of text.
+"""Figures of the model card: held-out perplexity, routing by domain, answers to sums, samples of text.
 
 Called by __main__. Measures the checkpoint as shipped, in bfloat16.
 Shapes: L = layers, E = experts, K = experts per token, N = tokens.

@@ -94,7 +94,7 @@ class TokenStream:
 
     ids: Int32Array
     starts: Int32Array
-    """Where each document begins in `ids`."""
+    """Start of each document in `ids`."""
     num_bytes: int
     """UTF-8 bytes of the text, markers not counted."""
 

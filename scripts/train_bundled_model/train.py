@@ -48,10 +48,10 @@ class TrainingConfig:
     """Share of the training after which the learning rate falls linearly to zero."""
     weight_decay: float = 0.1
     balance_weight: float = 0.02
-    """Of the load-balance loss. It is computed over the whole batch, never for one row: no expert dies, yet the
+    """Weight of the load-balance loss. It is computed over the whole batch, never for one row: no expert dies, yet the
     experts may divide the domains among themselves."""
     router_z_weight: float = 1e-4
-    """Of the mean squared log-sum-exp of the router's logits; keeps them within bfloat16's precision."""
+    """Weight of the mean squared log-sum-exp of the router's logits; keeps them within bfloat16's precision."""
     checkpoint_minutes: float = 4.0
     seed: int = 0
 

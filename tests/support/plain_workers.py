@@ -51,7 +51,7 @@ def compute(call: ReceivedCall) -> torch.Tensor:
 
 
 def expected(call: LayerCall) -> torch.Tensor:
-    """What a worker should answer, one pair after the other in float64."""
+    """Compute a worker's right answer, one pair after the other in float64."""
     out_RH = torch.zeros((len(call.tokens_R), call.x_TH.shape[1]), dtype=torch.float64)
     x_RH = call.x_TH.cpu()[torch.from_numpy(call.tokens_R)].double()
     for row, expert, weight in zip(call.rows_n.tolist(), call.experts_n.tolist(), call.weights_n.tolist(), strict=True):
@@ -84,7 +84,7 @@ def random_call(
 
 
 def channel_config(**changes: Any) -> ChannelConfig:
-    """What an engine opens a line to a plain worker with."""
+    """Make the config with which an engine opens a channel to a plain worker."""
     settings = {
         "run_secret": RUN_SECRET,
         "engine": "engine-0",

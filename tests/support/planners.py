@@ -1,4 +1,4 @@
-"""What planners are given: a system, a policy, observations; and planning tick by tick."""
+"""Inputs of planners: a system, a policy, observations; and planning tick by tick."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def clusters(draw: st.DrawFn, *, min_memory: int, max_memory: int, max_workers: 
 
 
 def plan_of(num_workers: int, *layers: list[dict[int, float]], version: int = 1) -> Plan:
-    """Of each layer the shares of each expert by worker."""
+    """Make a plan from each layer's shares of each expert by worker."""
     has_LEW = np.zeros((len(layers), len(layers[0]), num_workers), dtype=np.bool_)
     shares_LEW = np.zeros(has_LEW.shape)
     for layer, experts in enumerate(layers):
@@ -69,7 +69,7 @@ def plan_of(num_workers: int, *layers: list[dict[int, float]], version: int = 1)
 
 
 def fits(counts_LE: IntArray, capacity_W: IntArray) -> bool:
-    """Whether all instances find workers, no two of a function the same: the theorem of Gale and Ryser."""
+    """Return whether all instances fit, no two of a function on one worker: the theorem of Gale and Ryser."""
     sorted_W = np.sort(capacity_W)
     return all(
         sorted_W[: len(sorted_W) - num].sum() + np.minimum(counts_LE, num).sum() >= counts_LE.sum()

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 _PROBE_LENGTHS = (3, 12)
 _PROBE_CHANGE = 8
-"""Where rotary factors change, for the check of a model whose factors do, between the probe lengths."""
+"""Length at which the rotary factors change in the check of a model whose factors depend on length."""
 _PROBE_CROSSING = 7
 """Length of a prompt that grows beyond `_PROBE_CHANGE` within `_PROBE_TOKENS`."""
 _PROBE_TOKENS = 3

@@ -16,7 +16,7 @@ _NOTHING = "moeless_nothing"
 
 
 class ForwardsExperts(Protocol):
-    """What the engine needs of a dispatcher."""
+    """Part of a dispatcher that the engine uses."""
 
     def forward(self, layer: int, hidden_TH: Tensor, top_k_index_Tk: Tensor, top_k_weights_Tk: Tensor) -> Tensor:
         """The gate-weighted sum of each token's experts, shape (T, H), dtype of `hidden_TH`."""

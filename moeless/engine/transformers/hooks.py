@@ -59,7 +59,7 @@ class SequenceState(RequestState):  # type: ignore[misc]
 
     sequence: Sequence | None = None
     sampled: Sampled | None = None
-    """What the step sampled for its rows."""
+    """Tokens that the step sampled for its rows."""
     row: int = 0
     """The request's row of `sampled`."""
 
@@ -339,7 +339,7 @@ class PagedBatcher:
         self._cache.search_prefix_match = search_and_note
 
     def _share_short_prefixes_only(self) -> None:
-        """Where rotary factors depend on length, share the pages of sequences with those of short ones alone."""
+        """Share pages with short sequences only, if rotary factors depend on length."""
         if not self._rotary.depends_on_length:
             return
         search: Callable[[str, list[int]], int] = self._cache.search_prefix_match

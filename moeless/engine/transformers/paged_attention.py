@@ -61,7 +61,7 @@ class PrefillSpan:
     start: int
     stop: int
     past_cells: Tensor | None
-    """Where the keys before the new ones are; None if there are none. Read before the new ones are written, which
+    """Cells of the keys before the new ones; None if there are none. Read before the new ones are written, which
     may take their place in a sliding window."""
     mask_QS: Tensor | None
     """None when plain causality over the new tokens is all."""
@@ -69,7 +69,7 @@ class PrefillSpan:
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """What the layers of one attention type do in one step."""
+    """Work of the layers of one attention type in one step."""
 
     decode: tuple[DecodeGroup, ...]
     prefill: tuple[PrefillSpan, ...]

@@ -151,7 +151,7 @@ class SequenceRotary:
 
     @torch.inference_mode()
     def _fingerprint(self, length: int) -> list[bytes]:
-        """What every rotary module gives for the second position of a sequence of `length` tokens."""
+        """Return every rotary module's output for the second position of a sequence of `length` tokens."""
         found: list[bytes] = []
         for module in self._modules:
             device = next((buffer.device for buffer in module.buffers()), torch.device("cpu"))
@@ -230,7 +230,7 @@ def _change_at(module: nn.Module, length: int) -> None:
 def _forward_alone(
     module: nn.Module, forward: Callable[..., Any], arguments: dict[str, Any], position_ids: Tensor, length: int
 ) -> Any:
-    """What a new model gives for `position_ids` of a sequence of `length` tokens; higher positions get the last's."""
+    """Return a new model's output for `position_ids` of a sequence of `length` tokens; higher ones get the last's."""
     reset(module)
     last = position_ids.new_full((*position_ids.shape[:-1], 1), length - 1)
     output = forward(**arguments, position_ids=torch.cat([position_ids.clamp(max=length - 1), last], dim=-1))

@@ -1,4 +1,4 @@
-"""What sampling must remember of one sequence: its parameters, its position, and the tokens it has seen."""
+"""Sampling state of one sequence: its parameters, its position, and the tokens it has seen."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ from moeless.engine.transformers.row_sampler import RowSampler
 logger = logging.getLogger(__name__)
 
 _FIRST_SORTED = 1024
-"""How many of the likeliest tokens are looked at for top-k and top-p before all are sorted."""
+"""Number of the likeliest tokens tried for top-k and top-p before all are sorted."""
 _MAX_TEMPERATURE = 1e30
 _MIN_TEMPERATURE = 1e-30
 """Bounds within which float32 divides differences of logits; below the lower one sampling is greedy."""
@@ -59,7 +59,7 @@ class RawLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """What a step's rows got."""
+    """Results of a step's rows."""
 
     token_ids: list[int]
     """In the vocabulary, also where a row has an error and its token means nothing."""

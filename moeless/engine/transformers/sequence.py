@@ -181,7 +181,7 @@ class Sequence:
         self.error = error
 
     def take_delta(self) -> GenerationDelta:
-        """What has come since the last call."""
+        """Return the tokens and text since the last call."""
         delta = GenerationDelta(
             request_id=self.request_id,
             text=self._text,

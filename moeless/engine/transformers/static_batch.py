@@ -299,7 +299,7 @@ class StaticBatchEngine(ThreadedEngine):
 
 
 def _row_spans(batch: _Batch, width: int) -> list[RowSpan]:
-    """Whose rows a forward pass of `width` tokens for each sequence computes; what is on the left is padding."""
+    """Name the owners of the rows in a forward pass of `width` tokens per sequence; padding is on the left."""
     spans = []
     for row, (sequence, length) in enumerate(zip(batch.sequences, batch.lengths, strict=True)):
         num_rows = min(width, length)

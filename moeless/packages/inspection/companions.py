@@ -26,7 +26,7 @@ COMPANION_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-"""What the backbone's folder takes over beside config.json: generation settings, tokenizer, chat template."""
+"""Files copied into the backbone's folder beside config.json: generation settings, tokenizer, chat template."""
 
 _OBJECTS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _TOKEN_IDS = ("eos_token_id", "bos_token_id", "pad_token_id")

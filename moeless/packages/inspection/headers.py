@@ -17,7 +17,7 @@ from moeless.core.errors import CheckpointError
 MAX_HEADER_BYTES = 100_000_000
 """The safetensors library's own limit."""
 MAX_TENSORS = 4_000_000
-"""Of a checkpoint. Models of a trillion parameters have 200,000."""
+"""Bound of a checkpoint's tensors. Models of a trillion parameters have 200,000."""
 _BITS: Mapping[str, int] = {
     **dict.fromkeys(("F4",), 4),
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),

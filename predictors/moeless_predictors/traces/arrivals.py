@@ -45,9 +45,9 @@ class ArrivalTrace:
     block_hashes: IntArray | None = None
     """Names of the prompts' blocks, request by request, int64: prompts that begin alike share their first blocks."""
     block_starts: IntArray | None = None
-    """Where each request's blocks start in `block_hashes`, and at the end their number, int64."""
+    """Start of each request's blocks in `block_hashes`, and at the end their number, int64."""
     source: str = ""
-    """Where the trace comes from, in words."""
+    """Source of the trace, in words."""
 
     @classmethod
     def from_arrays(

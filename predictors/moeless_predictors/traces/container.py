@@ -44,7 +44,7 @@ class Container:
 
 @dataclass(frozen=True)
 class _Span:
-    """Where a column lies in the file, in bytes from its start."""
+    """Position of a column in the file, in bytes from its start."""
 
     begin: int
     end: int

@@ -27,7 +27,7 @@ _GZIP = b"\x1f\x8b"
 
 
 def is_esft_line(line: str) -> bool:
-    """Whether a file's first line has the form of an expert log."""
+    """Return whether a file's first line has the form of an expert log."""
     return bool(re.match(r"\d+(\t\d+)*\t\t\d", line))
 
 

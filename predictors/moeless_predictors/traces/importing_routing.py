@@ -37,7 +37,7 @@ class ImportOptions:
     top_k: int | None = None
     """Experts of a token, for ESFT's logs; default: inferred from their lines."""
     source: str | None = None
-    """Where the trace comes from, in words; default: the file's name."""
+    """Source of the trace, in words; default: the file's name."""
 
 
 def routing_from_npz(path: Path, arrays: NpzArrays, options: ImportOptions, notices: list[str]) -> RoutingTrace:
@@ -104,7 +104,7 @@ def routing_from_npz(path: Path, arrays: NpzArrays, options: ImportOptions, noti
 
 
 def _count_up(ids_T: AnyArray, lengths_S: AnyArray) -> bool:
-    """Whether ids rise by exactly one within every sequence, as positions do and token ids hardly ever."""
+    """Return whether ids rise by exactly one within every sequence, as positions do and token ids hardly ever."""
     if ids_T.dtype.kind not in "iu" or ids_T.ndim != 1 or lengths_S.dtype.kind not in "iu":
         return False
     ends_S = np.cumsum(lengths_S, dtype=np.int64)
@@ -151,7 +151,7 @@ _COLUMN_NAMES = {
 
 
 def is_routing_header(line: str) -> bool:
-    """Whether a CSV's first line names columns of routing."""
+    """Return whether a CSV's first line names columns of routing."""
     names = _column_names(line.strip().split(","))
     return any(name == "experts" or name.startswith("expert_") for name in names)
 
@@ -267,7 +267,7 @@ class _CsvRows:
                 self._weights.append(self._number(cells, f"weight_{choice}"))
 
     def _sequence(self, cells: list[str], position: int, layer: int) -> str:
-        """As the file has it; else the number of positions so far that did not rise."""
+        """Return the file's sequence id; without one, the number of positions so far that did not rise."""
         if "sequence" in self._at:
             return cells[self._at["sequence"]]
         if self._token is not None and layer == 0 and position <= self._token.position:

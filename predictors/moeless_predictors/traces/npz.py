@@ -45,7 +45,7 @@ class NpzArrays:
         return array
 
     def first_of(self, *names: str) -> str | None:
-        """Which of these names the file has; None for none. Raises TraceFormatError for more than one."""
+        """Return the one of these names that the file has, or None. Raises TraceFormatError for more than one."""
         found = [name for name in names if name in self.names]
         if len(found) > 1:
             raise TraceFormatError(f"{self._path}: must have only one of the arrays {', '.join(found)}")

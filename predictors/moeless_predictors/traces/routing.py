@@ -43,7 +43,7 @@ class TraceMetadata:
     num_layers: int
     """MoE layers, numbered from 0; the model's dense layers are not counted."""
     source: str = ""
-    """Where the trace comes from, in words."""
+    """Source of the trace, in words."""
     hidden_size: int | None = None
     """Values of a hidden state, where the trace has any."""
 
