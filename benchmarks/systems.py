@@ -8,8 +8,8 @@ requests, over static expert parallelism's where nothing else is said:
 
 - systems: the mean request's time. EPLB is the best of four: vLLM's and SGLang's, without and with one spare replica on
   each worker and layer. moeless forecasts by popularity, by the last window, and by predictors fitted on other
-  sequences; foresight is what a perfect forecast would give. The bounds are the exact load with free moves, whole
-  experts, and the physical limit;
+  sequences; foresight is what a perfect forecast would give. With a `free split` splitting takes no time. The
+  bounds are the exact load with free moves, whole experts, and the physical limit;
 - equal memory: the same at the memory of static expert parallelism, of EPLB with one spare replica, and of moeless's
   default policy, with the resident memory x time beside it;
 - traffic with gaps: resident and billed memory x time, and tails.
@@ -95,12 +95,20 @@ class Runs:
     config: SystemConfig
     found: dict[str, SystemResult]
 
-    def run(self, name: str, *, label: str | None = None, **changes: object) -> SystemResult:
-        """The system of that name with a changed configuration, under a label of its own."""
+    def run(
+        self, name: str, *, label: str | None = None, is_split_free: bool = False, **changes: object
+    ) -> SystemResult:
+        """The system of that name with a changed configuration, under a label of its own.
+
+        Args:
+            is_split_free: splitting a layer's tokens takes no time.
+        """
         label = label or name
         if label not in self.found:
             config = replace(self.config, **changes)  # type: ignore[arg-type]
             (system,) = make_systems(self.scenario, names=[name], config=config)
+            if is_split_free:
+                system = replace(system, split_s=0.0, split_token_s=0.0)
             self.found[label] = simulate(self.scenario, replace(system, name=label))
         return self.found[label]
 
@@ -210,6 +218,8 @@ def _compared(runs: Runs, shape: str, level: str) -> list[Row]:
     static = runs.run("static")
     runs.eplb((0, 1), "eplb")
     runs.run("lp")
+    for name in ("lp", "moeless-popularity"):
+        runs.run(name, label=f"{name}, free split", is_split_free=True)
     for name in FORECASTS if runs.config.predicted is not None else FORECASTS[:2]:
         runs.run(name)
     for name in BOUNDS:
@@ -268,7 +278,7 @@ def arrivals_file(path: Path | None) -> ArrivalTrace | None:
 
 def show_systems(title: str, rows: list[Row]) -> None:
     """Mean request time over static's."""
-    names = ["eplb", "lp", *FORECASTS, *BOUNDS]
+    names = ["eplb", "lp", "lp, free split", *FORECASTS, "moeless-popularity, free split", *BOUNDS]
     _print_markdown(
         f"{title}: mean request time over static expert parallelism's",
         ["requests", "load", *names, "popularity over foresight", "limit's gap closed"],
@@ -336,7 +346,8 @@ def show_paper(title: str, runs: Runs, *, num_layers: int) -> None:
             before, after = runs.found[other], runs.found[name]
             cells.append(f"{after.layer_s.mean / before.layer_s.mean - 1:+.0%}")
             # A system that is not serverless holds every layer's experts while one of them runs.
-            cells.append(f"{after.billed_byte_s / (num_layers * before.billed_byte_s) - 1:+.0%}")
+            cost = f"{after.billed_byte_s / (num_layers * before.billed_byte_s) - 1:+.0%}"
+            cells.append(cost if name.startswith("moeless") else "")
         table.append(cells)
     _print_markdown(
         f"{title}: layer time, and cost with the others billed for all layers at once",
