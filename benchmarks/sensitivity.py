@@ -102,6 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpt-oss", type=Path, nargs="*", default=[], help="recorded routing of gpt-oss-20b")
     parser.add_argument("--requests", type=int, default=300, help="of each point")
+    parser.add_argument("--only", nargs="*", choices=list(CHANGES), default=list(CHANGES), help="of the assumptions")
     parser.add_argument("--plot", type=Path, help="an image: .png or .svg")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true", help="few requests, two values of each")
@@ -110,7 +111,8 @@ def main(argv: list[str] | None = None) -> None:
     rate_per_s = LEVELS["middle"] * saturation_per_s(setting, PREFILL_HEAVY, quick=arguments.quick)
     num_requests = 40 if arguments.quick else arguments.requests
     points = []
-    for assumption, changes in CHANGES.items():
+    for assumption in arguments.only:
+        changes = CHANGES[assumption]
         for value, change in list(changes.items())[:: len(changes) - 1 if arguments.quick else 1]:
             points.append(measure(setting, assumption, float(value), change, rate_per_s, num_requests))
     show(points)
