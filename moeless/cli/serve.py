@@ -8,8 +8,8 @@ import secrets
 import shlex
 import signal
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,7 +19,7 @@ import typer
 from moeless.cli._console import PackingProgress, ReservedTerminal, say, say_aside, waiting
 from moeless.cli._extras import require_extra
 from moeless.cli._options import above_zero, from_to, input_file, not_empty, options_for
-from moeless.core.errors import ConfigError
+from moeless.core.errors import ConfigError, MoelessError
 from moeless.deployments.run_secrets import RUN_SECRET_VARIABLE, RunSecrets, read_secrets
 from moeless.deployments.settings import FunctionScaling, PredictionSettings, ServeSettings
 from moeless.dispatch.config import DispatchConfig
@@ -201,7 +201,18 @@ def _run(manifest: Manifest, settings: ServeSettings, run_secrets: RunSecrets, r
 
     at = f"[{settings.host}]" if ":" in settings.host else settings.host
     url = f"http://{at}:{settings.port}{settings.route_prefix.rstrip('/')}"
-    with ReservedTerminal() as terminal, lines_of_run(lambda line: say_aside(str(line))), ExitStack() as stack:
+    refusals: list[MoelessError] = []
+
+    def refuse(error: MoelessError) -> None:
+        refusals.append(error)
+        say_aside(f"moeless: {' '.join(str(error).split())}")
+
+    with (
+        _exit_once_refused(refusals),
+        ReservedTerminal() as terminal,
+        lines_of_run(lambda line: say_aside(str(line))),
+        ExitStack() as stack,
+    ):
         logs: list[Path] = []
 
         def take_logs(folder: Path) -> None:
@@ -211,7 +222,13 @@ def _run(manifest: Manifest, settings: ServeSettings, run_secrets: RunSecrets, r
         with waiting() as show:
             start = BreakableStart(show, is_serving=lambda: _is_ready(url))
             application = running(
-                manifest, settings, run_secrets, ray_address=ray_address, on_phase=start.begin_phase, on_logs=take_logs
+                manifest,
+                settings,
+                run_secrets,
+                ray_address=ray_address,
+                on_phase=start.begin_phase,
+                on_logs=take_logs,
+                on_failure=refuse,
             )
             stack.enter_context(application)
             start.is_over = True
@@ -223,6 +240,17 @@ def _run(manifest: Manifest, settings: ServeSettings, run_secrets: RunSecrets, r
             for folder in logs:
                 say(f"  logs of Ray and of every process: {folder}")
         start.asked_to_stop.wait()
+
+
+@contextmanager
+def _exit_once_refused(refusals: list[MoelessError]) -> Iterator[None]:
+    """End with the exit code of a refusal that has been printed already."""
+    try:
+        yield
+    except MoelessError as error:
+        if error not in refusals:
+            raise
+        raise typer.Exit(error.exit_code) from error
 
 
 def usage_lines(url: str, model_id: str, *, with_key: bool) -> list[str]:

@@ -21,6 +21,7 @@ import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve import Application
+from ray.serve.api import RunTarget
 from ray.serve.config import AutoscalingConfig, HTTPOptions, ProxyLocation
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -34,6 +35,7 @@ from moeless.deployments.ray_session import check_before_start, first_line, last
 from moeless.deployments.run_secrets import RunSecrets
 from moeless.deployments.runtime import STARTING_RAY, STOPPING, DeferredReplica
 from moeless.deployments.settings import MAX_ISOLATED_FUNCTIONS, ServeSettings
+from moeless.deployments.start_failures import forget_failures, wait_until_running
 from moeless.packages.cache import cache_dir
 from moeless.packages.manifest import Manifest, read_manifest
 
@@ -220,6 +222,7 @@ def running(
     ray_address: str | None = None,
     on_phase: Callable[[str], None] = lambda _: None,
     on_logs: Callable[[Path], None] = lambda _: None,
+    on_failure: Callable[[MoelessError], None] = lambda _: None,
 ) -> Iterator[DeploymentHandle[Any]]:
     """Run the application until the block is left; nothing of it is left running then.
 
@@ -228,6 +231,7 @@ def running(
         ray_address: a cluster to join; None starts Ray on this machine, and stops it at the end.
         on_phase: called with what begins now, in a few words; STOPPING is the last.
         on_logs: called with the folder of Ray's logs, once Ray runs.
+        on_failure: called with what is raised then, before Ray is stopped, which takes seconds.
     Yields: the engine's handle, once every deployment runs.
     Raises: MoelessError if a deployment does not start, with the reason; ConfigError if the application's name is
         taken on the cluster, or the port on this machine.
@@ -259,10 +263,20 @@ def running(
                 raise ConfigError(f"app-name must be new on this cluster, {settings.app_name!r} is deployed already")
             on_phase("starting engine, workers and gateway")
             is_deployed = True
-            serve.run(build_application(settings.to_dict()), name=settings.app_name, route_prefix=settings.route_prefix)
+            forget_failures(settings.app_name)
+            target = RunTarget(
+                build_application(settings.to_dict()), name=settings.app_name, route_prefix=settings.route_prefix
+            )
+            serve.run_many([target], wait_for_applications_running=False)
+            wait_until_running(settings.app_name)
             is_running = True
+        except MoelessError as error:
+            on_failure(error)
+            raise
         except (RuntimeError, TimeoutError, RayError) as error:
-            raise MoelessError(f"the application did not start: {last_error(str(error))}") from error
+            failure = MoelessError(f"the application did not start: {last_error(str(error))}")
+            on_failure(failure)
+            raise failure from error
         yield serve.get_deployment_handle(ENGINE, app_name=settings.app_name)
     finally:
         on_phase(STOPPING)

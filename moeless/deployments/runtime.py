@@ -92,7 +92,12 @@ class DeferredReplica:
         set_up_logging()
         keep_serve_to_loopback()
         module_name, _, class_name = import_path.partition(":")
-        self._replica: Any = getattr(importlib.import_module(module_name), class_name)(*arguments)
+        try:
+            self._replica: Any = getattr(importlib.import_module(module_name), class_name)(*arguments)
+        except Exception as error:
+            start_failures: Any = importlib.import_module("moeless.deployments.start_failures")
+            start_failures.report_failure(error)
+            raise
 
     def __call__(self, *arguments: Any) -> Any:
         return self._replica(*arguments)
