@@ -117,6 +117,7 @@ def moeless_paper(scenario: Scenario, config: SystemConfig) -> System:
     an instance loaded a layer ahead. In moeless's topology, the hub, since the
     functions are reached from where attention is computed.
     """
+    recall = _prefetch_recall(config)
     planner = PaperPlanner(
         _system(scenario, config.paper_interval_s), max_cv=PAPER_CV, keep_alive_s=config.paper_keep_alive_s
     )
@@ -127,7 +128,7 @@ def moeless_paper(scenario: Scenario, config: SystemConfig) -> System:
         predicted=config.predicted,
         interval_s=config.paper_interval_s,
         prefetch_layers=config.paper_prefetch_layers,
-        prefetch_recall=_prefetch_recall(config) or PAPER_RECALL,
+        prefetch_recall=PAPER_RECALL if recall is None else recall,
         prior_LE=config.prior_LE,
     )
 

@@ -143,6 +143,8 @@ def test_a_recall_is_an_assumption(make_scenario: MakeScenario) -> None:
     )
     assert (moeless.forecast.kind, moeless.forecast.recall, moeless.prefetch_recall) == ("foresight", 0.7, 0.7)
     assert (popularity.forecast.kind, popularity.prefetch_layers) == ("popularity", 0)
+    papers = [make_systems(make_scenario(), names=["moeless-paper"], config=SystemConfig(recall=r)) for r in (None, 0)]
+    assert [paper.prefetch_recall for (paper,) in papers] == [0.84, 0]
     with pytest.raises(ConfigError, match="forecast.recall must be from 0 to 1, got 1.5"):
         SystemConfig(recall=1.5)
     with pytest.raises(ConfigError, match="forecast.recall must not be given with predictors"):
