@@ -54,7 +54,9 @@ ACTIVATIONS = frozenset(
 )
 ROPE_TYPES = frozenset(["default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional", "su", "mrope"])
 """Those of transformers, and two older names that it renames."""
-ATTENTIONS = frozenset(["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"])
+ATTENTIONS = frozenset(
+    ["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"]
+)
 SECTIONS = ("text_config", "llm_config", "language_config", "thinker_config", "decoder")
 """Names under which multimodal configs keep that of the language model."""
 
@@ -130,18 +132,19 @@ def numbers_of(value: Any) -> list[float]:
 
 def _check_counts(path: Path, section: str, fields: Mapping[str, Any]) -> None:
     for field, value in fields.items():
-        if not _COUNT.search(field) or field in _NOT_COUNTS or value is None or isinstance(value, bool):
+        is_positive, is_shared = bool(_POSITIVE.match(field)), field in EXPERT_COUNTS or field in TOP_K_NAMES
+        if (not is_shared and not _COUNT.search(field)) or field in _NOT_COUNTS:
             continue
-        minimum = 1 if _POSITIVE.match(field) else 0
         for number in value if isinstance(value, list) else [value]:
-            if number is None or isinstance(number, Mapping | bool):
+            if number is None or (not is_positive and not is_shared and _is_by_family(number)):
                 continue
-            if not isinstance(number, int) and not (isinstance(number, float) and number.is_integer()):
-                if isinstance(number, float) and math.isfinite(number) and minimum == 0:
-                    continue  # a factor by its family's own name
+            is_whole = isinstance(number, int) or (isinstance(number, float) and number.is_integer())
+            if not is_whole or isinstance(number, bool):
                 raise CheckpointError(f"{path}: {section}{field} must be a whole number, got {number!r:.60}")
-            if not minimum <= number <= MAX_SIZE:
-                raise CheckpointError(f"{path}: {section}{field} must be from {minimum} to {MAX_SIZE}, got {number}")
+            if not is_positive <= number <= MAX_SIZE:
+                raise CheckpointError(
+                    f"{path}: {section}{field} must be from {int(is_positive)} to {MAX_SIZE}, got {number}"
+                )
     heads, kv_heads = fields.get("num_attention_heads"), fields.get("num_key_value_heads")
     if isinstance(heads, int) and isinstance(kv_heads, int) and heads % kv_heads:
         raise CheckpointError(
@@ -149,11 +152,20 @@ def _check_counts(path: Path, section: str, fields: Mapping[str, Any]) -> None:
         )
 
 
+def _is_by_family(value: Any) -> bool:
+    """True for what no size is, but a family's own field of a like name may hold (a flag, a factor, Mamba's "auto")."""
+    if isinstance(value, float):
+        return math.isfinite(value) and not value.is_integer()
+    return isinstance(value, Mapping | bool) or value == "auto"
+
+
 def _check_top_k(path: Path, section: str, fields: Mapping[str, Any]) -> None:
     counts = [number for field in EXPERT_COUNTS for number in numbers_of(fields.get(field))]
+    if counts and not any(counts):
+        return  # a dense model, which packing names
     for field in TOP_K_NAMES:
         for top_k in numbers_of(fields.get(field)):
-            if top_k < 1 or (counts and max(counts) > 0 and top_k > max(counts)):
+            if top_k < 1 or (counts and top_k > max(counts)):
                 upper = f" to {max(counts)}, the number of experts" if counts else ""
                 raise CheckpointError(f"{path}: {section}{field} must be from 1{upper}, got {top_k}")
 
@@ -183,10 +195,9 @@ def _check_rope(path: Path, field: str, value: Any) -> None:
         return
     if not isinstance(value, Mapping):
         raise CheckpointError(f"{path}: {field} must be an object, got {value!r:.60}")
-    if value and all(isinstance(part, Mapping) for part in value.values()):  # one for each type of layer
-        for name, part in value.items():
+    for name, part in value.items():
+        if isinstance(part, Mapping):  # one for each type of layer
             _check_rope(path, f"{field}.{name}", part)
-        return
     for name in ("rope_type", "type"):
         rope_type = value.get(name)
         if rope_type is not None and (not isinstance(rope_type, str) or rope_type not in ROPE_TYPES):

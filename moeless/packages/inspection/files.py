@@ -82,10 +82,11 @@ def _file_names(index: Path) -> list[str]:
     if not weight_map:
         raise CheckpointError(f"{index}: weight_map must name at least one tensor, got none")
     for tensor, name in weight_map.items():
+        field = f"{index}: weight_map[{tensor!r:.100}]"
         if not isinstance(name, str) or not name.endswith(".safetensors"):
-            raise CheckpointError(f"{index}: weight_map[{tensor!r}] must name a .safetensors file, got {name!r}")
-        if name != os.path.basename(name) or "\\" in name or "\0" in name:
-            raise CheckpointError(f"{index}: weight_map[{tensor!r}] must name a file of the same folder, got {name!r}")
+            raise CheckpointError(f"{field} must name a .safetensors file, got {name!r:.60}")
+        if name != os.path.basename(name) or "\\" in name or not name.isprintable():
+            raise CheckpointError(f"{field} must name a file of the same folder, got {name!r:.60}")
     names = sorted(set(weight_map.values()))
     if len(names) > MAX_WEIGHT_FILES:
         raise CheckpointError(f"{index}: weight_map must name at most {MAX_WEIGHT_FILES} files, got {len(names)}")

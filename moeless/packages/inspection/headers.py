@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
@@ -28,11 +29,17 @@ _BITS: Mapping[str, int] = {
 }
 
 
+_MAX_DIMENSIONS = 16
+_MAX_NAME = 500
+_Size = Annotated[int, msgspec.Meta(le=1 << 48)]
+"""Bounded, as is their number: the product of a million sizes of 64 bits takes minutes."""
+
+
 class TensorHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One tensor of a file."""
 
     dtype: str
-    shape: tuple[int, ...]
+    shape: Annotated[tuple[_Size, ...], msgspec.Meta(max_length=_MAX_DIMENSIONS)]
     data_offsets: tuple[int, int]
 
 
@@ -79,6 +86,10 @@ def _check_layout(file: Path, headers: Mapping[str, TensorHeader], num_bytes: in
     """Tensors follow one another without gaps, each as long as its shape says, and fill the file."""
     end = 0
     for name, header in sorted(headers.items(), key=lambda item: item[1].data_offsets):
+        if len(name) > _MAX_NAME or not name.isprintable():
+            raise CheckpointError(
+                f"{file}: names of tensors must be printable, of at most {_MAX_NAME} characters, got {name!r:.60}"
+            )
         if header.dtype not in _BITS:
             raise CheckpointError(f"{file}: dtype of tensor {name} must be one of safetensors', got {header.dtype!r}")
         if any(size < 0 for size in header.shape):

@@ -23,18 +23,19 @@ def check_sizes(path: Path, config: Mapping[str, Any], headers: Mapping[str, Ten
     if not headers:
         raise CheckpointError(f"{path.parent}: the safetensors files must hold tensors, they hold none")
     largest_size = max((size for header in headers.values() for size in header.shape), default=0)
-    section, fields = list(sections(config))[-1]  # the language model's
-    _check(path, f"{section}num_hidden_layers", fields.get("num_hidden_layers"), len(headers), "the number of tensors")
-    for field in EXPERT_COUNTS:
-        # Experts are tensors of their own, or slices of one that all of a layer share.
-        limit = max(len(headers), largest_size)
-        _check(path, f"{section}{field}", fields.get(field), limit, "what its tensors have room for")
-    _check(path, f"{section}hidden_size", fields.get("hidden_size"), largest_size, "the largest size of its tensors")
+    num_tensors = len(headers)
+    for section, fields in sections(config):  # which of them a family reads is its own affair
+        _check(path, f"{section}num_hidden_layers", fields.get("num_hidden_layers"), num_tensors, "number of tensors")
+        for field in EXPERT_COUNTS:
+            # Experts are tensors of their own, or slices of one that all of a layer share.
+            limit = max(num_tensors, largest_size)
+            _check(path, f"{section}{field}", fields.get(field), limit, "what its tensors have room for")
+        _check(path, f"{section}hidden_size", fields.get("hidden_size"), largest_size, "largest size of its tensors")
     limit = max(len(headers), _MAX_LAYERS_OF_OTHER_PARTS)
     for name, part in config.items():
         for field in _LAYER_COUNTS:
             if isinstance(part, Mapping):
-                _check(path, f"{name}.{field}", part.get(field), limit, "more than its tensors have room for")
+                _check(path, f"{name}.{field}", part.get(field), limit, "what its tensors have room for")
 
 
 def _check(path: Path, field: str, value: Any, limit: int, what: str) -> None:

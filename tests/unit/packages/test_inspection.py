@@ -15,10 +15,12 @@ from typing import Any
 import pytest
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moeless.core.errors import CheckpointError
+from moeless.engine.transformers.paged_attention import NAME as OUR_ATTENTION
 from moeless.packages.inspection import inspect_checkpoint
-from moeless.packages.inspection.config import ACTIVATIONS, ROPE_TYPES
+from moeless.packages.inspection.config import ACTIVATIONS, ATTENTIONS, ROPE_TYPES, check_config
 from moeless.packages.inspection.files import require_inside
 from tests.families import PARITY_FAMILIES
 from tests.family_configs import OTHER_FAMILIES
@@ -68,9 +70,14 @@ def test_a_sound_checkpoint_passes(family: str, families: FamilyFolder) -> None:
         ({"intermediate_size": -1}, "intermediate_size must be from 0 to 1073741824, got -1"),
         ({"vocab_size": "many"}, "vocab_size must be a whole number, got 'many'"),
         ({"num_hidden_layers": 2.5}, "num_hidden_layers must be a whole number, got 2.5"),
-        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be at most 41 (the number of tensors), got 1000000000"),
+        ({"num_hidden_layers": True}, "num_hidden_layers must be a whole number, got True"),
+        ({"num_key_value_heads": False}, "num_key_value_heads must be a whole number, got False"),
+        ({"num_experts_per_tok": 1.5}, "num_experts_per_tok must be a whole number, got 1.5"),
+        ({"moe_topk": "2"}, "moe_topk must be a whole number, got '2'"),
+        ({"num_hidden_layers": 10**9, "decoder": {}}, "num_hidden_layers must be at most 41 (number of tensors)"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be at most 41 (number of tensors), got 1000000000"),
         ({"num_local_experts": 10**9}, "num_local_experts must be at most 320 (what its tensors have room for)"),
-        ({"hidden_size": 10**9}, "hidden_size must be at most 320 (the largest size of its tensors), got 1000000000"),
+        ({"hidden_size": 10**9}, "hidden_size must be at most 320 (largest size of its tensors), got 1000000000"),
         ({"max_position_embeddings": 10**12}, "max_position_embeddings must be from 1 to 1073741824, got 10"),
         ({"num_experts_per_tok": 0}, "num_experts_per_tok must be from 1 to 4, the number of experts, got 0"),
         ({"num_experts_per_tok": 1000}, "num_experts_per_tok must be from 1 to 4, the number of experts, got 1000"),
@@ -80,6 +87,10 @@ def test_a_sound_checkpoint_passes(family: str, families: FamilyFolder) -> None:
         (
             {"rope_parameters": {"rope_type": "yarn", "factor": -1}},
             "rope_parameters.factor must be a number above 0, got -1",
+        ),
+        (
+            {"rope_parameters": {"full_attention": None, "sliding_attention": {"rope_type": "tarot"}}},
+            "rope_parameters.sliding_attention.rope_type must be one of default",
         ),
         ({"rope_scaling": "yarn"}, "rope_scaling must be an object, got 'yarn'"),
         (
@@ -166,6 +177,8 @@ def with_index(checkpoint: Path, weight_map: Any) -> None:
         ({"lm_head.weight": "../model.safetensors"}, "must name a file of the same folder, got '../model.safetensors'"),
         ({"lm_head.weight": "/etc/model.safetensors"}, "must name a file of the same folder, got '/etc/model"),
         ({"lm_head.weight": "a\\b.safetensors"}, "must name a file of the same folder"),
+        ({"lm_head.weight": "a\nb.safetensors"}, "must name a file of the same folder, got 'a\\nb"),
+        ({"lm_head.weight" * 100: 7}, "must name a .safetensors file, got 7"),
         ({}, "weight_map must name at least one tensor, got none"),
         (["lm_head.weight"], "weight_map must be an object, got list"),
     ],
@@ -221,12 +234,18 @@ def rewrite_header(checkpoint: Path, change: Callable[[dict[str, Any]], object])
             "sizes of tensor lm_head.weight must be at least 0",
         ),
         (lambda header: header["lm_head.weight"].update(dtype="F7"), "dtype of tensor lm_head.weight must be one of"),
+        (lambda header: header["lm_head.weight"].update(shape=[1] * 100_000), "Expected `array` of length <= 16"),
+        (lambda header: header["lm_head.weight"].update(shape=[2**62]), "Expected `int` <= "),
+        (
+            lambda header: header.update({"lm_head\nweight": header.pop("lm_head.weight")}),
+            "names of tensors must be printable, of at most 500 characters, got 'lm_head\\nweight'",
+        ),
         (lambda header: header["lm_head.weight"].update(shape=[10**9, 10**9]), "tensor lm_head.weight of shape"),
         (lambda header: header["lm_head.weight"].update(data_offsets=[0, 4]), "not a readable safetensors file"),
         (lambda header: header.update(more=7), "not a readable safetensors file (header: Expected `object`"),
         (lambda header: header.pop("lm_head.weight"), "not a readable safetensors file"),
     ],
-    ids=["negative", "dtype", "huge", "overlap", "number", "gap"],
+    ids=["negative", "dtype", "many", "large", "name", "huge", "overlap", "number", "gap"],
 )
 def test_a_header_that_contradicts_itself(
     checkpoint: Path, change: Callable[[dict[str, Any]], object], rule: str
@@ -270,6 +289,26 @@ def test_a_refusal_needs_neither_torch_nor_much_memory(checkpoint: Path, changes
     assert int(peak_bytes) < MAX_REFUSAL_BYTES
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"mamba_dt_rank": "auto", "num_logits_to_keep": 1},  # Jamba
+        {"rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.5]}},  # Phi-3.5
+        {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}},  # Qwen2-VL
+        {"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 4}, "sliding_attention": None}},
+        {"moe_topk": [2, 2], "num_shared_expert": [1, 1], "moe_intermediate_size": [48, 48]},  # Hunyuan
+        {"moe_num_experts": [4, 4], "moe_k": 2, "moe_layer_end_index": [-1, 1]},  # ERNIE-VL
+        {"mlp_only_layers": [], "no_rope_layers": [1, 0], "q_lora_rank": None, "sliding_window": -1},
+        {"num_local_experts": 0, "num_experts_per_tok": 0},  # Granite without experts: not this check's affair
+        {"_attn_implementation": "flash_attention_2", "quantization_config": None},
+    ],
+)
+def test_what_published_configs_hold_passes(fields: dict[str, Any]) -> None:
+    check_config(Path("config.json"), fields)
+
+
 def test_the_names_are_those_of_transformers() -> None:
+    attentions = {name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in name and name != OUR_ATTENTION}
+    assert attentions | {"eager"} == ATTENTIONS
     assert set(ACT2FN) == ACTIVATIONS
     assert set(ROPE_INIT_FUNCTIONS) <= ROPE_TYPES
