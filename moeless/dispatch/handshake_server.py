@@ -9,6 +9,7 @@ takes a round trip and is through before that, however many strangers reconnect.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import secrets
@@ -34,7 +35,8 @@ MAX_HANDSHAKES_OF_ADDRESS = 128
 _MAX_ACCEPTS = 16
 """Connections accepted before those that already talk are looked at again."""
 _ACCEPT_AGAIN_S = 0.1
-"""Pause after the system refused a connection for want of descriptors."""
+"""Pause of accepting after the system refused a connection for want of descriptors or memory."""
+_WANTS_RESOURCES = frozenset([errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
 _LOCAL = "local"
 
 OnProven = Callable[[socket.socket, Ask], None]
@@ -66,7 +68,8 @@ class HandshakeServer:
         self._under_way: dict[int, _Handshake] = {}
         """By descriptor, the oldest first."""
         self._num_of_address: Counter[str] = Counter()
-        self._accept_again_s = 0.0
+        self._accept_again_s: float | None = None
+        """When to accept again after a pause; None while accepting."""
         self._poll = select.epoll()
         self._stop = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._refused = RateLimitedLog(logger, logging.WARNING)
@@ -104,8 +107,9 @@ class HandshakeServer:
                     if fd in self._under_way:
                         self._advance(self._under_way[fd])
                 self._give_up_late_ones()
+                self._end_pause()
                 for fd in ready:
-                    if fd in self._listeners:
+                    if fd in self._listeners and self._accept_again_s is None:
                         self._accept(self._listeners[fd])
         finally:
             for handshake in list(self._under_way.values()):
@@ -113,7 +117,10 @@ class HandshakeServer:
 
     def _next_look_s(self) -> float | None:
         oldest = next(iter(self._under_way.values()), None)
-        return None if oldest is None else max(0.0, oldest.deadline_s - time.monotonic())
+        due_s = [] if oldest is None else [oldest.deadline_s]
+        if self._accept_again_s is not None:
+            due_s.append(self._accept_again_s)
+        return max(0.0, min(due_s) - time.monotonic()) if due_s else None
 
     def _accept(self, listener: socket.socket) -> None:
         for _ in range(_MAX_ACCEPTS):
@@ -123,11 +130,24 @@ class HandshakeServer:
                 return
             except OSError as error:
                 self._refused.log("cannot accept a connection reason=%s", error)
-                if error.errno is not None and not self._under_way:
-                    threading.Event().wait(_ACCEPT_AGAIN_S)
+                if error.errno in _WANTS_RESOURCES:
+                    self._pause()
                 return
             is_local = listener.family == socket.AF_UNIX
             self._begin(connection, _LOCAL if is_local else address[0])
+
+    def _pause(self) -> None:
+        """Leave newcomers to the listeners' backlogs for a while; else every look would find them waiting, and spin."""
+        self._accept_again_s = time.monotonic() + _ACCEPT_AGAIN_S
+        for listener in self._listeners.values():
+            self._poll.modify(listener, 0)
+
+    def _end_pause(self) -> None:
+        if self._accept_again_s is None or time.monotonic() < self._accept_again_s:
+            return
+        self._accept_again_s = None
+        for listener in self._listeners.values():
+            self._poll.modify(listener, select.EPOLLIN)
 
     def _begin(self, connection: socket.socket, address: str) -> None:
         self._make_room(address)

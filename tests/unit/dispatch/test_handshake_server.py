@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import socket
 import threading
@@ -144,6 +145,43 @@ def test_nonsense_ends_that_connection_only(
         wait_until(lambda: len(proven.asks) == 1)
         assert server.is_alive
     assert len([record for record in caplog.records if "refused a connection" in record.message]) == 1
+
+
+def test_without_descriptors_it_waits_instead_of_spinning_and_accepts_once_there_are_some(
+    listeners: list[socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handshake_server, "HANDSHAKE_TIMEOUT_S", 60.0)
+    exhausted = Exhausted(listeners[1])
+    proven = Proven()
+    with serving([listeners[0], exhausted], proven), stranger(listeners[0]) as sock:  # type: ignore[list-item]
+        assert sock.recv(1)  # a handshake is under way all the time
+        with stranger(listeners[1]):
+            started_s = time.monotonic()
+            wait_until(lambda: exhausted.num_refused >= 5)
+            elapsed_s = time.monotonic() - started_s
+            assert exhausted.num_refused <= 2 + elapsed_s / handshake_server._ACCEPT_AGAIN_S
+            exhausted.is_over = True
+            prove_to(listeners[0])
+            prove_to(listeners[1])
+        wait_until(lambda: len(proven.asks) == 2)
+
+
+class Exhausted:
+    """A listener that finds no free descriptor for what waits in its backlog, until that is over."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self._listener = listener
+        self.num_refused = 0
+        self.is_over = False
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._listener, name)
+
+    def accept(self) -> tuple[socket.socket, object]:
+        if self.is_over:
+            return self._listener.accept()
+        self.num_refused += 1
+        raise OSError(errno.EMFILE, "Too many open files")
 
 
 def test_a_wrong_proof_is_answered_in_words(listeners: list[socket.socket]) -> None:
