@@ -63,7 +63,7 @@ class FeedForward:
             for layout in self._layouts
         ]
         self._every_expert = [np.arange(num) for num in pool.num_experts]
-        self._slots_on_device: dict[int, tuple[bytes, torch.Tensor]] = {}
+        self._rows_on_device: dict[int, tuple[bytes, torch.Tensor]] = {}
 
     def partial_sums(
         self, layer: int, x_RH: torch.Tensor, rows_n: Int64Array, experts_n: Int64Array, weights_n: torch.Tensor
@@ -253,10 +253,10 @@ class FeedForward:
         top_k_weights_Tk: torch.Tensor,
     ) -> torch.Tensor:
         num_tokens, top_k = top_k_index_Tk.shape
-        arena_rows_n = self._device_slots(layer)[top_k_index_Tk.reshape(-1)]
+        arena_rows_n = self._rows_on_device_of(layer)[top_k_index_Tk.reshape(-1)]
         arena_rows_n, order_n = torch.sort(arena_rows_n, stable=True)
-        every_slot_S = torch.arange(arena.num_rows, device=arena_rows_n.device)
-        offsets_S = torch.searchsorted(arena_rows_n, every_slot_S, right=True, out_int32=True)
+        every_row_S = torch.arange(arena.num_rows, device=arena_rows_n.device)
+        offsets_S = torch.searchsorted(arena_rows_n, every_row_S, right=True, out_int32=True)
         x_nH = hidden_TH.index_select(0, order_n // top_k)
         y_nH = self._project(layer, arena, x_nH, offsets_S, arena_rows_n, None)
         weights_n = top_k_weights_Tk.reshape(-1).index_select(0, order_n)
@@ -264,13 +264,13 @@ class FeedForward:
         restored_nH = torch.empty_like(weighted_nH).index_copy_(0, order_n, weighted_nH)
         return restored_nH.view(num_tokens, top_k, -1).sum(1).to(hidden_TH.dtype)
 
-    def _device_slots(self, layer: int) -> torch.Tensor:
-        slots_E = self.pool.arena_rows_LE[layer]
-        key = slots_E.tobytes()
-        cached = self._slots_on_device.get(layer)
+    def _rows_on_device_of(self, layer: int) -> torch.Tensor:
+        arena_rows_E = self.pool.arena_rows_LE[layer]
+        key = arena_rows_E.tobytes()
+        cached = self._rows_on_device.get(layer)
         if cached is None or cached[0] != key:
-            cached = (key, torch.from_numpy(slots_E.copy()).to(self.pool.device))
-            self._slots_on_device[layer] = cached
+            cached = (key, torch.from_numpy(arena_rows_E.copy()).to(self.pool.device))
+            self._rows_on_device[layer] = cached
         return cached[1]
 
 
