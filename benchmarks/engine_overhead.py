@@ -102,7 +102,7 @@ def _print(result: dict[int, dict[str, list[float]]]) -> None:
 
 
 def _serve_way(line: Connection, way: str, options: argparse.Namespace) -> None:
-    """In a child process: run one way for each batch size asked for, until the line closes."""
+    """In a child process: run one way for each batch size requested, until the pipe closes."""
     import torch
 
     torch.set_num_threads(options.threads)

@@ -3,7 +3,7 @@
 `python -m benchmarks gpu_moe` packs one-layer models with the experts' shapes of Mixtral, Qwen3-30B-A3B and
 DeepSeek-V2-Lite, runs the layer with every expert resident (bfloat16) in turns with transformers' grouped_mm on the
 same weights, and loads experts again and again next to copies of the same size from pinned memory. A first load, which
-also checks the package's sha256, is told apart.
+also checks the package's sha256, is shown separately.
 
 Wanted: the layer at most 1.1 times transformers' time; the load at least 80 % of the pinned copy's bandwidth.
 """

@@ -194,7 +194,7 @@ def settings_of(options: ScenarioOptions, *, workers: int, memory_per_worker: st
 
 
 def read_arrivals(options: ScenarioOptions) -> ArrivalTrace:
-    """Requests of a file, or made up: as many as are expected in the time, or as are asked for."""
+    """Requests of a file, or made up: as many as are expected in the time, or a given number."""
     from moeless.simulate.workload import sped_up, thinned
 
     found = _made_up(options) if options.arrivals is None else _recorded(options, options.arrivals)

@@ -43,7 +43,7 @@ def plan_command(
         str | None, typer.Option(help="For instances: bytes or 24Gi; default: 60 % of the device's memory.")
     ] = None,
     worker_hour_cost: Annotated[
-        float | None, typer.Option(help="Dollars for a worker and hour: costs are told in dollars too.")
+        float | None, typer.Option(help="Dollars for a worker and hour: costs are shown in dollars too.")
     ] = None,
     exact: Annotated[
         bool, typer.Option("--exact", help="Place the plan by integer programmes: slower, proved near the optimum.")
@@ -55,7 +55,7 @@ def plan_command(
         Path | None, typer.Option("--json", callback=output_file, help="Write everything to this file.")
     ] = None,
 ) -> None:
-    """Find out what to buy: for each system the fewest workers that keep an SLO, and a plan of the cheapest."""
+    """Find out what to buy: the minimal number of workers of each system that keep an SLO, and the cheapest's plan."""
     require_extra("plan", "moeless plan")
     import msgspec
 

@@ -70,7 +70,7 @@ def simulate_command(
         names = usual_systems(has_predictors=config.predicted is not None)
         if systems is not None:
             names = [name.strip() for name in systems.split(",")]
-        # What is wrong with one system is told before the first runs.
+        # Errors of one system are reported before the first runs.
         made = make_systems(scenario, names=names, config=config)
         assumed = described(scenario) | described_systems(made, config)
         for word, text in assumed.items():

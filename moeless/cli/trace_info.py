@@ -29,7 +29,7 @@ def info_command(
         Path | None, typer.Option(callback=output_file, help="Draw the load of layers x experts into this PNG.")
     ] = None,
 ) -> None:
-    """Check a trace to the last byte and print what it tells: skew, overlap and dependency, or rate and lengths."""
+    """Check a trace to the last byte and print its statistics: skew, overlap and dependency, or rate and lengths."""
     require_extra("plan", "moeless trace info")
     if heatmap is not None:
         require_extra("plot", "--heatmap")

@@ -63,7 +63,7 @@ class CallChannel:
         start_call: sends a frame.
         max_rows: most rows of one call.
         patience_s: how long a call of few rows is waited for at first; a row adds a fiftieth. Infinite: as long as
-            `collect` is told.
+            `collect` is given.
         give_up_s: a call that is under way for so long is cancelled, and the next one sent.
         clock: seconds.
     """

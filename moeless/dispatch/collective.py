@@ -1,8 +1,9 @@
 """Transport between GPUs of different machines: headers and pairs over TCP, rows over NCCL.
 
 The TCP channel of tcp.py says that a call or an answer comes and, by its end, that a process died; then the process
-group is aborted, so that no kernel waits for ever. The group's store is told to the engine in the handshake. Neither
-NCCL nor the store know the run secret: as with every use of NCCL, the network between the nodes must be trusted.
+group is aborted, so that no kernel waits for ever. The handshake carries the address of the group's store to the
+engine. Neither NCCL nor the store know the run secret: as with every use of NCCL, the network between the nodes must be
+trusted.
 """
 
 from __future__ import annotations

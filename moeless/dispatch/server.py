@@ -139,7 +139,7 @@ class DataPlaneServer:
             if ask.kind == "nccl":
                 return CollectiveServerChannel(connection, ask, self._config, self._device)
         send_message(connection, Accept(error=f"transport {ask.kind} is not served on this socket"))
-        raise HandshakeError(f"engine {ask.engine!r} asked for transport {ask.kind}, not served on this socket")
+        raise HandshakeError(f"engine {ask.engine!r} requested transport {ask.kind}, not served on this socket")
 
     # ---- calls, in the data plane's thread --------------------------------------------------------------------
 

@@ -161,7 +161,7 @@ class RoutingRecorder:
 
     Args:
         observers: of the engine to watch.
-        metadata: of the traces; `hidden_size` must be set if `hidden_layers` are asked for.
+        metadata: of the traces; `hidden_size` must be set if there are `hidden_layers`.
     """
 
     def __init__(self, observers: StepObservers, metadata: TraceMetadata, options: RecordingOptions) -> None:

@@ -247,7 +247,7 @@ class InstancePool:
     def acquire(self, layer: int, experts: Int64Array, *, is_call: bool = True) -> LayerArena:
         """Hold the instances of `experts` (distinct expert numbers), starting those that are cold.
 
-        Each acquire needs a release. `is_call` tells whether each of them is really called, and counted.
+        Each acquire needs a release. `is_call`: whether each of them is really called, and counted.
 
         Raises: what `start` raises; nothing is held then.
         """

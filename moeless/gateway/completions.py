@@ -91,7 +91,7 @@ async def _respond(service: GatewayService, request: Request, endpoint: _Endpoin
 
 
 class _GenerationResponse(Response):
-    """Generates while it is sent, so that no sequence can outlive the exchange that asked for it.
+    """Generates while it is sent, so that no sequence can outlive its HTTP exchange.
 
     Errors before the first byte are raised, and become a status by the app's handlers.
     """

@@ -10,7 +10,7 @@ class GatewayConfig:
     """Limits are per request. Every breach of one is answered with 400 or 413, and names the limit."""
 
     api_keys: tuple[str, ...] = ()
-    """Accepted bearer keys; empty means that no key is asked for."""
+    """Accepted bearer keys; empty means that no key is required."""
     cors_allow_origins: tuple[str, ...] = ()
     """Origins a browser may call from; empty sends no CORS headers at all."""
     allow_recording: bool = False

@@ -64,7 +64,7 @@ class GatewayMetrics:
         return Counter(f"moeless_{name}", documentation, ["model_name", *labels], registry=self.registry)
 
     def show_engine(self, model_name: str, stats: EngineStats | None) -> None:
-        """Set what the next `expose` tells of the engine; None if it did not answer."""
+        """Set the engine's figures for the next `expose`; None if it did not answer."""
         self._engine.show(model_name, stats)
 
     def expose(self) -> bytes:
@@ -128,7 +128,7 @@ class SequenceObserver:
 
 
 class _EngineCollector(Collector):
-    """The engine's own counters as they stood when the scrape asked for them."""
+    """The engine's own counters at the time of the scrape."""
 
     def __init__(self) -> None:
         self._model_name: str | None = None

@@ -91,7 +91,7 @@ class ApiKeyMiddleware:
     def _is_allowed(self, scope: Scope) -> bool:
         scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
         given_bytes = given.strip().encode()
-        # Every key is compared, in constant time each, so that the time tells nothing of which one came close.
+        # Every key is compared, in constant time each, so that the time does not reveal which one came close.
         matches = [hmac.compare_digest(given_bytes, key) for key in self._keys]
         return scheme.lower() == "bearer" and any(matches)
 

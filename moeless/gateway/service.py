@@ -25,7 +25,7 @@ EngineSource = EngineClient | Callable[[], Awaitable[EngineClient]]
 
 
 class GatewayService:
-    """The gateway can be asked for its health before the engine is up; `model` and `client` raise until then."""
+    """Answers health checks before the engine is up; `model` and `client` raise until then."""
 
     def __init__(self, source: EngineSource, config: GatewayConfig) -> None:
         self.config = config

@@ -2,7 +2,7 @@
 
 Made by the live loop and the simulator, read by the planners.
 
-Shapes: L MoE layers, E experts per layer, P instances being loaded.
+Shapes: L MoE layers, E experts per layer, P instances being started.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from moeless.planning.load_check import check_load
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class Observation:
-    """The load as it was and as it is forecast, at one moment. Arrays must not be written to."""
+    """Past and forecast load at one moment. All arrays are read-only."""
 
     time_s: float
     """Time of the observation, on a clock of which only differences count."""
@@ -36,7 +36,7 @@ class Observation:
     num_steps: int
     """Engine steps so far."""
     pending_keys: IntArray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    """Instances being loaded, shape (P,), as in `Plan.keys_N`: (layer × E + expert) × W + worker."""
+    """Instances being started, shape (P,), as in `Plan.keys_N`: (layer × E + expert) × W + worker."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError that names the field: loads are finite and >= 0, and all shapes the same."""

@@ -221,7 +221,7 @@ class StepTimes:
     dispatch_L: FloatArray
     combine_L: FloatArray
     cold: dict[int, list[ColdStart]] = field(default_factory=dict)
-    """By layer, the functions that have to be loaded first."""
+    """Functions that must start first, by layer."""
 
 
 class StepCosts:

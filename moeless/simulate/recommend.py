@@ -198,7 +198,7 @@ def cost_of(result: SystemResult, worker_hour_cost: float | None) -> Cost:
 
 
 def chosen(all_sized: Sequence[Sized]) -> tuple[Sized, str] | None:
-    """The system with the fewest workers to pay for, of those the one with the least memory in use; and why.
+    """The system with the lowest number of workers to pay for, of those the one with the least memory in use; and why.
 
     None if no system keeps the SLO.
     """

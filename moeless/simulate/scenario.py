@@ -69,7 +69,7 @@ class Scenario:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class System:
-    """A way to plan, with what it is told and when, and how its system moves tokens and weights."""
+    """A planner, its input and interval, and how its system moves tokens and weights."""
 
     name: str
     planner: Planner

@@ -1,4 +1,4 @@
-"""The fewest workers on which a system keeps an SLO, by simulating some numbers of them. docs/capacity.md.
+"""The minimal number of workers on which a system keeps an SLO, by simulating some sizes. docs/capacity.md.
 
 Called by `moeless plan`. Deterministic: the same case gives the same sizes tried and the same figures.
 """
@@ -32,7 +32,7 @@ USUAL = tuple(name for name in BUYABLE if not name.startswith("moeless-"))
 EXPERTS_SHARE = 0.6
 """Share of a device's memory for experts by default; the backbone, KV caches and activations have the rest."""
 _NEAR = 0.05
-"""A share of requests that is less than this below what is asked for may be made up for by a worker more or less."""
+"""A share of requests that misses the required one by less than this may be made up for by a worker more or less."""
 
 Watch = Callable[[str], AbstractContextManager[OnProgress | None]]
 """Shows how far the simulation goes that is named."""
@@ -123,7 +123,7 @@ class Sized:
 
 
 def sized(case: SizingCase, candidate: Candidate, *, watch: Watch | None = None) -> Sized:
-    """Find the fewest workers of the system.
+    """Find the minimal number of the system's workers.
 
     Raises: ConfigError for what is wrong whatever the size.
     """
@@ -213,7 +213,7 @@ def worker_memory(amount: str | None, profile: CostProfile) -> int:
 
 
 def checked_systems(names: Sequence[str], worker_idle_s: float | None) -> list[Candidate]:
-    """Systems of these names; moeless a second time with workers that stop, where these are asked for."""
+    """Systems of these names; moeless a second time with workers that stop, where such are required."""
     unknown = [name for name in names if name not in BUYABLE]
     if unknown or not names:
         raise ConfigError(f"systems must be among {', '.join(BUYABLE)}, got {', '.join(unknown) or 'none'}")
@@ -268,7 +268,7 @@ def mean_workers(result: SystemResult) -> float:
 
 
 def _check_room(scenario: Scenario) -> None:
-    """A system that loads functions as they come could run with less, and would do little else."""
+    """A system that starts functions on demand could run with less memory, and would do little else."""
     used = int(np.count_nonzero(scenario.routing.per_token_LE()))
     room = int(scenario.cluster.capacity_W(scenario.profile.model).sum())
     if used > room:

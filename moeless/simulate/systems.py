@@ -34,8 +34,8 @@ PAPER_CV = 0.2
 AFFINITY_TOKENS = 20_000
 """Tokens, evenly spaced in the routing, that the placer affinity learns from: its search takes longer with more."""
 PAPER_RECALL = 0.84
-"""Assumed of the paper's predictor, which loads functions a layer ahead and whose recall is not published: that of ours
-on gpt-oss-20b. (The paper fine-tunes what falls below 0.8.)"""
+"""Assumed recall of the paper's predictor, which starts functions a layer ahead and whose recall is not published:
+that of moeless's on gpt-oss-20b. (The paper fine-tunes predictors below 0.8.)"""
 LP_SPLIT_S = 150e-6
 """Time of LPLB's linear programme for a layer on the GPU, where 100 to 200 µs are published."""
 
@@ -111,11 +111,11 @@ def lp(scenario: Scenario, config: SystemConfig) -> System:
 
 
 def moeless_paper(scenario: Scenario, config: SystemConfig) -> System:
-    """The MoEless paper's system (arXiv 2603.06350) as far as its text tells: `planning.paper.PaperPlanner`.
+    """The MoEless paper's system (arXiv 2603.06350) as far as its text describes it.
 
-    V = 0.2, tokens of a function split evenly, instances kept alive, the forecast that moeless has, functions without
-    an instance loaded a layer ahead. In moeless's topology, the hub, since the
-    functions are reached from where attention is computed.
+    `planning.baselines.paper.PaperPlanner` with V = 0.2, tokens of a function split evenly, instances kept alive, the
+    forecast that moeless has, functions without an instance started a layer ahead. In moeless's topology, the hub,
+    since the functions are reached from where attention is computed.
     """
     recall = _prefetch_recall(config)
     planner = PaperPlanner(
@@ -187,7 +187,7 @@ def routing_statistics(routing: SequenceRouting) -> AffinityStatistics:
 
 
 def foresight(scenario: Scenario, config: SystemConfig) -> System:
-    """The bound of every predictor: moeless, told of the very tokens that will come; functions are loaded in time."""
+    """The bound of every predictor: moeless with the very tokens that will come; functions are started in time."""
     known = moeless(scenario, replace(config, predicted=None, recall=1.0))
     assert known.forecast.kind == "foresight"
     return replace(known, name="foresight", is_prefetch_in_time=True)

@@ -39,7 +39,7 @@ class WorkerMemory:
     """The workers' memory over virtual time.
 
     Args:
-        plan: in force, and loaded, at time 0.
+        plan: in force, with warm instances, at time 0.
         sample_MLk: as of CompiledPlan.
     """
 
@@ -234,7 +234,7 @@ class WorkerMemory:
         begin = float(self._begin_W(needed_W, begin_s, self._asked_until_W)[worker])
         start_s = self._profile.start_time(self._model.expert_bytes, self.fetch_bytes_per_s)
         self._asked_until_W[worker] = end = begin + start_s
-        # What a plan loads there is done so much later; an instance of the plan only has its turn earlier.
+        # What a plan starts there is done that much later; an instance of the plan only has its turn earlier.
         behind_s = 0.0 if start.is_pending else start_s
         self._starting_until_W[worker] = max(end, self._starting_until_W[worker] + behind_s)
         if self._target_until_W[worker] > begin:

@@ -23,7 +23,7 @@ def observed(
     used_s: list[list[float]] | FloatArray | None = None,
     pending: list[int] | IntArray | None = None,
 ) -> Observation:
-    """Functions with load are in use now, others never were unless told."""
+    """Functions with load are in use now, others never were unless given."""
     load_LE = np.array(load, dtype=np.float64)
     return Observation(
         time_s=time_s,

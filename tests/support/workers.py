@@ -70,7 +70,7 @@ class WorkerProcess:
         dtype: torch.dtype = torch.float32,
         max_rows: int = MAX_ROWS,
     ) -> Channel:
-        """A line to a worker; over TCP as if it were on another machine."""
+        """Open a channel to a worker; over TCP as if it were on another machine."""
         endpoint, manifest = self._endpoints[worker], self._packed[worker].manifest
         if transport == "tcp":
             endpoint = msgspec.structs.replace(endpoint, host_id="another machine")

@@ -152,9 +152,9 @@ class Settings(PolicyModel):
     @field_validator("max_replicas")
     @classmethod
     def _max_is_at_least_min(cls, value: int | None, info: ValidationInfo) -> int | None:
-        least = info.data.get("min_replicas")
-        if value is not None and least is not None and value < least:
-            raise ValueError(f"must be >= minReplicas ({least}), got {value}")
+        minimum = info.data.get("min_replicas")
+        if value is not None and minimum is not None and value < minimum:
+            raise ValueError(f"must be >= minReplicas ({minimum}), got {value}")
         return value
 
     @field_validator("layer_memory_budget", "memory_budget", mode="before")

@@ -100,7 +100,7 @@ class SequenceState(RequestState):  # type: ignore[misc]
 
 
 class _SamplingRunner(ModelRunner):  # type: ignore[misc]
-    """Samples with our sampler, each row with its sequence's own parameters; tells observers whose rows are whose."""
+    """Samples with our sampler, each row with its sequence's own parameters; passes rows' sequences to observers."""
 
     observers: StepObservers
     vocabulary: Vocabulary | None
@@ -196,7 +196,7 @@ class PagedBatcher:
         """Args:
         model: gets our attention, and its own back at `close`.
         config: with `num_blocks`, `page_size`, `max_batch_tokens` and `max_requests_per_batch` set.
-        observers: who is told of each step.
+        observers: called at each step.
         """
         register_attention()
         self._model: Any = model

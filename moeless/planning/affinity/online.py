@@ -56,7 +56,7 @@ class AffinityConfig:
     """Instances that may leave their worker. None: all."""
     min_gain: float = 0.0
     """With `max_moves`: what each moved instance must lower the cost by at least, as a share of a layer's mean cost at
-    the start, so that no instance is loaded for next to nothing."""
+    the start, so that no instance is started for a tiny gain."""
     num_kicks: int = 0
     """Tries to leave local optima: of each layer, for plans made offline. With `max_moves` there are none."""
     seed: int = 0

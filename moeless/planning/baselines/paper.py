@@ -16,7 +16,7 @@ from moeless.planning.scale import Limits, Stabiliser, fit_budgets, fit_workers,
 
 
 class PaperPlanner:
-    """The system of the MoEless paper (arXiv 2603.06350) as far as its text tells.
+    """The system of the MoEless paper (arXiv 2603.06350) as far as its text describes it.
 
     Each time anew: one replica for every function with forecast tokens, more to the highest load per replica until
     the loads vary by at most V or the layer's budget is spent; warm instances stay, the others go heaviest first to

@@ -25,7 +25,7 @@ from moeless_predictors.compiled import compiled
 
 
 class InfeasiblePlacementError(ConfigError):
-    """The instances asked for do not fit the workers."""
+    """The required instances do not fit on the workers."""
 
 
 def check_counts(counts_LE: IntArray, cluster: Cluster, model: ModelShape) -> None:

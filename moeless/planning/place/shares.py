@@ -45,7 +45,7 @@ def min_max_shares(
     *,
     start_N: FloatArray | None = None,
 ) -> FloatArray:
-    """Near-optimal shares of every layer, shape (N,), fast: benchmarks/placement.py tells the gap to `exact_shares`.
+    """Near-optimal shares of every layer, shape (N,), fast: benchmarks/placement.py measures the gap to `exact_shares`.
 
     A function without load is split equally.
 

@@ -23,7 +23,7 @@ def min_replicas(
     further instances, functions that are only kept alive (least recently used first), functions with the least load.
 
     Args:
-        hosted_LE: instances that there are, those being loaded included.
+        hosted_LE: present instances, starting ones included.
         max_LE: at least 1.
         budget: instances of all layers.
     """

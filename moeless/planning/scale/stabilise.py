@@ -20,9 +20,9 @@ class Stabiliser:
     """Remembers recommended counts, as Kubernetes' horizontal pod autoscaler does.
 
     The count rises to the lowest recommendation of the up window where it is below that, and falls to the highest of
-    the down window where it is above that. An instance takes `ready_s` to load, and what it was loaded for is the next
-    `window_s`: so where it would be ready only after that, the up window is longer by the difference, and only a
-    forecast that lasts starts it.
+    the down window where it is above that. An instance takes `ready_s` to start, for the load of the next
+    `window_s`. Where it would be ready only after that, the up window is longer by the difference: only a forecast that
+    lasts starts it.
     """
 
     def __init__(

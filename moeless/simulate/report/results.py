@@ -76,7 +76,7 @@ class SystemResult(msgspec.Struct, frozen=True, kw_only=True):
     billed_byte_s: float
     """Sum over layer executions: bytes of that layer's instances times its duration."""
     resident_byte_s: float
-    """Bytes of all instances on workers, idle and loading ones too, over all the time."""
+    """Bytes of all instances on workers, idle and starting ones too, over all the time."""
     worker_s: float
     """Workers that were not stopped, over all the time."""
     peak_instances: int
@@ -131,7 +131,7 @@ class LatencyHistogram:
         self._sum_s = 0.0
 
     def add(self, seconds: ArrayLike) -> None:
-        """Count values; those from 1e-7 s to half an hour are told apart."""
+        """Count values; those from 1e-7 s to half an hour are distinguished."""
         values = np.asarray(seconds, dtype=np.float64)
         bins = np.log(np.maximum(values, self._MIN_S) / self._MIN_S) * (1 / math.log(self._GROWTH))
         self._counts += np.bincount(np.minimum(bins.astype(np.int64), self._NUM_BINS - 1), minlength=self._NUM_BINS)
