@@ -125,7 +125,7 @@ def _first_apart(trace: RoutingTrace, num_first: int) -> tuple[RoutingTrace, Rou
 
 
 def predicted_for(setting: Setting) -> PredictedRouting | None:
-    """What predictors fitted on the earlier sequences say, one layer ahead, of those that are simulated."""
+    """Forecast the simulated sequences one layer ahead, with predictors fitted on the earlier ones."""
     if setting.before is None:
         return None
     predictors = fit_predictors(setting.before, FitConfig(distances=(1,), kinds=("popularity", "transition")))

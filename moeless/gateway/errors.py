@@ -66,7 +66,7 @@ class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _MAX_PATH_CHARS = 200
-"""How much of a path an error quotes."""
+"""Characters of a path that an error quotes."""
 
 _FOR_CLIENTS = (
     RequestError,

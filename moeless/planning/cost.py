@@ -215,7 +215,7 @@ class ExchangeTime:
     combine_ratio: float = 1.0
     """Bytes of a token's partial sum over those of its hidden state: 2 if it goes out in FP8 and back in BF16."""
     split_s: float = 0.0
-    """Of splitting a layer's tokens over replicas before they are sent, as the dispatcher does for each step."""
+    """Time to split a layer's tokens over replicas before they are sent, as the dispatcher does for each step."""
     split_token_s: float = 0.0
     """The same for each token of the step."""
 
