@@ -79,6 +79,7 @@ class TextPool:
         self._slots = asyncio.Semaphore(config.max_text_processes)
         self._large_slots = asyncio.Semaphore(max(1, config.max_text_processes - 1))
         self._idle: list[_Child] = []
+        self._forking = asyncio.Lock()
         self._num_jobs = 0
         self._commands: set[asyncio.Task[Any]] = set()
 
@@ -125,7 +126,7 @@ class TextPool:
         for child in self._idle:
             child.channel.close()
         self._idle.clear()
-        if self._commands:
+        while self._commands:
             await asyncio.wait(self._commands)
         await self._end_parent()
 
@@ -163,7 +164,7 @@ class TextPool:
         return traits
 
     async def _run(self, job: Job) -> tuple[Answer, list[list[int]]]:
-        child = self._idle.pop() if self._idle else await self._fork()
+        child = self._idle.pop() if self._idle else await self._new_child()
         is_usable = False
         try:
             async with asyncio.timeout(_JOB_TIMEOUT_S):
@@ -181,21 +182,40 @@ class TextPool:
                 self._keep(asyncio.create_task(self._reap(child)))
         return answer, prompts
 
-    async def _fork(self) -> _Child:
-        ours, theirs = socket.socketpair()
+    async def _new_child(self) -> _Child:
+        # Cancelling whoever needs a child does not cancel the fork: its command may be on its way with the socket.
+        forking = self._keep(asyncio.create_task(self._fork()))
         try:
-            try:
-                pid = await self._command(Fork(), theirs.fileno())
-            except _PeerEndedError:
-                logger.warning("the text processes' parent ended; starting it again")
-                await self._restart_parent()
-                pid = await self._command(Fork(), theirs.fileno())
-        except BaseException:
-            ours.close()
+            return await asyncio.shield(forking)
+        except asyncio.CancelledError:
+            self._keep(asyncio.create_task(self._reap_forked(forking)))
             raise
-        finally:
-            theirs.close()
+
+    async def _reap_forked(self, forking: asyncio.Task[_Child]) -> None:
+        await self._reap(await forking)
+
+    async def _fork(self) -> _Child:
+        async with self._forking:  # one at a time, so that a parent that ended is started again once, and completely
+            ours, theirs = socket.socketpair()
+            try:
+                pid = await self._fork_with(theirs.fileno())
+            except BaseException:
+                ours.close()
+                raise
+            finally:
+                theirs.close()
         return _Child(pid, _Channel(ours))
+
+    async def _fork_with(self, descriptor: int) -> int:
+        try:
+            return await self._command(Fork(), descriptor)
+        except _PeerEndedError:
+            logger.warning("the text processes' parent ended; starting it again")
+        try:
+            await self._restart_parent()
+            return await self._command(Fork(), descriptor)
+        except _PeerEndedError:
+            raise TextProcessError("The text processes' parent does not stay alive.") from None
 
     async def _reap(self, child: _Child) -> int:
         """The signal that ended the child, 0 if none did; it is killed if it still runs."""
@@ -209,15 +229,12 @@ class TextPool:
             return 0
 
     async def _restart_parent(self) -> None:
-        """Raises: ConfigError, TextProcessError."""
+        """Raises: ConfigError, _PeerEndedError."""
         assert self._load is not None
         await self._end_parent()
-        try:
-            await self.start()
-            await self._command(self._load)
-            await self._command(SetTraits(traits=self._traits))
-        except _PeerEndedError:
-            raise TextProcessError("The text processes' parent does not stay alive.") from None
+        await self.start()
+        await self._command(self._load)
+        await self._command(SetTraits(traits=self._traits))
 
     async def _command(self, command: Command, descriptor: int | None = None) -> int:
         if self._parent is None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -299,6 +300,35 @@ async def test_a_cancelled_request_gives_up_its_process(tmp_path: Path) -> None:
         running.cancel()
         await until(lambda: not child.is_running())
         assert (await admit_chat(pool)).num_prompt_tokens > 3
+
+
+async def test_the_parent_is_started_again_once_for_requests_that_come_together(pool: TextPool) -> None:
+    assert pool._parent is not None
+    pool._parent._process.kill()
+    admitted = await asyncio.gather(*(admit(pool) for _ in range(4)))
+    assert [one.num_prompt_tokens for one in admitted] == [3] * 4
+    parents = [process for process in psutil.Process().children() if process.pid == pool._parent._process.pid]
+    assert psutil.Process().children() == parents
+
+
+async def test_requests_cancelled_while_their_process_is_forked_leave_none(pool: TextPool) -> None:
+    assert pool._parent is not None
+    parent = psutil.Process(pool._parent._process.pid)
+    await until(lambda: not pool._commands)  # those of the start
+    parent.suspend()  # the first command is on its way, the second one waits
+    requests = [asyncio.create_task(admit(pool)) for _ in range(2)]
+    await until(lambda: len(pool._commands) >= 2)
+    for request in requests:
+        request.cancel()
+    await asyncio.wait(requests)
+    reused = [socket.socketpair() for _ in range(4)]  # they take the numbers of descriptors that were closed
+    parent.resume()
+    await until(lambda: not pool._commands)
+    assert children_of(pool) == []
+    for pair in reused:
+        for end in pair:
+            end.close()
+    assert (await admit(pool)).num_prompt_tokens == 3
 
 
 async def test_no_process_outlives_a_gateway_that_was_killed(tokenizer_folder: Path) -> None:
