@@ -319,15 +319,12 @@ class _Parent:
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
-        folder = str(Path(moeless.__file__).parents[1])
-        paths = [folder, *filter(None, [os.environ.get("PYTHONPATH")])]
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "moeless.gateway.text_process", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                # One thread each: there are as many processes as this work may have cores.
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false"},
+                env=_environment(),
             )
         finally:
             theirs.close()
@@ -358,6 +355,14 @@ class _Parent:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+
+def _environment() -> dict[str, str]:
+    """Of a text process: without what is moeless's and Ray's, secrets among it, since it renders strangers' templates."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MOELESS_", "RAY_"))}
+    paths = [str(Path(moeless.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    # One thread each: there are as many processes as this work may have cores.
+    return {**kept, "PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false"}
 
 
 def _error_of(failure: Failure) -> MoelessError:

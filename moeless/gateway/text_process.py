@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import os
+import resource
 import signal
 import socket
 import sys
@@ -208,6 +209,8 @@ def _failure(error: Exception) -> Failure:
 def main() -> None:
     """Serve the control socket whose descriptor is the only argument."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the gateway, whose end ends this
+    # Signals that end a job beyond its limits dump core by default: gigabytes, with what clients wrote in them.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     Parent(socket.socket(fileno=int(sys.argv[1]))).run()
 
 

@@ -331,6 +331,20 @@ async def test_requests_cancelled_while_their_process_is_forked_leave_none(pool:
     assert (await admit(pool)).num_prompt_tokens == 3
 
 
+async def test_text_processes_have_no_secrets_and_dump_no_core(
+    tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MOELESS_RUN_SECRET", "MOELESS_API_KEY", "RAY_AUTH_TOKEN"):
+        monkeypatch.setenv(name, "very-private")
+    async with pool_for(model_info(tokenizer_folder)) as pool:
+        await admit(pool)
+        [child] = children_of(pool)
+        for process in (child.parent(), child):
+            assert process is not None
+            assert "very-private" not in process.environ().values()
+            assert process.rlimit(psutil.RLIMIT_CORE) == (0, 0)
+
+
 async def test_no_process_outlives_a_gateway_that_was_killed(tokenizer_folder: Path) -> None:
     script = (
         "import asyncio, json, os, sys\n"
