@@ -11,7 +11,7 @@ import os
 import secrets
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -240,13 +240,9 @@ def running(
         _check_port(settings)
     check_before_start(ray_address)
     is_deployed = is_running = False
-    secrets_file: Path | None = None
+    secrets_in_place = ExitStack()
     try:
-        if settings.secrets_file is None and ray_address is None:
-            os.environ.update(run_secrets.to_environment())  # Ray's processes inherit it
-        elif settings.secrets_file is None:
-            secrets_file = _write_secrets(run_secrets, settings.app_name)
-            settings = replace(settings, secrets_file=str(secrets_file))
+        settings = secrets_in_place.enter_context(_secrets_in_place(settings, run_secrets, ray_address))
         on_phase(STARTING_RAY)
         logs = start_ray(ray_address)
         if logs is not None:
@@ -279,17 +275,37 @@ def running(
             raise failure from error
         yield serve.get_deployment_handle(ENGINE, app_name=settings.app_name)
     finally:
-        on_phase(STOPPING)
-        if ray.is_initialized():
-            if is_running:
-                _end_requests(settings.app_name)
-            if is_running or (is_deployed and ray_address is not None):
-                serve.delete(settings.app_name)  # lets each replica send what it still has to send
-            if ray_address is None:
-                serve.shutdown()  # on a cluster, others may have applications
-        ray.shutdown()
-        if secrets_file is not None:
-            secrets_file.unlink(missing_ok=True)
+        with secrets_in_place:  # until the end, also if one of these fails
+            on_phase(STOPPING)
+            if ray.is_initialized():
+                if is_running:
+                    _end_requests(settings.app_name)
+                if is_running or (is_deployed and ray_address is not None):
+                    serve.delete(settings.app_name)  # lets each replica send what it still has to send
+                if ray_address is None:
+                    serve.shutdown()  # on a cluster, others may have applications
+            ray.shutdown()
+
+
+@contextmanager
+def _secrets_in_place(
+    settings: ServeSettings, run_secrets: RunSecrets, ray_address: str | None
+) -> Iterator[ServeSettings]:
+    """Put the secrets where every process of the run finds them: a file on a cluster, else the environment.
+
+    Yields: the settings, which name the file; it is deleted at the end.
+    """
+    if settings.secrets_file is not None:
+        yield settings
+    elif ray_address is None:
+        os.environ.update(run_secrets.to_environment())  # Ray's processes inherit it
+        yield settings
+    else:
+        path = _write_secrets(run_secrets, settings.app_name)
+        try:
+            yield replace(settings, secrets_file=str(path))
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _write_secrets(run_secrets: RunSecrets, app_name: str) -> Path:

@@ -40,8 +40,12 @@ class RunSecrets:
     def write(self, path: Path) -> None:
         """Make the file, which must not exist, readable by its owner alone."""
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(msgspec.json.encode({"run_secret": self.run_secret, "api_keys": self.api_keys}))
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(msgspec.json.encode({"run_secret": self.run_secret, "api_keys": self.api_keys}))
+        except BaseException:
+            path.unlink()
+            raise
 
     def to_environment(self) -> dict[str, str]:
         """Variables that `read_secrets` finds them in."""

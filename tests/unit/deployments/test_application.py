@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import yaml
 
 from moeless.core.errors import ConfigError
-from moeless.deployments.run_secrets import RunSecrets
+from moeless.deployments.run_secrets import RunSecrets, read_secrets
 from moeless.deployments.settings import ServeSettings
 from moeless.packages.source import resolve_model
 
@@ -19,7 +20,13 @@ with warnings.catch_warnings():
     from ray import cloudpickle
     from ray.serve.schema import ServeDeploySchema
 
-    from moeless.deployments.application import IMPORT_PATH, _write_secrets, build_application, serve_config
+    from moeless.deployments.application import (
+        IMPORT_PATH,
+        _secrets_in_place,
+        _write_secrets,
+        build_application,
+        serve_config,
+    )
 
 SECRETS = RunSecrets(run_secret="run-very-private", api_keys=("sk-very-private",))
 
@@ -75,6 +82,21 @@ def test_the_secrets_of_a_run_on_a_cluster_are_for_their_owner_alone(
     assert path.name.startswith("a%2Fb-")
     assert path.stat().st_mode & 0o777 == 0o600
     assert path.parent.stat().st_mode & 0o077 == 0
+
+
+def test_the_secrets_of_a_run_on_a_cluster_are_deleted_even_if_stopping_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOELESS_CACHE", str(tmp_path))
+    settings = ServeSettings(packed_path="p", model_id="m")
+    run = ExitStack()
+    named = run.enter_context(_secrets_in_place(settings, SECRETS, "head:6379"))
+    assert named.secrets_file is not None
+    assert read_secrets(named.secrets_file, {}) == SECRETS
+    run.callback(Path.rmdir, tmp_path)  # it is not empty
+    with pytest.raises(OSError, match="not empty"):
+        run.close()
+    assert not list((tmp_path / "runs").iterdir())
 
 
 def test_a_cache_that_cannot_be_written_is_refused_with_the_remedy(
