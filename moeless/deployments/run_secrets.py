@@ -21,6 +21,13 @@ API_KEYS_VARIABLE = "MOELESS_API_KEY"
 _MAX_FILE_BYTES = 1 << 20
 
 
+class _SecretsFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A misspelt `api_keys` is refused: a server without keys is open to all."""
+
+    run_secret: str
+    api_keys: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunSecrets:
     """Raises ConfigError for a secret that cannot be used; the message does not show it."""
@@ -42,7 +49,7 @@ class RunSecrets:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             with os.fdopen(descriptor, "wb") as file:
-                file.write(msgspec.json.encode({"run_secret": self.run_secret, "api_keys": self.api_keys}))
+                file.write(msgspec.json.encode(_SecretsFile(run_secret=self.run_secret, api_keys=self.api_keys)))
         except BaseException:
             path.unlink()
             raise
@@ -70,8 +77,9 @@ def read_secrets(file: str | None, environment: Mapping[str, str] = os.environ) 
             mode = stat.S_IMODE(os.fstat(opened.fileno()).st_mode)
             if mode & 0o077:
                 raise ConfigError(f"secrets file {file} must have mode 0600 (chmod 600), has {mode:04o}")
-            return msgspec.json.decode(opened.read(_MAX_FILE_BYTES), type=RunSecrets)
+            content = msgspec.json.decode(opened.read(_MAX_FILE_BYTES), type=_SecretsFile)
     except OSError as error:
         raise ConfigError(f"secrets file {file} must be readable on every node: {error.strerror}") from error
     except msgspec.DecodeError as error:
         raise ConfigError(f"secrets file {file} must be JSON with run_secret and api_keys: {error}") from error
+    return RunSecrets(run_secret=content.run_secret, api_keys=content.api_keys)

@@ -54,6 +54,15 @@ def test_a_file_without_a_run_secret_is_refused(tmp_path: Path, content: str) ->
         read_secrets(str(path), {})
 
 
+def test_a_misspelt_field_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "secrets.json"
+    path.write_text('{"run_secret": "s", "api-keys": ["sk-very-private"]}')
+    path.chmod(0o600)
+    with pytest.raises(ConfigError, match=r"secrets.json must be JSON .*`api-keys`") as caught:
+        read_secrets(str(path), {})
+    assert "very-private" not in str(caught.value)
+
+
 def test_a_file_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nowhere.json must be readable on every node: No such file"):
         read_secrets(str(tmp_path / "nowhere.json"), {"MOELESS_RUN_SECRET": "s"})
