@@ -9,7 +9,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import msgspec
 from fastapi import FastAPI
@@ -38,8 +38,9 @@ _CALL_TIMEOUT_S = 10.0
 _LONG_PROMPT_TOKENS = 4096
 _ENGINE_SILENCE_S = 60.0
 """Without a pulse for this long (an engine that dies is back in some 10 s), streams end with an error."""
-
-_T = TypeVar("_T")
+_MAX_UNKNOWN_PULSES = 5
+"""In a row, after which a stream that the engine does not hold ends with an error. Not at once: its own end may still
+wait for a connection, or for this process."""
 
 
 def gateway_deployment(settings: ServeSettings) -> Any:
@@ -175,9 +176,8 @@ class RemoteEngineClient:
             elif number not in unknown:
                 opened.num_unknown = 0
             else:
-                # Its end may be on its way through the token channel, but not for a second.
                 opened.num_unknown += 1
-                if opened.num_unknown > 1:
+                if opened.num_unknown >= _MAX_UNKNOWN_PULSES:
                     self._receiver.fail_streams([opened.request_id], "the engine ended the request")
         self._pulse = pulse
 

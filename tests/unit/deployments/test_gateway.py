@@ -13,9 +13,9 @@ import msgspec
 import pytest
 
 from moeless.core.errors import QueueFullError
-from moeless.core.generation import GenerationRequest, SamplingParams
+from moeless.core.generation import GenerationDelta, GenerationRequest, SamplingParams
 from moeless.deployments.rpc import CancelCall, Pulse, PulseCall, SubmitReply
-from moeless.deployments.token_channel import TokenReceiver
+from moeless.deployments.token_channel import TokenReceiver, TokenSender
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # importing Ray Serve uses what pydantic has deprecated
@@ -29,7 +29,7 @@ class Handle:
 
     def __init__(self, reply: SubmitReply | None, *, is_lost: bool = False) -> None:
         self._reply = reply
-        self._is_lost = is_lost
+        self.is_lost = is_lost
         self.asked = asyncio.Event()
         self.has_cancelled = asyncio.Event()
         self.cancelled: list[int] = []
@@ -48,7 +48,7 @@ class Handle:
 
     async def _pulse(self, call: bytes) -> bytes:
         self.pulses.append(msgspec.msgpack.decode(call, type=PulseCall))
-        unknown = self.pulses[-1].live if self._is_lost else []
+        unknown = self.pulses[-1].live if self.is_lost else []
         return msgspec.msgpack.encode(Pulse(incarnation="one", is_ready=True, unknown=unknown))
 
     async def _cancel(self, call: bytes) -> None:
@@ -118,6 +118,28 @@ def test_the_stream_of_a_request_that_the_engine_lost_ends_with_an_error(monkeyp
 
     delta = asyncio.run(scenario())
     assert (delta.finish_reason, delta.error) == ("error", "the engine ended the request")
+
+
+def test_the_end_of_a_stream_may_take_longer_than_two_pulses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moeless.deployments.gateway._PULSE_EVERY_S", 0.01)
+
+    async def scenario() -> Any:
+        handle = Handle(SubmitReply(incarnation="one"))
+        receiver = TokenReceiver("secret", "127.0.0.1")
+        client = RemoteEngineClient(handle, receiver)  # type: ignore[arg-type]
+        asking = asyncio.create_task(first_delta(client))
+        await until(lambda: any(pulse.live for pulse in handle.pulses))
+        handle.is_lost, before = True, len(handle.pulses)
+        await until(lambda: len(handle.pulses) >= before + 3)
+        handle.is_lost = False
+        sender = TokenSender("secret")
+        sender.send(receiver.address, [GenerationDelta(request_id="r", finish_reason="stop")])
+        delta = await asyncio.wait_for(asking, 20)
+        sender.close()
+        await client.close()
+        return delta
+
+    assert asyncio.run(scenario()).finish_reason == "stop"
 
 
 def test_a_request_that_the_engine_refused_is_not_cancelled() -> None:
