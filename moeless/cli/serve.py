@@ -351,6 +351,7 @@ def wait_until_ready(url: str, stop: threading.Event) -> None:
 
 def _is_ready(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/ready", timeout=5.0).status_code == 200
+        # Without the environment's proxies, which cannot reach the addresses of this machine.
+        return httpx.get(f"{url}/ready", timeout=5.0, trust_env=False).status_code == 200
     except httpx.HTTPError:
         return False  # not listening yet

@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from moeless.cli.app import app
-from moeless.cli.serve import STOP_SIGNALS, BreakableStart, usage_lines
+from moeless.cli.serve import STOP_SIGNALS, BreakableStart, usage_lines, wait_until_ready
 from moeless.core.errors import ConfigError
 from moeless.packages.pack import pack_checkpoint
 from tests.families import make_checkpoint
@@ -154,6 +154,30 @@ def test_the_printed_curl_works_in_a_shell_as_it_stands() -> None:
 def test_without_a_key_the_curl_sends_none() -> None:
     lines = usage_lines("http://h:1", "m", with_key=False)
     assert "Authorization" not in "".join(lines)
+
+
+def test_readiness_is_not_looked_for_through_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ready(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody answers there
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Ready) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        waiting = threading.Thread(
+            target=wait_until_ready, args=(f"http://127.0.0.1:{server.server_port}", threading.Event()), daemon=True
+        )
+        waiting.start()
+        waiting.join(20)
+        server.shutdown()
+    assert not waiting.is_alive()
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
