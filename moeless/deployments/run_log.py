@@ -73,12 +73,20 @@ class TerminalHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Send one line: the message, and the exception's type and words without its traceback."""
+        try:
+            data = self._encode(record)
+        except Exception:  # as every handler does: a line that cannot be formatted is no error of who logs it
+            self.handleError(record)
+            return
+        with suppress(OSError):  # the run's first process has ended, or lags behind: the line is in the file
+            self._socket.sendto(data, self._path)
+
+    def _encode(self, record: logging.LogRecord) -> bytes:
         text = record.getMessage()
         if record.exc_info and record.exc_info[1] is not None:
             text += f" ({type(record.exc_info[1]).__name__}: {record.exc_info[1]})"
-        line = LogLine(level=record.levelname, part=self._part, text=" ".join(text.split())[: _MAX_BYTES // 8])
-        with suppress(OSError):  # the run's first process has ended, or lags behind: the line is in the file
-            self._socket.sendto(msgspec.json.encode(line), self._path)
+        text = " ".join(text.split())[: _MAX_BYTES // 8].encode(errors="backslashreplace").decode()
+        return msgspec.json.encode(LogLine(level=record.levelname, part=self._part, text=text))
 
     def close(self) -> None:
         self._socket.close()

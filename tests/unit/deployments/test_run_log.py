@@ -51,6 +51,24 @@ def test_a_terminal_that_is_gone_or_lags_behind_costs_the_process_nothing(logger
     logger.warning("nobody listens")
 
 
+def test_a_line_that_is_no_unicode_arrives_escaped(logger: logging.Logger) -> None:
+    lines: list[LogLine] = []
+    with lines_of_run(lines.append):
+        logger.addHandler(TerminalHandler(os.environ[SOCKET_VARIABLE], "engine"))
+        logger.warning("no such file name=%s", os.fsdecode(b"model-\xff"))
+        wait_until(lambda: bool(lines))
+    assert lines[0].text == r"no such file name=model-\udcff"
+
+
+def test_a_line_that_cannot_be_formatted_is_no_error_of_its_writer(
+    logger: logging.Logger, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with lines_of_run(lambda _: None):
+        logger.addHandler(TerminalHandler(os.environ[SOCKET_VARIABLE], "engine"))
+        logger.warning("%d layers", "three")
+    assert "Logging error" in capsys.readouterr().err
+
+
 def test_a_long_line_is_cut(logger: logging.Logger) -> None:
     lines: list[LogLine] = []
     with lines_of_run(lines.append):
