@@ -7,7 +7,7 @@ import os
 import secrets
 import shlex
 import signal
-import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -48,6 +48,7 @@ _OPTIONS = {
     "host": "--host",
 }
 """Fields that errors begin with, to the options that set them."""
+_POLL_S = 0.1
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -233,13 +234,14 @@ def _run(manifest: Manifest, settings: ServeSettings, run_secrets: RunSecrets, r
             stack.enter_context(application)
             start.is_over = True
             show("connecting engine and workers")
-            wait_until_ready(url, start.asked_to_stop)
-        if not start.asked_to_stop.is_set():
+            wait_until_ready(url, lambda: start.is_asked_to_stop)
+        if not start.is_asked_to_stop:
             for line in usage_lines(url, settings.model_id, with_key=bool(run_secrets.api_keys)):
                 say(line)
             for folder in logs:
                 say(f"  logs of Ray and of every process: {folder}")
-        start.asked_to_stop.wait()
+        while not start.is_asked_to_stop:
+            time.sleep(_POLL_S)
 
 
 @contextmanager
@@ -302,15 +304,17 @@ def _interrupt(*_: object) -> None:
 
 
 class BreakableStart:
-    """Lets a signal break off the start, and afterwards only sets `asked_to_stop`. All stop signals do the same.
+    """Lets a signal break off the start, and afterwards only sets `is_asked_to_stop`. All stop signals do the same.
 
     A signal does not break off starting Ray, which would leave processes of it behind; the start ends once Ray runs,
     some seconds later. Nor does it when the model is served already and Serve is about to say so: that is a stop like
     any other.
     """
 
+    is_asked_to_stop = False
+    """No threading.Event: a handler that sets one waits for ever where it has interrupted a wait for it."""
+
     def __init__(self, show: Callable[[str], None], *, is_serving: Callable[[], bool]) -> None:
-        self.asked_to_stop = threading.Event()
         self.is_over = False
         self._show, self._is_serving = show, is_serving
         self._can_break = False
@@ -325,11 +329,11 @@ class BreakableStart:
 
         if phase == STOPPING:
             self._can_break = False
-            if self.asked_to_stop.is_set():
+            if self.is_asked_to_stop:
                 say(STOPPING)
             return
         self._show(phase)
-        if self.asked_to_stop.is_set():
+        if self.is_asked_to_stop:
             raise KeyboardInterrupt
         self._can_break = phase != STARTING_RAY
 
@@ -337,16 +341,16 @@ class BreakableStart:
         # Had Ray's C++ put its own handler beneath this one, it would have printed a stack, into its file, and would
         # abort the process by an alarm in three seconds.
         signal.alarm(0)
-        is_first = not self.asked_to_stop.is_set()
-        self.asked_to_stop.set()
+        is_first = not self.is_asked_to_stop
+        self.is_asked_to_stop = True
         if self._can_break and not self.is_over and is_first and not self._is_serving():
             raise KeyboardInterrupt
 
 
-def wait_until_ready(url: str, stop: threading.Event) -> None:
+def wait_until_ready(url: str, is_asked_to_stop: Callable[[], bool]) -> None:
     """Return once GET /ready says 200, or when asked to stop."""
-    while not stop.is_set() and not _is_ready(url):
-        stop.wait(0.1)
+    while not is_asked_to_stop() and not _is_ready(url):
+        time.sleep(_POLL_S)
 
 
 def _is_ready(url: str) -> bool:
