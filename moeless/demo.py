@@ -48,7 +48,7 @@ def main() -> int:
         for domain, prompt in COMPLETIONS:
             _console.print(f"[bold]completion[/bold]  ({domain})", markup=True)
             _stream_completion(client, prompt)
-        answer = httpx.get(f"{url}/v1/experts", timeout=30)
+        answer = httpx.get(f"{url}/v1/experts", timeout=30, trust_env=False)
         answer.raise_for_status()
         functions = answer.json()["data"]
         _console.print(experts_table(functions))
@@ -118,7 +118,7 @@ def _wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
         if process.poll() is not None:
             raise SystemExit(f"moeless serve ended with {process.returncode}")
         try:
-            if httpx.get(f"{url}/ready", timeout=5).status_code == 200:
+            if httpx.get(f"{url}/ready", timeout=5, trust_env=False).status_code == 200:
                 return
         except httpx.HTTPError:
             pass  # not listening yet
