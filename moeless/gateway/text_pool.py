@@ -358,7 +358,10 @@ class _Parent:
 
 
 def _environment() -> dict[str, str]:
-    """Of a text process: without what is moeless's and Ray's, secrets among it, since it renders strangers' templates."""
+    """Return a text process's environment: it renders strangers' templates, and gets none of the run's secrets.
+
+    All variables of moeless and Ray are left out; nothing there reads them.
+    """
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("MOELESS_", "RAY_"))}
     paths = [str(Path(moeless.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     # One thread each: there are as many processes as this work may have cores.
