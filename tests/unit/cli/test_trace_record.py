@@ -173,9 +173,9 @@ def test_what_does_not_fit_the_model_is_refused_by_name(packed: Path, tmp_path: 
     [
         ([], ["OUT must be given"]),
         (["{here}"], ["OUT must not exist unless --overwrite"]),
-        (["out", "--prompts", "p", "--url", "http://x"], ["--url must not be given with --prompts"]),
-        (["out", "--prompts", "p", "--seconds", "3"], ["--seconds"]),
-        (["out", "--prompts", "p", "--only", "dump"], ["--only"]),
+        (["out", "--prompts", "{here}", "--url", "http://x"], ["--url must not be given with --prompts"]),
+        (["out", "--prompts", "{here}", "--seconds", "3"], ["--seconds"]),
+        (["out", "--prompts", "{here}", "--only", "dump"], ["--only"]),
         (["out", "--model", "m"], ["--model must be given with --prompts only"]),
         (["out", "--seconds", "0"], ["--seconds must be above 0"]),
         (["out", "--only", "dump", "--seconds", "1"], ["--seconds must not be given with --only dump"]),
@@ -291,7 +291,7 @@ def test_what_the_server_refuses_is_told_with_its_words(server: Server, tmp_path
     for arguments, words in [
         (["--only", "stop"], ["409", "start one first"]),
         ([out, "--hidden-layers", "9"], ["400", "hidden_layers", "got 9"]),
-        ([out, "--max-tokens", "0"], ["400", "max_tokens"]),
+        ([out, "--max-tokens", "1000000000000"], ["400", "max_tokens"]),
     ]:
         assert_refused(server.record(*arguments), *words, error=MoelessError)
     wrong = moeless_trace("record", out, "--url", server.url, "--api-key", "other")
