@@ -241,9 +241,9 @@ def _hops_proved(case: Case, plan: Plan, best: dict[Objective, Plan], bounds: li
             proved.append(
                 min_hops_bound(case.fit.transitions_LEE[layer], bounds[layer], bounds[layer + 1], known=known)
             )
-    least = float(np.mean(proved))
-    own, searched = (hops_L(found, case.fit).mean() / least - 1 for found in (plan, best["hops"]))
-    return f">= {least:.4f}: this {own:+.2%}, local search {searched:+.2%}"
+    bound = float(np.mean(proved))
+    own, searched = (hops_L(found, case.fit).mean() / bound - 1 for found in (plan, best["hops"]))
+    return f">= {bound:.4f}: this {own:+.2%}, local search {searched:+.2%}"
 
 
 def _row(name: str, case: Case, plan: Plan, seconds: float, proved: str) -> Row:

@@ -1,4 +1,4 @@
-"""What every test runs under: one thread for torch, nothing left behind, and an honest word on what is missing."""
+"""Conditions of every test: one thread for torch, nothing left behind, and a reason where something is missing."""
 
 from __future__ import annotations
 

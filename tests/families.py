@@ -46,7 +46,7 @@ _CORPUS = (
     "went before, so that some experts are always busy and others wait for the one word that is theirs. When the words "
     "change, the load changes with them, and whoever has planned for yesterday has planned for the wrong experts."
 )
-"""What the tokenizer's merges are learned from."""
+"""Text from which the tokenizer's merges are learned."""
 
 CHAT_TEMPLATE = (
     "{{ '<|bos|>' }}{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"

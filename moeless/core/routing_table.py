@@ -43,8 +43,8 @@ class RoutingTable:
             total = sum(instance.share for instance in shares)
             is_low = any(i.share < 0 or (i.share == 0 and self.step_cost is None) for i in shares)
             if is_low or abs(total - 1.0) > 1e-6:
-                least = "> 0" if self.step_cost is None else ">= 0"
-                raise ConfigError(f"routing table: shares of {function} must be {least} and sum to 1, got {shares}")
+                rule = "> 0" if self.step_cost is None else ">= 0"
+                raise ConfigError(f"routing table: shares of {function} must be {rule} and sum to 1, got {shares}")
             if len({instance.worker for instance in shares}) != len(shares):
                 raise ConfigError(f"routing table: {function} names a worker twice: {shares}")
 

@@ -169,8 +169,8 @@ def numbers_up_to(last: int) -> str:
     below = []
     if len(digits) > 1:
         for place, digit in enumerate(digits):
-            least = 1 if place == 0 else 0
-            if int(digit) > least:
-                below.append(f"{digits[:place]}[{least}-{int(digit) - 1}][0-9]{{{len(digits) - place - 1}}}")
+            lowest = 1 if place == 0 else 0
+            if int(digit) > lowest:
+                below.append(f"{digits[:place]}[{lowest}-{int(digit) - 1}][0-9]{{{len(digits) - place - 1}}}")
         below.append(digits)
     return f"^({'|'.join([single, *shorter, *below])})$"

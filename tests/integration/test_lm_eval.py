@@ -89,7 +89,7 @@ async def gateway(anyio_backend: str, folder: Path) -> AsyncIterator[Gateway]:
 
 
 def log_likelihood(model: PreTrainedModel, context: list[int], continuation: list[int]) -> float:
-    """Of a continuation, by one pass of transformers."""
+    """Compute a continuation's log-likelihood by one pass of transformers."""
     with torch.inference_mode():
         logprobs = torch.log_softmax(model(torch.tensor([context + continuation])).logits[0].float(), dim=-1)
     places = range(len(context) - 1, len(context) + len(continuation) - 1)

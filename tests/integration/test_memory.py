@@ -25,13 +25,13 @@ from tests.support.workers import WorkerProcess
 
 MIB = 1 << 20
 MARGIN = 24 * MIB
-"""What a process may hold beyond weights: activations, caches of the allocator, lines to workers."""
+"""Memory that a process may hold beyond weights: activations, caches of the allocator, channels to workers."""
 WORKERS = ("w0", "w1")
 
 
 class Measured(NamedTuple):
     engine: dict[str, Any]
-    """What the backbone's process says of itself."""
+    """Memory figures that the backbone's process reports."""
     worker_growth: dict[str, int]
     """Unique bytes of each worker's process that came with its functions."""
     states: dict[str, dict[str, str]]

@@ -37,7 +37,7 @@ PROMPT_LENGTHS = (3, 14, 41)
 NUM_NEW_TOKENS = 12
 SAME_LOGITS = 1e-4
 SAME_TOKEN = 1e-3
-"""What "the same greedy token" allows: to be this close below the reference's largest logit."""
+"""Tolerance of "the same greedy token": to be this close below the reference's largest logit."""
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def reference(checkpoint: Path) -> tuple[MixtralForCausalLM, AutoTokenizer]:
 
 @pytest.fixture(scope="module")
 def predictors(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the checkpoint's shape, learned from other routing."""
+    """Fit predictors of the checkpoint's shape on other routing."""
     path = tmp_path_factory.mktemp("predictors") / "tiny.safetensors"
     trace = synthetic_trace(num_sequences=12, tokens_per_sequence=30, num_layers=2, num_experts=4, top_k=2)
     config = FitConfig(kinds=("history",), distances=(1,), history={"epochs": 1, "min_steps": 1}, batch_sizes=(1, 8))
@@ -393,7 +393,7 @@ def _replicas(served: Served) -> int:
 
 
 def _completes_on_functions_alone(served: Served) -> bool:
-    """Whether a completion needed no copy of the engine's own. The engine's counts may be late while much starts."""
+    """Return whether a completion needed none of the engine's own copies. Its counts may be late while much starts."""
     try:
         before = _gauge(served, "moeless_dispatch_fallbacks_total")
         served.complete("tiny", PROMPT, max_tokens=8)

@@ -1,7 +1,7 @@
 """Fewest workers touched in a layer of equal workers, as a choice among all groups of experts that one may host.
 
 The integer programme: choose at most W groups, each expert in exactly one, so that the sum of what the groups cost is
-least; a group costs the tokens that choose any of its experts. Bounds on a worker's load and instances only leave
+minimal; a group costs the tokens that choose any of its experts. Bounds on a worker's load and instances only leave
 groups out. Its relaxation is far tighter than that of the programme with a variable for each set and worker
 (affinity.programme), and workers that can be exchanged for one another do not multiply its solutions; but there are
 many groups: E! / (s! (E − s)!) of s experts, so that it is for layers of a few dozen experts, or few to a worker.
@@ -106,17 +106,17 @@ def min_workers_by_groups(
 
 def group_sizes(num_experts: int, bounds: LayerBounds) -> range:
     """Experts that a worker may host if all are hosted."""
-    most = min(int(bounds.max_instances_W.max()), num_experts)
-    return range(max(1, num_experts - (len(bounds.max_load_W) - 1) * most), most + 1)
+    max_size = min(int(bounds.max_instances_W.max()), num_experts)
+    return range(max(1, num_experts - (len(bounds.max_load_W) - 1) * max_size), max_size + 1)
 
 
 def _groups(sets: ExpertSets, bounds: LayerBounds) -> tuple[BoolArray, FloatArray]:
     """Groups that a worker may host, shape (G, E), and the share of the tokens that choose any of their experts."""
     num_experts = len(bounds.load_E)
-    most = float(bounds.max_load_W.max())
+    max_load = float(bounds.max_load_W.max())
     slack = 1e-9 * float(bounds.load_E.sum())
     # The others must be able to take what a worker does not.
-    least = float(bounds.load_E.sum()) - (len(bounds.max_load_W) - 1) * most
+    min_load = float(bounds.load_E.sum()) - (len(bounds.max_load_W) - 1) * max_load
     missed_UE = np.ones((len(sets.weight_U), num_experts))
     np.put_along_axis(missed_UE, sets.experts_Uk, 0.0, axis=1)
     masks, costs = [], []
@@ -131,7 +131,9 @@ def _groups(sets: ExpertSets, bounds: LayerBounds) -> tuple[BoolArray, FloatArra
             missed_PE = missed_UP.T @ missed_UE
             load_PE = bounds.load_E[prefix_Pj].sum(axis=1)[:, np.newaxis] + bounds.load_E
             last_P = prefix_Pj[:, -1:] if size > 1 else np.full((len(prefix_Pj), 1), -1)
-            is_group_PE = (np.arange(num_experts) > last_P) & (load_PE <= most + slack) & (load_PE >= least - slack)
+            is_group_PE = (
+                (np.arange(num_experts) > last_P) & (load_PE <= max_load + slack) & (load_PE >= min_load - slack)
+            )
             prefix_G, expert_G = np.nonzero(is_group_PE)
             mask_GE = np.zeros((len(prefix_G), num_experts), dtype=np.bool_)
             np.put_along_axis(mask_GE, prefix_Pj[prefix_G], True, axis=1)

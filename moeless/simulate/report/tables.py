@@ -280,7 +280,7 @@ def plan_notes(found: Recommendation, *, top_k: int, max_functions: int = 6) -> 
         for name in worker.functions:
             hosts.setdefault(name, []).append(str(index))
     replicated = sorted((name for name in hosts if len(hosts[name]) > 1), key=lambda name: (-len(hosts[name]), name))
-    told = "; ".join(f"{name} on {', '.join(hosts[name])}" for name in replicated[:max_functions])
+    listed = "; ".join(f"{name} on {', '.join(hosts[name])}" for name in replicated[:max_functions])
     instances_L = [layer.instances for layer in found.layers]
     worst = max(found.layers, key=lambda layer: layer.imbalance)
     notes = [
@@ -288,7 +288,7 @@ def plan_notes(found: Recommendation, *, top_k: int, max_functions: int = 6) -> 
         f"instances of {len(hosts):,} functions, {min(instances_L)} to {max(instances_L)} in a layer",
         f"busiest worker / mean: {found.imbalance:.2f} over layers, {worst.imbalance:.2f} in the worst ({worst.layer})",
         f"workers that a token touches in a layer: {found.workers_touched:.2f}, for {top_k} experts",
-        f"replicated functions: {len(replicated)}" + (f"; the most on workers: {told}" if replicated else ""),
+        f"replicated functions: {len(replicated)}" + (f"; the most on workers: {listed}" if replicated else ""),
     ]
     if found.exact is not None:
         exact = found.exact

@@ -1,4 +1,4 @@
-"""What reaches the terminal while a run has it to itself: moeless's lines, and nothing else."""
+"""Output on the terminal of a run: moeless's lines, and nothing else."""
 
 from __future__ import annotations
 

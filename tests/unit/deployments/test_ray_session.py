@@ -1,4 +1,4 @@
-"""What Ray needs is checked before it starts; its failures are one line with the remedy."""
+"""Needs of Ray are checked before it starts; its failures are one line with the remedy."""
 
 from __future__ import annotations
 

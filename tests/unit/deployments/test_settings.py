@@ -1,4 +1,4 @@
-"""What `moeless serve` refuses, and how it shares the cores out."""
+"""Settings that `moeless serve` refuses, and its division of the cores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every transport to another process promises, with a real worker at the other end."""
+"""Promises of every transport to another process, with a real worker at the other end."""
 
 from __future__ import annotations
 

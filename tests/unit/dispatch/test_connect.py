@@ -1,4 +1,4 @@
-"""Which transport an engine takes to which worker."""
+"""Choice of the transport between an engine and a worker."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of CUDA memory can be checked without a GPU: that its absence is an error that connect can act on."""
+"""Checks of CUDA memory without a GPU: its absence is an error that connect can act on."""
 
 from __future__ import annotations
 

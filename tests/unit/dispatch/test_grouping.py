@@ -1,4 +1,4 @@
-"""Which worker gets which pairs: every pair once, by share, in worker order, never on a dead worker."""
+"""Grouping of pairs by worker: every pair once, by share, in worker order, never on a dead worker."""
 
 from __future__ import annotations
 

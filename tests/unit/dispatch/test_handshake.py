@@ -1,4 +1,4 @@
-"""Who may speak to whom: both sides must prove the run secret, and nobody can hold the other up."""
+"""Authentication of both sides by the run secret; neither side can hold up the other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is special about shared memory: what it leaves behind, and what a peer could do to it."""
+"""Behaviour special to shared memory: no left-overs, and no harm from the other side."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is special about TCP: bytes come in pieces, slowly, too many, or from strangers."""
+"""Behaviour special to TCP: bytes come in pieces, slowly, too many, or from strangers."""
 
 from __future__ import annotations
 

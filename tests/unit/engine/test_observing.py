@@ -1,4 +1,4 @@
-"""What observers are told, against the routing of transformers' own model on the whole sequence."""
+"""Routing that observers receive, against that of transformers' own model on the whole sequence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a recorder keeps, against the routing of transformers' own model, and rows made up to be hard."""
+"""Rows that a recorder keeps, against the routing of transformers' own model, and rows made up to be hard."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the gateway's tests share: a scripted engine, a small tokenizer, and a real server on the loopback."""
+"""Shared parts of the gateway's tests: a scripted engine, a small tokenizer, and a real server on the loopback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the engine is asked for, given what a client sent."""
+"""Requests to the engine, made from a client's body."""
 
 from __future__ import annotations
 

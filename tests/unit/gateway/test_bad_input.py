@@ -1,4 +1,4 @@
-"""What bad input gets: always OpenAI's error shape, naming the field, the rule and the value."""
+"""Answers to bad input: always OpenAI's error shape, naming the field, the rule and the value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a client hears when the engine refuses, fails or dies, and what the engine hears when a client goes."""
+"""Answers to clients when the engine refuses, fails or dies, and cancels to the engine when a client leaves."""
 
 from __future__ import annotations
 

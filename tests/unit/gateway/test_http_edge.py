@@ -1,4 +1,4 @@
-"""What strange and broken clients get, over real sockets."""
+"""Answers to strange and broken clients, over real sockets."""
 
 from __future__ import annotations
 

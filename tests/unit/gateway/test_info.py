@@ -1,4 +1,4 @@
-"""What the gateway tells about itself, the model and the experts."""
+"""Endpoints about the server, the model and the experts."""
 
 from __future__ import annotations
 

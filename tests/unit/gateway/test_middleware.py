@@ -1,4 +1,4 @@
-"""What lies between server and routes, where HTTP clients and servers would hide the edges."""
+"""Middleware between server and routes, without HTTP clients and servers that would hide the edges."""
 
 from __future__ import annotations
 

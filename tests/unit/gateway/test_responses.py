@@ -1,4 +1,4 @@
-"""What a client reads, in OpenAI's shapes: over real HTTP, through the openai package where it can be."""
+"""Responses that a client reads, in OpenAI's shapes: over real HTTP, through the openai package where it can be."""
 
 from __future__ import annotations
 

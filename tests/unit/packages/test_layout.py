@@ -1,4 +1,4 @@
-"""What an experts module says of itself, and what is refused because there are no words for it."""
+"""Descriptions of experts modules, and refusals of modules that the layout cannot describe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a checkpoint can be wrong with: one line that says so, before anything is written."""
+"""Refusals of wrong checkpoints: one line that says why, before anything is written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is read of a packed model's routers makes the same choice as the model does.
+"""Routers read from a packed model choose as the model does.
 
 Shapes: T tokens, H hidden size, E experts, k experts per token.
 """

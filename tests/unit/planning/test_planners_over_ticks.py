@@ -1,4 +1,4 @@
-"""What holds at every tick, whatever the policy, the cluster and the loads."""
+"""Invariants of every tick, whatever the policy, the cluster and the loads."""
 
 from __future__ import annotations
 

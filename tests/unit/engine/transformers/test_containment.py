@@ -1,4 +1,4 @@
-"""What one sequence's fault does to the others: nothing, on both engines."""
+"""One sequence's fault does not touch the others, on both engines."""
 
 from __future__ import annotations
 

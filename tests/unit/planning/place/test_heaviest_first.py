@@ -33,7 +33,7 @@ def in_place(num_workers: int, *layers: list[list[int]]) -> BoolArray:
 
 
 def busiest(has_EW: BoolArray, load_E: FloatArray, speed_W: FloatArray) -> float:
-    """If a function's tokens are split equally."""
+    """Compute the loads if a function's tokens are split equally."""
     weight_E = load_E / np.maximum(has_EW.sum(axis=1), 1)
     return float((weight_E @ has_EW / speed_W).max())
 

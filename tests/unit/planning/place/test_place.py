@@ -69,7 +69,7 @@ Problem = tuple[IntArray, FloatArray, Cluster, ModelShape, Plan | None]
 
 @st.composite
 def problems(draw: st.DrawFn, *, is_tight: bool = False) -> Problem:
-    """What to place now, and perhaps a plan for other counts and loads, on workers of different speed and memory."""
+    """Draw counts and loads to place, and perhaps a plan for others, on workers of different speed and memory."""
     model = model_of(draw(st.integers(1, 3)), draw(st.integers(1, 6)))
     whole = model.num_layers * model.num_experts
     cluster = draw(clusters(min_memory=0 if is_tight else whole, max_memory=whole))

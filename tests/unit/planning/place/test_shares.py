@@ -19,7 +19,7 @@ def plan_of(has_LEW: BoolArray) -> Plan:
 
 
 def hosts(num_workers: int, *layers: list[list[int]]) -> Plan:
-    """Of each layer, the workers of each expert."""
+    """Draw each layer's workers of each expert."""
     has_LEW = np.zeros((len(layers), len(layers[0]), num_workers), dtype=np.bool_)
     for layer, experts in enumerate(layers):
         for expert, workers in enumerate(experts):
@@ -39,7 +39,7 @@ def busiest(plan: Plan, share_N: FloatArray, load_LE: FloatArray, speed_W: Float
 
 
 def min_busiest(plan: Plan, load_LE: FloatArray, speed_W: FloatArray) -> FloatArray:
-    """What no shares can get below: of every set of workers, what only they host over their speeds. By the theorem of
+    """Lower bound of all shares: of every set of workers, what only they host over their speeds. By the theorem of
     max-flow and min-cut the highest of these is reached."""
     has_LEW, _ = plan.dense()
     min_L = np.zeros(plan.num_layers)

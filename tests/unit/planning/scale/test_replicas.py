@@ -156,8 +156,8 @@ def test_no_counts_have_a_lower_highest_load(layer: tuple[FloatArray, Limits]) -
     best = min(highest(load_LE, counts) for counts in all_counts(bounds))
     assert highest(load_LE, counts_LE[0]) == best
     # And with as few instances as that takes.
-    fewest = min(sum(counts) for counts in all_counts(bounds) if highest(load_LE, counts) == best)
-    assert counts_LE.sum() == fewest
+    min_instances = min(sum(counts) for counts in all_counts(bounds) if highest(load_LE, counts) == best)
+    assert counts_LE.sum() == min_instances
 
 
 @given(small_layers(), st.floats(0, 1))

@@ -1,4 +1,4 @@
-"""What a damaged file is refused for, and where the message says the damage is."""
+"""Refusals of damaged files, with the place of the damage in the message."""
 
 from __future__ import annotations
 
