@@ -6,7 +6,8 @@ what is due and refuses what comes too early; no clock, no I/O.
 1. Start: instances that only the next plan has are started and warmed beside those in force.
 2. Publish: once all of them are warm, the table goes to every engine under its (epoch, version).
 3. Acknowledge: an engine does once it uses the table and its calls under older tables have ended.
-4. Drain: once every engine has, nothing is sent any more to instances that only the old plan has.
+4. Drain: once every engine has, nothing is sent any more to instances that the new table leaves out: those that only
+   the old plan has, and those that were started but are not in it after all.
 5. Evict: their rows in the workers' memory are freed.
 
 At every moment each function of the plan in force has its instances warm, and no call meets one that was evicted.
@@ -123,7 +124,8 @@ class Rollout:
                 f"rollout: every instance must be warm before table {tuple(self.table)} is published, got {function} "
                 f"cold on worker {plan.worker_N[first]} and {int((~is_warm_N).sum()) - 1} others"
             )
-        self._drain_keys = in_force.keys_N[~plan.has(in_force.keys_N)]
+        held_keys = np.union1d(in_force.keys_N, self.start_keys)
+        self._drain_keys = held_keys[~plan.has(held_keys)]
         self._silent = set(engines)
         return self.table
 

@@ -104,9 +104,12 @@ def arrivals_from_json_lines(path: Path, lines: TextIO, options: ImportOptions, 
             entry = json.loads(line)
         except json.JSONDecodeError as error:
             raise TraceFormatError(f"{path}: line {number}: no JSON at column {error.colno}: {error.msg}") from error
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits; nesting
+            requests.fail(f"no JSON that can be read: {str(error)[:120]}")
         match entry:
             case {"timestamp": int() | float() as when, "input_length": int(prompt), "output_length": int(output)}:
-                requests.add(when / 1000, prompt, output, _hashes(requests, entry))
+                seconds = requests.parsed("timestamp", str(when), lambda text: float(text) / 1000)
+                requests.add(seconds, prompt, output, _hashes(requests, entry))
             case _:
                 requests.fail(
                     f"must have timestamp (ms), input_length and output_length as numbers, got {line.strip()[:120]}"

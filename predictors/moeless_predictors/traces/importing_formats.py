@@ -65,5 +65,5 @@ def refuse_without_trace(path: Path, first_bytes: bytes, first_line: str) -> Non
 def _first_object(line: str) -> object:
     try:
         return json.loads(line)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, or nested too deeply
         return None

@@ -71,6 +71,13 @@ def test_what_was_started_meanwhile_and_is_left_out_is_drained_too() -> None:
     assert change.drain_keys.tolist() == [3, 4]
 
 
+def test_what_was_started_for_the_plan_and_is_left_out_after_all_is_drained_too() -> None:
+    change = rollout()
+    change.mark_warm(np.array([1]))
+    change.publish([], in_force=BEFORE, plan=plan_of(3, [{0: 1.0}, {0: 1.0}]))
+    assert change.drain_keys.tolist() == STARTED
+
+
 def test_an_acknowledgement_of_an_older_table_does_not_count() -> None:
     change = rollout()
     change.mark_warm(np.array(STARTED))

@@ -513,3 +513,18 @@ def test_a_published_file_that_holds_no_trace_is_named(tmp_path: Path, text: str
     with pytest.raises(TraceFormatError, match=message) as caught:
         import_trace(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "timestamp",
+    ["9" * 5_000, "9" * 400, "[" * 100_000, "true"],
+    ids=["more digits than Python reads", "beyond a float", "deep", "flag"],
+)
+@pytest.mark.parametrize("is_first", [True, False])
+def test_json_that_cannot_be_read_is_refused(tmp_path: Path, timestamp: str, is_first: bool) -> None:
+    path = tmp_path / "arrivals.jsonl"
+    bad = f'{{"timestamp": {timestamp}, "input_length": 1, "output_length": 2}}\n'
+    sound = bad.replace(timestamp, "1")
+    path.write_text(bad + sound if is_first else sound + bad)
+    with pytest.raises(TraceFormatError, match=r"arrivals.jsonl: line \d|format unknown"):
+        import_trace(path)
