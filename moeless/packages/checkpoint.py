@@ -16,6 +16,9 @@ from transformers.modeling_utils import str_to_torch_dtype
 from moeless.core.errors import CheckpointError
 from moeless.packages.transformers_loader import causal_lm_class
 
+_MAX_REASON = 300
+"""Characters of another library's error."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
@@ -53,7 +56,7 @@ def open_checkpoint(path: Path, files: tuple[Path, ...]) -> Checkpoint:
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a family's config class may raise anything on bad values
-        raise CheckpointError(f"{path / 'config.json'}: {_first_line(error)}") from error
+        raise CheckpointError(f"{path / 'config.json'}: {in_one_line(error)}") from error
     model_class, config = causal_lm_class(config)
     return Checkpoint(path=path, config=config, model_class=model_class, files=files)
 
@@ -78,6 +81,6 @@ def torch_dtype(tensor_slice: Any) -> torch.dtype:
     return dtype
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def in_one_line(error: Exception) -> str:
+    """An error of another library: its own lines are one to a field, the rule and the value."""
+    return " ".join(str(error).split())[:_MAX_REASON] or type(error).__name__

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from moeless.core.errors import CheckpointError
 from moeless.core.expert import FunctionId
-from moeless.packages.checkpoint import Checkpoint, weights_dtype
+from moeless.packages.checkpoint import Checkpoint, in_one_line, weights_dtype
 from moeless.packages.conversion import CheckpointConverter
 from moeless.packages.files import ProgressCallback, sync_folder, write_durably
 from moeless.packages.inspection.companions import COMPANION_FILES
@@ -46,7 +47,7 @@ class PackWriter:
         checkpoint = self.checkpoint
         with checkpoint.open_tensors() as tensors, torch.no_grad():
             dtype = weights_dtype(checkpoint.config, tensors)
-            model = build_on_meta(checkpoint.model_class, checkpoint.config, dtype)
+            model = _build(checkpoint, dtype)
             modules = require_experts(model)
             layers = [
                 _describe_layer(index, name, module, checkpoint.config.model_type)
@@ -126,6 +127,16 @@ class PackWriter:
     def _report(self, label: str) -> None:
         self.done += 1
         self.on_progress(self.done, self.total, label)
+
+
+def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        return build_on_meta(checkpoint.model_class, checkpoint.config, dtype)
+    except Exception as error:  # a family's model class may raise anything on values that its config class takes
+        raise CheckpointError(
+            f"{checkpoint.path / 'config.json'}: {checkpoint.model_class.__name__} cannot be built with it: "
+            f"{in_one_line(error)}"
+        ) from error
 
 
 def _describe_layer(index: int, name: str, module: ExpertsModule, family: str) -> LayerEntry:

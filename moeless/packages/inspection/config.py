@@ -109,6 +109,11 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
     for section, fields in sections(config):
         _check_counts(path, section, fields)
         _check_top_k(path, section, fields)
+        _check_groups(path, section, fields)
+        if fields.get("rope_theta") is not None and not _is_positive(fields["rope_theta"]):
+            raise CheckpointError(
+                f"{path}: {section}rope_theta must be a number above 0, got {fields['rope_theta']!r:.60}"
+            )
         _check_names(path, section, fields)
         for field in ("rope_scaling", "rope_parameters"):
             _check_rope(path, f"{section}{field}", fields.get(field))
@@ -168,6 +173,19 @@ def _check_top_k(path: Path, section: str, fields: Mapping[str, Any]) -> None:
             if top_k < 1 or (counts and top_k > max(counts)):
                 upper = f" to {max(counts)}, the number of experts" if counts else ""
                 raise CheckpointError(f"{path}: {section}{field} must be from 1{upper}, got {top_k}")
+
+
+def _check_groups(path: Path, section: str, fields: Mapping[str, Any]) -> None:
+    """Groups of experts that a router chooses from first (DeepSeek-V3's); 0 and null stand for none."""
+    num_groups, top_groups = fields.get("n_group"), fields.get("topk_group")
+    if not isinstance(num_groups, int) or num_groups < 1:
+        return
+    for field in EXPERT_COUNTS:
+        for number in numbers_of(fields.get(field)):
+            if number % num_groups:
+                raise CheckpointError(f"{path}: {section}n_group must divide {field} {number}, got {num_groups}")
+    if isinstance(top_groups, int) and not 1 <= top_groups <= num_groups:
+        raise CheckpointError(f"{path}: {section}topk_group must be from 1 to n_group {num_groups}, got {top_groups}")
 
 
 def _check_names(path: Path, section: str, fields: Mapping[str, Any]) -> None:

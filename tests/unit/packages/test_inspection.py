@@ -92,6 +92,9 @@ def test_a_sound_checkpoint_passes(family: str, families: FamilyFolder) -> None:
             {"rope_parameters": {"full_attention": None, "sliding_attention": {"rope_type": "tarot"}}},
             "rope_parameters.sliding_attention.rope_type must be one of default",
         ),
+        ({"rope_theta": 0}, "rope_theta must be a number above 0, got 0"),
+        ({"n_group": 3}, "n_group must divide num_local_experts 4, got 3"),
+        ({"n_group": 2, "topk_group": 3}, "topk_group must be from 1 to n_group 2, got 3"),
         ({"rope_scaling": "yarn"}, "rope_scaling must be an object, got 'yarn'"),
         (
             {"rope_scaling": {"type": "longrope", "long_factor": "all"}},
@@ -299,6 +302,7 @@ def test_a_refusal_needs_neither_torch_nor_much_memory(checkpoint: Path, changes
         {"moe_topk": [2, 2], "num_shared_expert": [1, 1], "moe_intermediate_size": [48, 48]},  # Hunyuan
         {"moe_num_experts": [4, 4], "moe_k": 2, "moe_layer_end_index": [-1, 1]},  # ERNIE-VL
         {"mlp_only_layers": [], "no_rope_layers": [1, 0], "q_lora_rank": None, "sliding_window": -1},
+        {"n_group": 8, "topk_group": 4, "n_routed_experts": 256, "rope_theta": 10000},  # DeepSeek-V3
         {"num_local_experts": 0, "num_experts_per_tok": 0},  # Granite without experts: not this check's affair
         {"_attn_implementation": "flash_attention_2", "quantization_config": None},
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -65,6 +66,27 @@ def test_a_config_that_is_not_json(checkpoint: Path) -> None:
 def test_a_config_that_its_family_does_not_accept(checkpoint: Path) -> None:
     edit_config(checkpoint, num_local_experts="many")
     assert "config.json: " in refusal(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"rms_norm_eps": "small"}, r"Validation error for field 'rms_norm_eps'.*expected float, got str.*small"),
+        ({"dtype": "int8"}, r"MixtralForCausalLM cannot be built with it: .*torch.int8.*not a floating-point dtype"),
+        ({"pad_token_id": 10**9}, "MixtralForCausalLM cannot be built with it: Padding_idx must be within"),
+        (
+            {"num_attention_heads": 2**30, "num_key_value_heads": 2**30},
+            "MixtralForCausalLM cannot be built with it: 0.0 cannot be raised to a negative power",
+        ),
+    ],
+)
+def test_a_config_that_transformers_refuses_is_named_with_the_reason_in_one_line(
+    checkpoint: Path, changes: dict[str, Any], reason: str
+) -> None:
+    edit_config(checkpoint, **changes)
+    message = refusal(checkpoint)
+    assert re.search(rf"config.json: {reason}", message)
+    assert "\n" not in message
 
 
 def test_a_dense_model(tmp_path: Path) -> None:
