@@ -134,11 +134,11 @@ class Tokenizer:
         return self.chat_template
 
     def _encode(self, text: str, max_tokens: int | None, *, add_special_tokens: bool) -> list[int]:
-        if max_tokens is not None and len(text) > max_tokens // 4:
-            min_tokens = self.length_bound().min_tokens(text, enough=max_tokens)
-            if min_tokens > max_tokens:
-                raise TextTooLongError(min_tokens, is_exact=False)
         with panics_as_errors("The model's tokenizer cannot encode this text"):
+            if max_tokens is not None and len(text) > max_tokens // 4:
+                min_tokens = self.length_bound().min_tokens(text, enough=max_tokens)
+                if min_tokens > max_tokens:
+                    raise TextTooLongError(min_tokens, is_exact=False)
             # Unlike `encode`, this lets other threads run; a batch of one is a batch.
             encoding = self.backend_tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
         if max_tokens is not None and len(encoding) > max_tokens:

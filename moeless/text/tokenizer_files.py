@@ -62,7 +62,7 @@ def panics_as_errors(what: str, param: str | None = None) -> Iterator[None]:
     """Turn a panic of the tokenizers library, which is no Exception, into a RequestError.
 
     Args:
-        what: began the sentence of the error, for example "the tokenizer cannot encode this text".
+        what: begins the sentence of the error, for example "The tokenizer cannot encode this text".
     """
     try:
         yield

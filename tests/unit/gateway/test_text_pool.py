@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import psutil
 import pytest
-from tokenizers import Regex, Tokenizer, pre_tokenizers
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
 from moeless.core.errors import ConfigError, ContextLengthError, ModelNotFoundError, QueueFullError, RequestError
 from moeless.core.generation import ModelInfo
@@ -178,17 +178,25 @@ async def test_an_endless_template_ends_within_a_second(tmp_path: Path) -> None:
     assert resident < 200 * 2**20
 
 
-async def test_a_tokenizer_that_panics_is_an_error(tmp_path: Path) -> None:
+BLOWS_UP = Regex(r"(a|a)*(a|aa)*b|(?=(a+a+)+c)x")
+
+
+@pytest.mark.parametrize("part", ["pre_tokenizer", "normalizer"])
+async def test_a_tokenizer_that_panics_is_an_error(tmp_path: Path, part: str) -> None:
     folder = write_tokenizer(tmp_path)
     backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(r"(a|a)*(a|aa)*b|(?=(a+a+)+c)x"), "isolated"), backend.pre_tokenizer]
-    )
+    if part == "normalizer":
+        backend.normalizer = normalizers.Replace(BLOWS_UP, "b")
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(BLOWS_UP, "isolated"), backend.pre_tokenizer]
+        )
     backend.save(str(folder / "tokenizer.json"))
     async with pool_for(model_info(folder)) as pool:
-        with pytest.raises(RequestError, match="tokenizer cannot encode this text") as raised:
-            await admit(pool, "a" * 36)
-        assert raised.value.code == "tokenizer_failed"
+        for prompt in ("a" * 36, "a" * 240):  # the longer one is normalized to bound its length first
+            with pytest.raises(RequestError, match="tokenizer cannot encode this text") as raised:
+                await admit(pool, prompt)
+            assert raised.value.code == "tokenizer_failed"
         assert (await admit(pool, "hi")).num_prompt_tokens == 3
 
 
