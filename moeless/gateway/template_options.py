@@ -16,6 +16,9 @@ from moeless.text.chat_template import ChatTemplate
 _FIELDS_FOR_TEMPLATES = ("reasoning_effort", "verbosity")
 _RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
 
+_MAX_UNREAD_VARIABLES = 16
+"""Named one by one; clients and proxies refuse a response whose headers take more than some 8 KB."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TemplateOptions:
@@ -52,7 +55,7 @@ def template_options(body: ChatCompletionRequest, template: ChatTemplate | None)
             )
     names = template.names if template is not None else frozenset()
     variables = {name: value for name, value in given.items() if name in names}
-    unread = [f"chat_template_kwargs.{_header_safe(name)}" for name in given if name not in names]
+    unread = _unread_variables([name for name in given if name not in names])
     for name in _FIELDS_FOR_TEMPLATES:
         value = getattr(body, name)
         if value is not None and name in names:
@@ -66,6 +69,13 @@ def template_options(body: ChatCompletionRequest, template: ChatTemplate | None)
         continue_final_message=continues,
         unread_fields=tuple(unread),
     )
+
+
+def _unread_variables(names: Sequence[str]) -> list[str]:
+    """Their paths, as many as a response header has room for."""
+    paths = [f"chat_template_kwargs.{_header_safe(name)}" for name in names[:_MAX_UNREAD_VARIABLES]]
+    num_more = len(names) - len(paths)
+    return [*paths, f"chat_template_kwargs ({num_more} more)"] if num_more else paths
 
 
 def _unread_of_messages(messages: Sequence[Message], attributes: frozenset[str]) -> list[str]:

@@ -46,6 +46,13 @@ async def test_a_template_gets_the_fields_that_it_names(engine: ScriptedEngine) 
     assert ignored == "chat_template_kwargs.beams, verbosity"
 
 
+async def test_however_many_variables_are_not_read_the_header_stays_short(engine: ScriptedEngine) -> None:
+    _, ignored = await rendered(engine, chat_template_kwargs={f"{'x' * 99}{i}": i for i in range(10_000)})
+    assert ignored is not None
+    assert ignored.endswith(", chat_template_kwargs (9984 more)")
+    assert len(ignored) < 2000
+
+
 async def test_a_template_gets_the_parts_of_messages_that_it_reads(engine: ScriptedEngine) -> None:
     content = [{"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}]
     message = {"role": "user", "content": content, "name": "ann", "reasoning_content": "hm"}
