@@ -194,7 +194,12 @@ class HandshakeServer:
             return
         if ask is not None:
             self._forget(handshake)
-            threading.Thread(target=self._pass_on, args=(handshake.connection, ask), daemon=True).start()
+            thread = threading.Thread(target=self._pass_on, args=(handshake.connection, ask), daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # the system has no thread left; this one must go on
+                self._refused.log("refused an engine engine=%s reason=%s", ask.engine, error)
+                handshake.connection.close()
 
     def _pass_on(self, connection: socket.socket, ask: Ask) -> None:
         connection.settimeout(HANDSHAKE_TIMEOUT_S)

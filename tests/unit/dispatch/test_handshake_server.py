@@ -184,6 +184,25 @@ class Exhausted:
         raise OSError(errno.EMFILE, "Too many open files")
 
 
+def test_where_no_thread_can_be_started_later_ones_still_connect(
+    listeners: list[socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proven = Proven()
+    with serving(listeners, proven) as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", no_thread_left)
+            prove_to(listeners[1])
+        assert server.is_alive
+        assert not proven.asks
+        prove_to(listeners[1])
+        wait_until(lambda: len(proven.asks) == 1)
+
+
+def no_thread_left(thread: threading.Thread) -> None:
+    """What Python raises where the system refuses a thread."""
+    raise RuntimeError(f"can't start new thread {thread.name}")
+
+
 def test_a_wrong_proof_is_answered_in_words(listeners: list[socket.socket]) -> None:
     refused = pytest.raises(HandshakeError, match="the run secret is not this run's")
     with serving(listeners, Proven()), stranger(listeners[1]) as sock, refused:
