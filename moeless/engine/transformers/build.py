@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import ContinuousBatchingConfig, PreTrainedModel
 
-from moeless.core.errors import ConfigError, MoelessError
+from moeless.core.errors import ConfigError
 from moeless.core.generation import GenerationDelta, GenerationRequest, SamplingParams, TokenLogprob
 from moeless.engine.config import EngineConfig
 from moeless.engine.protocol import Engine, OnStep
@@ -105,6 +105,8 @@ def _obstacle(
             vocab_size: int = model.config.get_text_config().vocab_size
             prompts = [[(7 * i + length) % vocab_size for i in range(length)] for length in lengths]
             for prompt, logprobs in generate(model, tokenizer, prompts):
+                if len(logprobs) != _PROBE_TOKENS:  # logits that are not finite end a sequence
+                    return f"a sequence ended after {len(logprobs)} of {_PROBE_TOKENS} tokens"
                 difference = _largest_difference(model, prompt, logprobs, stepwise=by_length)
                 allowed = 1e-3 if model.dtype == torch.float32 else 0.25
                 if not difference <= allowed:
@@ -163,8 +165,6 @@ def _generate_statically(model: PreTrainedModel, tokenizer: Any, prompts: list[l
 
     engine = StaticBatchEngine(model, tokenizer, EngineConfig(max_running=len(prompts)), on_step)
     engine.run_to_end(_probe_sequences(tokenizer, prompts))
-    if any(len(tokens) != _PROBE_TOKENS for tokens in generated):
-        raise MoelessError(f"a sequence ended before {_PROBE_TOKENS} tokens")
     return list(zip(prompts, generated, strict=True))
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from moeless.engine.config import EngineConfig
+from moeless.engine.transformers import paged_attention
 from moeless.engine.transformers.build import build_engine, paging_obstacle
 from moeless.engine.transformers.continuous import ContinuousEngine
 from moeless.engine.transformers.static_batch import StaticBatchEngine
@@ -48,8 +49,6 @@ def test_choosing_asks_no_expert_and_leaves_the_model_as_it_was() -> None:
 
 
 def test_attention_that_pages_get_wrong_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from moeless.engine.transformers import paged_attention
-
     model = make_model("mixtral")
     model.set_experts_implementation("eager")
     right = paged_attention._decode
@@ -61,6 +60,19 @@ def test_attention_that_pages_get_wrong_is_noticed(monkeypatch: pytest.MonkeyPat
     obstacle = paging_obstacle(model, make_tokenizer())
     assert obstacle is not None
     assert obstacle.startswith("log-probabilities differ from the model's own by")
+
+
+def test_attention_whose_pages_give_no_finite_numbers_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a sequence ends early with an error of its own; the tokens before it were right."""
+    decode = paged_attention._decode
+
+    def spoiled(query: torch.Tensor, *rest: object) -> torch.Tensor:
+        return decode(query, *rest) * float("nan")  # type: ignore[arg-type]
+
+    monkeypatch.setattr(paged_attention, "_decode", spoiled)
+    model = make_model("mixtral")
+    model.set_experts_implementation("eager")
+    assert paging_obstacle(model, make_tokenizer()) == "a sequence ended after 1 of 3 tokens"
 
 
 def test_the_choice_is_logged_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
