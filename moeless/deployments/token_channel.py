@@ -53,7 +53,8 @@ class TokenSender:
         message = self._encoder.encode(deltas)
         if len(message) > _MAX_MESSAGE_BYTES:
             if len(deltas) > 1:
-                return self.send(address, deltas[::2]) and self.send(address, deltas[1::2])
+                half = len(deltas) // 2
+                return self.send(address, deltas[:half]) and self.send(address, deltas[half:])
             error = f"a step's log-probabilities must be at most {_MAX_MESSAGE_BYTES} bytes, got {len(message)}"
             message = self._encoder.encode(
                 [GenerationDelta(request_id=deltas[0].request_id, finish_reason="error", error=error)]

@@ -86,6 +86,23 @@ def test_a_step_too_large_to_send_ends_its_request_alone_with_an_error(monkeypat
     assert "must be at most 1000 bytes, got 2" in str(large.error)
 
 
+def test_a_step_that_is_sent_in_parts_keeps_its_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moeless.deployments.token_channel._MAX_MESSAGE_BYTES", 1000)
+
+    async def scenario() -> list[GenerationDelta]:
+        receiver, sender = TokenReceiver("secret", "127.0.0.1"), TokenSender("secret")
+        receiver.start()
+        receiver.open_stream("a")
+        deltas = [GenerationDelta(request_id="a", text=str(number) * 400) for number in range(5)]
+        assert sender.send(receiver.address, [*deltas, GenerationDelta(request_id="a", finish_reason="stop")])
+        got = await asyncio.wait_for(collect(receiver.deltas("a")), timeout=20)
+        sender.close()
+        await receiver.close()
+        return got
+
+    assert "".join(delta.text[:1] for delta in asyncio.run(scenario())) == "01234"
+
+
 FORGED = [GenerationDelta(request_id="a", text="forged", num_tokens=1)]
 CURVE_GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"CURVE".ljust(20, b"\0") + bytes(32)
 NULL_GREETING = CURVE_GREETING.replace(b"CURVE", b"NULL\0")
