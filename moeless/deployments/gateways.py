@@ -141,7 +141,8 @@ class Gateways:
             with self._lock:
                 if not self._gateways[name].running:  # else its requests are on their way out: the next sweep
                     del self._gateways[name]
-                    self._sender.forget(name.address)
+                    if all(other.address != name.address for other in self._gateways):
+                        self._sender.forget(name.address)
 
     def _end_all_of(self, name: GatewayName, why: str) -> None:
         with self._lock:

@@ -135,6 +135,17 @@ def test_the_requests_of_a_silent_gateway_are_ended_and_its_channel_is_closed() 
     assert world.forgotten == [HERE.address]
 
 
+def test_the_channel_to_a_gateway_that_came_back_at_its_address_stays_open() -> None:
+    world = World()
+    world.pulse(0, [])
+    world.now_s += GATEWAY_SILENCE_S + 1
+    later = GatewayName(address=HERE.address, life="c")
+    world.submit(1, gateway=later)
+    world.step("c1")
+    assert world.forgotten == []
+    assert world.cancelled == []
+
+
 def test_the_requests_of_a_gateway_that_takes_no_more_tokens_are_ended() -> None:
     world = World()
     world.submit(1)
