@@ -6,6 +6,7 @@ As a plain dict (`to_dict`, `from_dict`) it is the argument of Serve's declarati
 from __future__ import annotations
 
 import ipaddress
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -56,8 +57,8 @@ class FunctionScaling:
     def __post_init__(self) -> None:
         if self.max_replicas < 1:
             raise ConfigError(f"functions.max_replicas must be at least 1, got {self.max_replicas}")
-        if self.idle_s <= 0:
-            raise ConfigError(f"functions.idle_s must be above 0 seconds, got {self.idle_s}")
+        if not 0 < self.idle_s < math.inf:
+            raise ConfigError(f"functions.idle_s must be above 0 seconds and finite, got {self.idle_s}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,8 +146,8 @@ class ServeSettings:
             raise ConfigError(f"num_threads must be at least 1, got {self.num_threads}")
         if not 0 < self.gpu_share <= 1:
             raise ConfigError(f"gpu_share must be above 0 and at most 1, got {self.gpu_share}")
-        if self.keep_alive_s <= 0:
-            raise ConfigError(f"keep_alive_s must be above 0 seconds, got {self.keep_alive_s}")
+        if not 0 < self.keep_alive_s < math.inf:
+            raise ConfigError(f"keep_alive_s must be above 0 seconds and finite, got {self.keep_alive_s}")
         if self.gateway.api_keys:
             raise ConfigError("gateway.api_keys must be empty here: keys come from MOELESS_API_KEY or secrets_file")
 

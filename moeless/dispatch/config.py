@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from moeless.core.errors import ConfigError
@@ -18,10 +19,12 @@ class DispatchConfig:
     """Time that each row of a long call (a prefill) adds to the timeout."""
 
     def __post_init__(self) -> None:
-        if self.call_timeout_s <= 0:
-            raise ConfigError(f"dispatch.call_timeout_s must be > 0, got {self.call_timeout_s}")
-        if self.call_timeout_per_row_s < 0:
-            raise ConfigError(f"dispatch.call_timeout_per_row_s must be >= 0, got {self.call_timeout_per_row_s}")
+        if not 0 < self.call_timeout_s < math.inf:
+            raise ConfigError(f"dispatch.call_timeout_s must be > 0 and finite, got {self.call_timeout_s}")
+        if not 0 <= self.call_timeout_per_row_s < math.inf:
+            raise ConfigError(
+                f"dispatch.call_timeout_per_row_s must be >= 0 and finite, got {self.call_timeout_per_row_s}"
+            )
 
     def timeout_s(self, num_rows: int) -> float:
         """Seconds that a call of `num_rows` rows may take."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 
@@ -58,5 +59,5 @@ class GatewayConfig:
             value = getattr(self, field.name)
             if field.name.startswith("max_") and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"gateway.{field.name} must be an integer >= 1, got {value!r}")
-            if field.name.endswith("_s") and value <= 0:
-                raise ValueError(f"gateway.{field.name} must be > 0 seconds, got {value!r}")
+            if field.name.endswith("_s") and not 0 < value < math.inf:
+                raise ValueError(f"gateway.{field.name} must be > 0 seconds and finite, got {value!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
@@ -77,6 +78,10 @@ def test_recording_is_allowed_where_only_this_machine_can_call_or_the_operator_s
         ("prediction", "distance", 0),
         ("prediction", "max_share", 2.0),
         ("gateway", "max_n", 0),
+        ("gateway", "retry_after_s", math.nan),
+        ("dispatch", "call_timeout_s", math.nan),
+        ("dispatch", "call_timeout_per_row_s", math.inf),
+        ("functions", "idle_s", math.nan),
     ],
 )
 def test_a_part_is_checked_by_the_component_it_belongs_to(part: str, field: str, value: object) -> None:

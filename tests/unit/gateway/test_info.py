@@ -94,7 +94,7 @@ async def test_the_openapi_document_describes_the_bodies(engine: ScriptedEngine)
     [
         ({"max_n": 0}, "gateway.max_n must be an integer >= 1, got 0"),
         ({"max_body_bytes": 1.5}, "gateway.max_body_bytes must be an integer >= 1, got 1.5"),
-        ({"retry_after_s": 0}, "gateway.retry_after_s must be > 0 seconds, got 0"),
+        ({"retry_after_s": 0}, "gateway.retry_after_s must be > 0 seconds and finite, got 0"),
         ({"api_keys": "abc"}, "gateway.api_keys must be a tuple of non-empty strings"),
         ({"api_keys": ("",)}, "gateway.api_keys must be a tuple of non-empty strings"),
         ({"api_keys": ("a b",)}, "gateway.api_keys must be printable ASCII"),
