@@ -61,7 +61,9 @@ def pack_checkpoint(
             os.replace(partial, out)
             sync_folder(out.parent)
     except OSError as error:
-        raise PackageError(f"{error.filename or out}: cannot be written ({error.strerror})") from error
+        file = Path(error.filename or out)
+        verb = "read" if file.is_relative_to(source) else "written"
+        raise PackageError(f"{file}: cannot be {verb} ({error.strerror})") from error
     return manifest
 
 

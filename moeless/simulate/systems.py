@@ -350,8 +350,8 @@ _DESCRIBED: dict[str, Callable[[System, SystemConfig], str]] = {
         "weights allow, the faster of both topologies, nothing moved; it holds what static holds"
     ),
     "limit": lambda *_: (
-        "the bound of every plan: work spread evenly like sand, the faster of both topologies, nothing moved; it holds "
-        "what static holds"
+        "the bound of every plan: work that can be divided at will, the faster of both topologies, nothing moved; it "
+        "holds what static holds"
     ),
 }
 

@@ -17,7 +17,7 @@ from moeless.core.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
 """The safetensors library's own limit."""
-MAX_TENSORS = 4_000_000
+MAX_TENSORS = 300_000
 """Bound of a checkpoint's tensors. Models of a trillion parameters have 200,000."""
 _BITS: Mapping[str, int] = {
     **dict.fromkeys(("F4",), 4),

@@ -1,4 +1,4 @@
-"""The two bounds of every plan: work like sand, and whole calls of experts."""
+"""The two bounds of every plan: work divided at will, and whole calls of experts."""
 
 from __future__ import annotations
 
