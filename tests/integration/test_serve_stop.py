@@ -84,7 +84,7 @@ def test_what_runs_ends_with_an_error_and_every_process_goes(number: signal.Sign
         wait_until(lambda: len(streamed) > 3, timeout_s=60, what="tokens come")
         children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(number)
-        assert process.wait(timeout=60) == 0, log.read_text()
+        assert process.wait(timeout=120) == 0, log.read_text()
         assert_nothing_left(children)
         for thread in threads:
             thread.join(timeout=30)
@@ -118,7 +118,7 @@ def test_a_signal_to_the_whole_group_as_a_terminal_sends_it(tmp_path: Path) -> N
         wait_until(lambda: is_ready(url), timeout_s=200, what="the server is ready")
         children = psutil.Process(process.pid).children(recursive=True)
         os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(timeout=60) == 0, log.read_text()
+        assert process.wait(timeout=120) == 0, log.read_text()
         assert_nothing_left(children)
     assert_quiet(log)
 
