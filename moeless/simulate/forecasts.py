@@ -65,7 +65,7 @@ class SpanCounts(Protocol):
 
 
 Upcoming = Callable[[float], tuple[FloatArray, int]]
-"""Tokens per function in so many seconds to come, shape (C,), and the number of steps that they take."""
+"""Tokens per function in the seconds to come, shape (C,), and the number of steps that they take."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)

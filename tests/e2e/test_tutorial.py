@@ -84,7 +84,7 @@ class Terminals:
 
 
 def environment() -> dict[str, str]:
-    """What `source .venv/bin/activate` does to the path."""
+    """The environment after `source .venv/bin/activate`."""
     return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "COLUMNS": "160"}
 
 

@@ -73,7 +73,7 @@ def stranger(listener: socket.socket, source: str = "") -> socket.socket:
 
 
 def prove_to(listener: socket.socket) -> None:
-    """What an honest engine does up to its proof; the server here hangs up instead of accepting."""
+    """Do as an honest engine up to its proof; the server here hangs up instead of accepting."""
     with stranger(listener) as sock, pytest.raises(HandshakeError, match="hung up"):
         ask_for(sock, RUN_SECRET, kind="tcp", engine="honest", call_bytes=64, answer_bytes=64)
 
@@ -199,7 +199,7 @@ def test_where_no_thread_can_be_started_later_ones_still_connect(
 
 
 def no_thread_left(thread: threading.Thread) -> None:
-    """What Python raises where the system refuses a thread."""
+    """Raise as Python does where the system refuses a thread."""
     raise RuntimeError(f"can't start new thread {thread.name}")
 
 

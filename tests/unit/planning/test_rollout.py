@@ -117,7 +117,7 @@ def test_a_table_is_acknowledged_after_it_is_published_and_published_once() -> N
 
 @st.composite
 def plans(draw: st.DrawFn) -> Plan:
-    """Of 2 layers of 3 experts on 3 workers; functions may have no instance."""
+    """Plans for 2 layers of 3 experts on 3 workers; functions may have no instance."""
     has_LEW = np.array(draw(st.lists(st.booleans(), min_size=18, max_size=18))).reshape(2, 3, 3)
     shares_LEW = has_LEW / np.maximum(has_LEW.sum(axis=2, keepdims=True), 1)
     return Plan.from_dense(has_LEW, shares_LEW, version=draw(st.integers(1, 9)))

@@ -40,7 +40,7 @@ def simulated(scenario: Scenario, *names: str, config: SystemConfig | None = Non
 
 
 def first_plan(scenario: Scenario, system: System) -> Plan:
-    """What the system's planner makes before anything is served."""
+    """The plan of the system's planner before anything is served."""
     plans: list[Plan] = []
 
     class Watched:
@@ -176,7 +176,7 @@ def test_moeless_forecasts_with_predictors_where_there_are_some(make_scenario: M
 
 
 def forecasts_of(scenario: Scenario, system: System, until_s: float) -> list[FloatArray]:
-    """What the planner is given, for ticks up to a time."""
+    """Observations that the planner is given, for ticks up to a time."""
     seen: list[FloatArray] = []
 
     class Watched:
