@@ -69,6 +69,7 @@ class EngineDeployment:
         self._incarnation = secrets.token_hex(8)
         started_s = time.perf_counter()
         packed = PackedModel.open(settings.packed_path)
+        packed.verify_backbone()  # the tokenizer too is read from it
         self._manifest = packed.manifest
         by_call = settings.isolation == "function"
         assembled = assemble_engine(

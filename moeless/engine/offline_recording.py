@@ -66,6 +66,7 @@ def record_prompts(
     """
     if not prompts:
         raise ConfigError("prompts must be at least one, got none")
+    packed.verify_backbone()  # the tokenizer too is read from it
     tokenizer = Tokenizer.load(packed.backbone_path)
     token_lists = _encode(tokenizer, prompts, chat=run.chat)
     manifest = packed.manifest

@@ -47,7 +47,8 @@ def limit_context(config: Any, max_model_len: int | None) -> int:
 
 
 def check_context(packed: PackedModel, max_model_len: int | None) -> None:
-    """Raises ConfigError if the packed model does not take `max_model_len` tokens."""
+    """Raises ConfigError if the packed model does not take `max_model_len` tokens, ChecksumError if it is damaged."""
+    packed.verify_backbone_file("config.json")
     config = AutoConfig.from_pretrained(packed.backbone_path, local_files_only=True, trust_remote_code=False)
     limit_context(config, max_model_len)
 

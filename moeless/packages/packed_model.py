@@ -87,8 +87,24 @@ class PackedModel:
             raise PackageError(f"function {function}: {entry.file} cannot be read ({error})") from error
         return FunctionWeights(**tensors)
 
-    def backbone_weight_files(self) -> list[Path]:
-        """The backbone's safetensors files, their checksums and its config's verified.
+    def verify_backbone_file(self, name: str) -> None:
+        """Check a file of the backbone, such as config.json, before it is read.
+
+        Raises:
+            ChecksumError: it is not what the manifest promises; names the file.
+            PackageError: the backbone has no such file.
+
+        """
+        file = f"{BACKBONE_DIR}/{name}"
+        entry = next((entry for entry in self.manifest.backbone if entry.file == file), None)
+        if entry is None:
+            raise PackageError(
+                f"packed model {self.path} has no {file}; delete the folder and pack the checkpoint again"
+            )
+        self._verify(entry.file, entry)
+
+    def verify_backbone(self) -> None:
+        """Check every file of the backbone: weights, config, tokenizer. Each is read once in the life of this object.
 
         Raises:
             ChecksumError: a file of the backbone is not what the manifest promises; names the file.
@@ -96,6 +112,10 @@ class PackedModel:
         """
         for entry in self.manifest.backbone:
             self._verify(entry.file, entry)
+
+    def backbone_weight_files(self) -> list[Path]:
+        """The backbone's safetensors files, once `verify_backbone` found them whole."""
+        self.verify_backbone()
         return [self.path / entry.file for entry in self.manifest.backbone if entry.file.endswith(".safetensors")]
 
     def _entry(self, function: FunctionId) -> FunctionEntry:

@@ -50,6 +50,7 @@ def read_routers(packed: PackedModel) -> list[RouterWeights]:
         UnsupportedFamilyError: a layer's router is not one matrix on the experts' input, or scores otherwise.
 
     """
+    packed.verify_backbone_file("config.json")
     config = json.loads((packed.backbone_path / "config.json").read_text(encoding="utf-8"))
     with ExitStack() as stack:
         files = [

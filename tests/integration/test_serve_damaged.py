@@ -17,7 +17,7 @@ from moeless.packages.source import resolve_model
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(200)]
 
 
-@pytest.mark.parametrize("file", ["functions/L03.E007.safetensors", "backbone/config.json"])
+@pytest.mark.parametrize("file", ["functions/L03.E007.safetensors", "backbone/config.json", "backbone/tokenizer.json"])
 def test_a_flipped_bit_is_refused_in_one_line(file: str, tmp_path: Path) -> None:
     folder = shutil.copytree(resolve_model("moeless-mini").path, tmp_path / "packed")
     damaged = folder / file

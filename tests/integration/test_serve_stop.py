@@ -30,6 +30,8 @@ def started(log: Path, **environment: str) -> Iterator[tuple[subprocess.Popen[by
     """A server that starts; every process of it is killed if the test fails."""
     port = free_port()
     command = [sys.executable, "-m", "moeless.cli", "serve", MODEL, "--workers", "1", "--port", str(port)]
+    # The tests may run under nohup, whose children ignore SIGHUP, as moeless then does, too.
+    command = ["env", "--default-signal=HUP", *command]
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | environment, start_new_session=True
